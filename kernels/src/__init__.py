@@ -1,0 +1,1 @@
+"""Block-sparse attention kernels: `(q, k, v, layout) -> output`.  Knows only the vocabulary in `diffsparse/`."""
