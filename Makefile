@@ -1,0 +1,72 @@
+# Everything here sets itself up: Python 3.11+, git and make are enough.  `make` alone lists the targets.
+#
+#   PYTHON=python3.12 make venv          another interpreter for the environment
+#   make test-gpu PYTHON=python3         no environment at all: that interpreter, as it stands, without a network
+#   make test ARGS="tests/house -x"      a part of the tests
+
+SHELL := /bin/bash
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+ARGS ?=
+# Worker processes for the fast tests; slow tests measure times and run alone.
+JOBS ?= 2
+
+ifeq ($(origin PYTHON),undefined)
+PYTHON := python3
+GPU_PYTHON := $(BIN)/python
+GPU_NEEDS := $(STAMP)
+else
+GPU_PYTHON := $(PYTHON)
+GPU_NEEDS :=
+endif
+
+.PHONY: help venv demo test test-slow test-gpu lint format clean
+
+help:
+	@echo "make demo       search a plan for the tiny model in examples/, generate with and without it (writes out/)"
+	@echo "make test       lint, types, fast tests"
+	@echo "make test-slow  whole searches, compiled models, the built wheel"
+	@echo "make test-gpu   tests that need a CUDA GPU (PYTHON=python3: with that interpreter, building nothing)"
+	@echo "make lint       ruff (format, lint) and mypy;  make format applies what ruff can"
+	@echo "make venv       only the environment, in .venv;  make clean removes what builds and tests left"
+
+venv: $(STAMP)
+
+# torch comes first, by itself, so that the rest is resolved against the build of it that fits this machine.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "diffsparse needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true)."; \
+	  echo "Name another one: make PYTHON=python3.12 $(or $(MAKECMDGOALS),venv)"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu it needs the package python3-venv."; exit 1; }
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt \
+	  "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: lint
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow --durations=15 $(ARGS)
+
+test-gpu: $(GPU_NEEDS)
+	PYTHONPATH=. $(GPU_PYTHON) -m pytest -m gpu -p no:cacheprovider $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
