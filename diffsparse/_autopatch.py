@@ -1,0 +1,150 @@
+"""The methods ``pipe.enable_sparse_attention()`` and its kin, on every diffusers pipeline.
+
+They are sugar for the functions of the same names in :mod:`diffsparse`, and importing diffsparse is all it takes. Two
+things make that less simple than two lines of ``setattr``:
+
+* importing diffsparse must not import diffusers (seconds), so where diffusers is not loaded yet a finder at the front of
+  ``sys.meta_path`` waits for the two modules that define pipelines, and leaves once it has seen both;
+* a method is only *added*: an attribute of the same name that is not ours, say from a later diffusers, stays as it is.
+
+``ModularPipeline`` is no subclass of ``DiffusionPipeline`` and gets the methods separately.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+__all__ = ["MARK", "METHODS", "TARGETS", "install", "uninstall"]
+
+#: Module that defines a base class of pipelines -> that class.
+TARGETS = {
+    "diffusers.pipelines.pipeline_utils": "DiffusionPipeline",
+    "diffusers.modular_pipelines.modular_pipeline": "ModularPipeline",
+}
+
+#: The attribute that says that a method is ours.
+MARK = "_diffsparse"
+
+
+def enable_sparse_attention(self: Any, plan: Any = "auto", *, backend: str = "auto", strict: bool = True) -> Any:
+    """Compute only the attention blocks that ``plan`` keeps. See :func:`diffsparse.enable_sparse_attention`."""
+    from diffsparse import pipelines
+
+    return pipelines.enable_sparse_attention(self, plan, backend=backend, strict=strict)
+
+
+def disable_sparse_attention(self: Any) -> Any:
+    """Back to dense attention, bit for bit. See :func:`diffsparse.disable_sparse_attention`."""
+    from diffsparse import pipelines
+
+    return pipelines.disable_sparse_attention(self)
+
+
+def sparse_attention(self: Any, plan: Any = "auto", **options: Any) -> AbstractContextManager[Any]:
+    """``with pipe.sparse_attention(plan): ...``. See :func:`diffsparse.sparse_attention`."""
+    from diffsparse import pipelines
+
+    return pipelines.sparse_attention(self, plan, **options)
+
+
+def sparse_attention_summary(self: Any) -> Any:
+    """What ran sparse, what ran dense, and why. See :func:`diffsparse.sparse_attention_summary`."""
+    from diffsparse import pipelines
+
+    return pipelines.sparse_attention_summary(self)
+
+
+METHODS: tuple[Callable[..., Any], ...] = (
+    enable_sparse_attention,
+    disable_sparse_attention,
+    sparse_attention,
+    sparse_attention_summary,
+)
+for _method in METHODS:
+    setattr(_method, MARK, True)
+
+
+def _add_methods(cls: type) -> None:
+    for method in METHODS:
+        present = getattr(cls, method.__name__, None)
+        if present is None or getattr(present, MARK, False):
+            setattr(cls, method.__name__, method)
+
+
+def _patch(module: ModuleType) -> None:
+    cls = getattr(module, TARGETS[module.__name__], None)
+    if isinstance(cls, type):
+        _add_methods(cls)
+
+
+class _Loader(Loader):
+    """The loader that would have run, and the methods right after it."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._inner.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        # From here on the module is its own loader's again, for importlib.resources, inspect, pickle and reload.
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._inner
+        module.__loader__ = self._inner
+        self._inner.exec_module(module)
+        _patch(module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+class _Finder(MetaPathFinder):
+    """Waits for the modules in ``waiting``; takes itself off ``sys.meta_path`` after the last one."""
+
+    def __init__(self, waiting: set[str]) -> None:
+        self.waiting = waiting
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in self.waiting:
+            return None
+        self.waiting.discard(fullname)  # first: the look-up below comes through here again
+        spec = find_spec(fullname)
+        if not self.waiting and self in sys.meta_path:
+            sys.meta_path.remove(self)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+def install() -> None:
+    """Adds the methods now where diffusers is loaded, and on its import where it is not. Safe to call twice."""
+    loaded = [name for name in TARGETS if _is_loaded(name)]
+    for name in loaded:
+        _patch(sys.modules[name])
+    waiting = set(TARGETS).difference(loaded)
+    if waiting and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder(waiting))
+
+
+def _is_loaded(name: str) -> bool:
+    """True where the class exists; a module that is being imported right now (diffusers imports us) has none yet."""
+    return isinstance(getattr(sys.modules.get(name), TARGETS[name], None), type)
+
+
+def uninstall() -> None:
+    """Takes our methods off again, and the finder with them."""
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
+    for name, class_name in TARGETS.items():
+        cls = getattr(sys.modules.get(name), class_name, None)
+        for method in METHODS:
+            if cls is not None and getattr(cls.__dict__.get(method.__name__), MARK, False):
+                delattr(cls, method.__name__)
