@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -87,8 +86,9 @@ def _patch(module: ModuleType) -> None:
 class _Loader(Loader):
     """The loader that would have run, and the methods right after it."""
 
-    def __init__(self, inner: Any) -> None:
+    def __init__(self, inner: Any, finder: _Finder) -> None:
         self._inner = inner
+        self._finder = finder
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._inner.create_module(spec)
@@ -100,13 +100,14 @@ class _Loader(Loader):
         module.__loader__ = self._inner
         self._inner.exec_module(module)
         _patch(module)
+        self._finder.seen(module.__name__)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
 
 class _Finder(MetaPathFinder):
-    """Waits for the modules in ``waiting``; takes itself off ``sys.meta_path`` after the last one."""
+    """Waits for the modules in ``waiting``; takes itself off ``sys.meta_path`` after the last one has run."""
 
     def __init__(self, waiting: set[str]) -> None:
         self.waiting = waiting
@@ -116,13 +117,18 @@ class _Finder(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname not in self.waiting:
             return None
-        self.waiting.discard(fullname)  # first: the look-up below comes through here again
-        spec = find_spec(fullname)
+        for finder in sys.meta_path:  # whoever would have found it
+            spec = None if finder is self else finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _Loader(spec.loader, self)
+                return spec
+        return None
+
+    def seen(self, fullname: str) -> None:
+        self.waiting.discard(fullname)
         if not self.waiting and self in sys.meta_path:
             sys.meta_path.remove(self)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
-        return spec
 
 
 def install() -> None:
@@ -136,7 +142,7 @@ def install() -> None:
 
 
 def _is_loaded(name: str) -> bool:
-    """True where the class exists; a module that is being imported right now (diffusers imports us) has none yet."""
+    """True where the module has run to the class that we want."""
     return isinstance(getattr(sys.modules.get(name), TARGETS[name], None), type)
 
 
