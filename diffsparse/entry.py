@@ -1,0 +1,66 @@
+"""What one attention head runs: an order, a pattern, who picks the blocks, and how they are executed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from diffsparse.order import RasterOrder, TokenOrder
+from diffsparse.pattern import Full, Pattern
+
+__all__ = ["MODES", "NUMERICS", "SELECTIONS", "TAILS", "Execution", "HeadEntry"]
+
+MODES = ("exact", "skip")
+TAILS = ("none", "mean", "moments")
+NUMERICS = ("auto", "int8", "fp8")
+SELECTIONS = ("static",)
+
+
+def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a head's blocks are computed.
+
+    ``mode``: ``exact`` computes the kept blocks; ``skip`` leaves the whole head out (its output is zero).
+    ``tail``: what dropped blocks contribute: ``none``; ``mean`` attends each once through its mean key and value, with
+    ``ln n`` added to the logit; ``moments`` also adds half the variance of the block's logits under a diagonal
+    covariance of its keys (the second cumulant).
+    ``numerics``: ``auto`` is the precision of q, k and v.
+    """
+
+    mode: str = "exact"
+    tail: str = "none"
+    numerics: str = "auto"
+
+    def __post_init__(self) -> None:
+        _choice("mode", self.mode, MODES)
+        _choice("tail", self.tail, TAILS)
+        _choice("numerics", self.numerics, NUMERICS)
+
+
+@dataclass(frozen=True)
+class HeadEntry:
+    """One head's choice of ``(order, pattern, selection, execution)``."""
+
+    order: TokenOrder = field(default_factory=RasterOrder)
+    pattern: Pattern = field(default_factory=Full)
+    selection: str = "static"
+    execution: Execution = field(default_factory=Execution)
+
+    def __post_init__(self) -> None:
+        _choice("selection", self.selection, SELECTIONS)
+
+    @property
+    def is_dense(self) -> bool:
+        """True where this entry is plain attention over everything."""
+        return isinstance(self.pattern, Full) and self.execution.mode == "exact" and self.execution.numerics == "auto"
+
+    def __str__(self) -> str:
+        if self.execution.mode == "skip":
+            return "skip"
+        tail = "" if self.execution.tail == "none" else f" +{self.execution.tail}"
+        order = "" if self.order.is_raster else f" @{self.order}"
+        return f"{self.pattern}{order}{tail}"

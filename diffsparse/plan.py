@@ -1,0 +1,385 @@
+"""The sparsity plan: which entry every head runs in every phase, when, and for which model; and its file format.
+
+A plan is a folder or a Hub repository with ``sparse_plan.json``, ``sparse_plan.safetensors`` where a pattern is a
+bitmap, and a generated ``README.md`` card. No pickle, no YAML.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffsparse.codec import PlanError, decode_entry, decode_schedule, encode_entry, encode_schedule
+from diffsparse.entry import HeadEntry
+from diffsparse.grid import TokenGrid
+from diffsparse.layout import BLOCK_SIZES, BlockLayout, build_layout
+from diffsparse.pattern import uses_fallback
+from diffsparse.schedule import Schedule
+
+__all__ = ["FORMAT_VERSION", "Architecture", "PlanError", "SparsityPlan"]
+
+FORMAT_VERSION = 1
+JSON_NAME = "sparse_plan.json"
+ARRAYS_NAME = "sparse_plan.safetensors"
+CARD_NAME = "README.md"
+MAX_JSON_BYTES = 64 * 2**20
+ANY_LAYER = "*"
+
+TEXT_POSITIONS = ("none", "before", "after")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a plan must share with a model to run on it.
+
+    ``layers``: paths of the self-attention modules, in order. ``patch_size``: ``(t, h, w)`` latent pixels per token.
+    ``text_position``: where text tokens stand in the sequence: ``none``, ``before`` or ``after`` the visual ones.
+    """
+
+    model_class: str
+    layers: tuple[str, ...]
+    heads: int
+    head_dim: int
+    patch_size: tuple[int, int, int]
+    text_position: str = "none"
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits that are equal for equal architectures, on every platform."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+    def differences(self, other: Architecture) -> list[str]:
+        """What differs, one readable line each; empty where the two are equal."""
+        lines = []
+        for f in fields(self):
+            mine, theirs = getattr(self, f.name), getattr(other, f.name)
+            if mine == theirs:
+                continue
+            if f.name == "layers":
+                lacking = [n for n in mine if n not in theirs]
+                lines.append(
+                    f"layers: the plan has {len(mine)}, the model {len(theirs)}"
+                    + (
+                        f" (the model lacks {', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''})"
+                        if lacking
+                        else ""
+                    )
+                )
+            else:
+                lines.append(f"{f.name}: the plan has {mine!r}, the model {theirs!r}")
+        return lines
+
+
+@dataclass(frozen=True, eq=False)
+class SparsityPlan:
+    """``(phase, layer, head) -> HeadEntry``, a schedule, and where it all came from.
+
+    ``entries``: the distinct entries. ``index``: int ``[phases, layers, heads]`` into them.
+    ``layers``: names for the middle axis. A plan for any model has the one layer ``"*"`` and one head.
+    ``record``: provenance as JSON values (kernel and version, calibration, quality, environment); no number of the
+    output depends on it.
+    """
+
+    entries: tuple[HeadEntry, ...]
+    index: np.ndarray
+    layers: tuple[str, ...] = (ANY_LAYER,)
+    schedule: Schedule = field(default_factory=Schedule)
+    block_size: int = 64
+    architecture: Architecture | None = None
+    record: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        index = self.index
+        if index.ndim != 3 or not np.issubdtype(index.dtype, np.integer):
+            raise PlanError(f"index must be integers [phases, layers, heads], got {index.dtype} {index.shape}")
+        if index.shape[:2] != (self.schedule.num_phases, len(self.layers)):
+            raise PlanError(
+                f"index is {index.shape}, the plan has {self.schedule.num_phases} phases and {len(self.layers)} layers"
+            )
+        if index.size == 0 or not self.entries or index.min() < 0 or index.max() >= len(self.entries):
+            raise PlanError(f"index must name one of the plan's {len(self.entries)} entries for every head")
+        if len(set(self.layers)) != len(self.layers):
+            raise PlanError("a layer is named twice")
+        if self.block_size not in BLOCK_SIZES:
+            raise PlanError(f"block_size must be one of {BLOCK_SIZES}, got {self.block_size}")
+        if self.architecture is not None and not self.is_uniform:
+            if index.shape[2] != self.architecture.heads:
+                raise PlanError(f"index has {index.shape[2]} heads, the architecture {self.architecture.heads}")
+            if lacking := [n for n in self.layers if n not in self.architecture.layers]:
+                raise PlanError(f"the plan has entries for {lacking[0]!r}, which its architecture lacks")
+
+    @classmethod
+    def uniform(cls, *phase_entries: HeadEntry, schedule: Schedule | None = None, **kwargs: Any) -> SparsityPlan:
+        """One entry per phase for every layer and head of any model (one entry serves all phases)."""
+        schedule = schedule or Schedule()
+        chosen = list(phase_entries) * schedule.num_phases if len(phase_entries) == 1 else list(phase_entries)
+        entries = tuple(dict.fromkeys(chosen))
+        index = np.array([entries.index(e) for e in chosen]).reshape(-1, 1, 1)
+        return cls(entries=entries, index=index, schedule=schedule, **kwargs)
+
+    @classmethod
+    def from_table(cls, table: dict[str, Sequence[Sequence[HeadEntry]]], **kwargs: Any) -> SparsityPlan:
+        """Build from ``{layer: [phase][head] -> entry}``."""
+        layers = tuple(table)
+        entries = tuple(dict.fromkeys(e for phases in table.values() for heads in phases for e in heads))
+        lookup = {entry: i for i, entry in enumerate(entries)}
+        index = np.array([[[lookup[e] for e in heads] for heads in table[name]] for name in layers]).transpose(1, 0, 2)
+        return cls(entries=entries, index=index, layers=layers, **kwargs)
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    @property
+    def is_uniform(self) -> bool:
+        """True for a plan that serves any model."""
+        return self.layers == (ANY_LAYER,)
+
+    def layer_entries(self, phase: int, layer: str, heads: int) -> tuple[HeadEntry, ...] | None:
+        """The entries of one layer's heads, or None where the layer runs dense (not in the plan, or a dense layer)."""
+        if layer in self.schedule.dense_layers:
+            return None
+        if self.is_uniform:
+            return (self.entries[self.index[phase, 0, 0]],) * heads
+        if layer not in self.layers:
+            return None
+        row = self.index[phase, self.layers.index(layer)]
+        if len(row) != heads:
+            raise PlanError(f"{layer}: the plan has entries for {len(row)} heads, the model has {heads}")
+        return tuple(self.entries[i] for i in row)
+
+    def layout(self, phase: int, layer: str, heads: int, grid: TokenGrid) -> BlockLayout | None:
+        """One layer's block lists on a grid, or None where the layer runs dense."""
+        entries = self.layer_entries(phase, layer, heads)
+        return None if entries is None else build_layout(grid, entries, self.block_size)
+
+    def call_densities(
+        self, grid: TokenGrid, layers: Sequence[str] | None = None, heads: int | None = None
+    ) -> np.ndarray:
+        """Density of every sparse call, float ``[phases, layers]``, tails counted; dense layers count 1.
+
+        ``layers`` and ``heads`` default to the architecture's; a plan for any model without either is one layer.
+        """
+        if layers is None:
+            layers = self.architecture.layers if self.architecture else self.layers
+        heads = heads or (self.architecture.heads if self.architecture else self.index.shape[2])
+        known: dict[tuple[HeadEntry, ...], float] = {}
+        result = np.ones((self.schedule.num_phases, len(layers)))
+        for phase in range(self.schedule.num_phases):
+            for i, layer in enumerate(layers):
+                entries = self.layer_entries(phase, layer, heads)
+                if entries is None:
+                    continue
+                for entry in entries:
+                    if (entry,) not in known:
+                        known[(entry,)] = build_layout(grid, [entry], self.block_size).density
+                result[phase, i] = np.mean([known[(entry,)] for entry in entries])
+        return result
+
+    def trajectory_density(
+        self,
+        grid: TokenGrid,
+        noise_levels: Iterable[float],
+        layers: Sequence[str] | None = None,
+        heads: int | None = None,
+    ) -> float:
+        """Work-weighted mean density over all self-attention calls of a generation with these noise levels."""
+        per_phase = self.call_densities(grid, layers, heads).mean(1)
+        return float(np.mean([1.0 if p is None else per_phase[p] for p in self.schedule.phases(noise_levels)]))
+
+    def fallbacks(self, grid: TokenGrid) -> int:
+        """How many distinct entries run a bitmap's fallback on this grid."""
+        return sum(uses_fallback(e.pattern, grid, e.order, self.block_size) for e in self.entries)
+
+    def check_architecture(self, model: Architecture) -> list[str]:
+        """Differences between the plan's model and this one; a plan for any model has none."""
+        return self.architecture.differences(model) if self.architecture else []
+
+    # -- files -----------------------------------------------------------------------------------------------------
+
+    def to_files(self) -> dict[str, bytes]:
+        """The plan's files by name. The same plan always gives the same bytes."""
+        arrays: dict[str, np.ndarray] = {}
+        data: dict[str, Any] = {
+            "format": "diffsparse.sparse_plan",
+            "format_version": FORMAT_VERSION,
+            "block_size": self.block_size,
+            "architecture": None,
+            "schedule": encode_schedule(self.schedule),
+            "entries": [encode_entry(entry, arrays) for entry in self.entries],
+            "layers": list(self.layers),
+            # One line per layer keeps a plan of thousands of heads readable.
+            "index": [[" ".join(map(str, row)) for row in phase] for phase in self.index.tolist()],
+            "record": self.record,
+        }
+        if self.architecture:
+            data["architecture"] = {**asdict(self.architecture), "fingerprint": self.architecture.fingerprint}
+        try:
+            text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        except (TypeError, ValueError) as error:
+            raise PlanError(f"the plan's record holds what JSON cannot: {error}") from error
+        files = {JSON_NAME: text.encode()}
+        if arrays:
+            from safetensors.numpy import save
+
+            files[ARRAYS_NAME] = save(arrays)
+        return files
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the plan's folder, card included; returns the folder. Files are replaced whole or not at all."""
+        from diffsparse.card import plan_card
+
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        files = self.to_files()
+        files[CARD_NAME] = plan_card(self).encode()
+        for name, content in files.items():
+            partial = path / f".{name}.partial"
+            partial.write_bytes(content)
+            os.replace(partial, path / name)
+        if ARRAYS_NAME not in files:
+            (path / ARRAYS_NAME).unlink(missing_ok=True)
+        return path
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
+    ) -> SparsityPlan:
+        """Read a plan from a folder or a Hub repository. Raises :class:`PlanError` with what is wrong."""
+        path = Path(name_or_path)
+        if path.is_file() and path.name == JSON_NAME:
+            path = path.parent
+        if not path.is_dir():
+            path = _download(str(name_or_path), revision, token)
+        file = path / JSON_NAME
+        if not file.is_file():
+            raise PlanError(
+                f"{path} is no plan: it has no {JSON_NAME}; a plan is a folder that `diffsparse search` wrote"
+            )
+        if file.stat().st_size > MAX_JSON_BYTES:
+            raise PlanError(f"{file} is larger than {MAX_JSON_BYTES >> 20} MiB, which no plan is")
+        arrays: dict[str, np.ndarray] = {}
+        if (path / ARRAYS_NAME).is_file():
+            from safetensors import SafetensorError
+            from safetensors.numpy import load_file
+
+            try:
+                arrays = load_file(path / ARRAYS_NAME)
+            except (SafetensorError, OSError) as error:
+                raise PlanError(f"{path / ARRAYS_NAME} cannot be read: {error}") from error
+        return cls.from_json(file.read_bytes(), arrays, source=str(file))
+
+    @classmethod
+    def from_json(
+        cls, content: bytes, arrays: dict[str, np.ndarray] | None = None, source: str = "the plan"
+    ) -> SparsityPlan:
+        """Read the bytes of a ``sparse_plan.json`` and its arrays. Raises :class:`PlanError` with what is wrong."""
+        try:
+            data = json.loads(content.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constants)
+        except (ValueError, RecursionError) as error:
+            raise PlanError(f"{source} is not valid JSON: {error}") from error
+        try:
+            return _decode(cls, data, arrays or {})
+        except PlanError as error:
+            raise PlanError(f"{source}: {error}") from error
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Upload the plan's folder to a Hub repository, made if it is not there; returns the commit's address."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        repo = api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return str(
+                api.upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message="Upload sparsity plan")
+            )
+
+
+_KEYS = {"format", "format_version", "block_size", "architecture", "schedule", "entries", "layers", "index", "record"}
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [k for k, _ in pairs]
+    if len(set(keys)) != len(keys):
+        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} stands twice")
+    return dict(pairs)
+
+
+def _no_constants(name: str) -> Any:
+    raise ValueError(f"{name} is not a number that JSON has")
+
+
+def _decode(cls: type[SparsityPlan], data: Any, arrays: dict[str, np.ndarray]) -> SparsityPlan:
+    if not isinstance(data, dict) or data.get("format") != "diffsparse.sparse_plan":
+        raise PlanError("not a sparsity plan (its 'format' is not 'diffsparse.sparse_plan')")
+    version = data.get("format_version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise PlanError(f"format_version must be an integer of at least 1, got {version!r}")
+    if version > FORMAT_VERSION:
+        raise PlanError(
+            f"format version {version} is newer than {FORMAT_VERSION}, which this diffsparse reads; update diffsparse"
+        )
+    ignorable = data.get("ignorable", [])
+    unknown = sorted(set(data) - _KEYS - {"ignorable"})
+    # A newer writer lists the keys that no number depends on; any other unknown key might change the output.
+    if refused := [k for k in unknown if k not in ignorable]:
+        raise PlanError(f"keys this version does not know: {', '.join(refused)}; update diffsparse")
+    if unknown:
+        warnings.warn(f"the plan has keys that this version ignores: {', '.join(unknown)}", stacklevel=4)
+    if missing := sorted(_KEYS - {"record", "architecture"} - set(data)):
+        raise PlanError(f"it lacks {', '.join(missing)}")
+    try:
+        architecture = _decode_architecture(data.get("architecture"))
+        rows = [[[int(i) for i in row.split()] for row in phase] for phase in data["index"]]
+        if not isinstance(data["entries"], list) or not isinstance(data.get("record", {}), dict):
+            raise PlanError("entries must be a list and record an object")
+        return cls(
+            entries=tuple(decode_entry(entry, arrays) for entry in data["entries"]),
+            index=np.array(rows, dtype=np.int64),
+            layers=tuple(str(n) for n in data["layers"]),
+            schedule=decode_schedule(data["schedule"]),
+            block_size=data["block_size"],
+            architecture=architecture,
+            record=data.get("record", {}),
+        )
+    except PlanError:
+        raise
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise PlanError(f"malformed: {error}") from error
+
+
+def _decode_architecture(data: Any) -> Architecture | None:
+    if data is None:
+        return None
+    names = {f.name for f in fields(Architecture)}
+    if not isinstance(data, dict) or set(data) - names - {"fingerprint"} or "model_class" not in data:
+        raise PlanError(f"architecture must be an object with {', '.join(sorted(names))}")
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in names}
+    if not isinstance(values.get("layers"), tuple) or values.get("text_position", "none") not in TEXT_POSITIONS:
+        raise PlanError(f"architecture needs a list of layers and a text_position of {', '.join(TEXT_POSITIONS)}")
+    architecture = Architecture(**values)
+    if data.get("fingerprint", architecture.fingerprint) != architecture.fingerprint:
+        raise PlanError("the architecture does not match its fingerprint: the file was edited or damaged")
+    return architecture
+
+
+def _download(repo_id: str, revision: str | None, token: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(repo_id, revision=revision, token=token, allow_patterns=["sparse_plan.*", CARD_NAME])
+        )
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise PlanError(f"{repo_id!r} is neither a folder nor a plan on the Hub that can be read: {reason}") from error

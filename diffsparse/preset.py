@@ -1,0 +1,63 @@
+"""Ready-made plans by name: no search, any model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffsparse.entry import Execution, HeadEntry
+from diffsparse.order import RasterOrder, TileOrder
+from diffsparse.pattern import Full, Radial, Window
+from diffsparse.plan import SparsityPlan
+from diffsparse.schedule import Schedule
+
+__all__ = ["PRESETS", "conservative", "preset"]
+
+PRESETS = ("dense", "window", "radial")
+
+
+def preset(
+    name: str, *, sparse_below: float = 0.9, dense_layers: tuple[str, ...] = (), block_size: int = 64, **options: Any
+) -> SparsityPlan:
+    """A plan that serves any model.
+
+    ``dense``: everything dense, to try the attaching alone.
+    ``window``: one neighbourhood for all heads on tiles of one frame. Options: ``size`` (default (0.5, 0.4, 0.4), per
+    axis a fraction or latent units), ``stride``, ``dilation``, ``tail`` (default ``moments``).
+    ``radial``: radial attention in raster order. Options: ``decay``, ``rule`` (``paper`` or ``code``), ``sink_frames``,
+    ``tail`` (default ``none``, as published).
+
+    Steps at a noise level above ``sparse_below`` stay dense, as do ``dense_layers``. Raises ValueError for other names
+    and TypeError for options that the preset does not have.
+    """
+    schedule = Schedule(sparse_below=sparse_below, dense_layers=tuple(dense_layers))
+    if name == "dense":
+        if options:
+            raise TypeError(f"preset('dense') takes no {', '.join(sorted(options))}")
+        entry = HeadEntry()
+    elif name == "window":
+        tail = options.pop("tail", "moments")
+        options.setdefault("size", (0.5, 0.4, 0.4))
+        tile = TileOrder(1, 8, 8) if block_size == 64 else TileOrder(2, 8, 8)
+        entry = HeadEntry(tile, Window(**{k: tuple(v) for k, v in options.items()}), execution=Execution(tail=tail))
+    elif name == "radial":
+        tail = options.pop("tail", "none")
+        entry = HeadEntry(RasterOrder(), Radial(**options), execution=Execution(tail=tail))
+    else:
+        raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
+    return SparsityPlan.uniform(entry, schedule=schedule, block_size=block_size, record={"preset": name})
+
+
+def conservative() -> SparsityPlan:
+    """What ``plan="auto"`` uses where no searched plan is known: a wide window with the second-order tail.
+
+    Each query sees 60% of the frames and 50% of the rows and columns around it exactly and the rest through block
+    summaries; steps above noise level 0.85 stay dense, since the first steps decide what the picture becomes.
+    """
+    plan = preset("window", size=(0.6, 0.5, 0.5), sparse_below=0.85)
+    plan.record["preset"] = "conservative"
+    return plan
+
+
+def dense_entry() -> HeadEntry:
+    """Plain attention over everything."""
+    return HeadEntry(RasterOrder(), Full())
