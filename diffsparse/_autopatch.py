@@ -3,8 +3,8 @@
 They are sugar for the functions of the same names in :mod:`diffsparse`, and importing diffsparse is all it takes. Two
 things make that less simple than two lines of ``setattr``:
 
-* importing diffsparse must not import diffusers (seconds), so where diffusers is not loaded yet a finder at the front of
-  ``sys.meta_path`` waits for the two modules that define pipelines, and leaves once it has seen both;
+* importing diffsparse must not import diffusers (seconds), so where diffusers is not loaded yet a finder at the front
+  of ``sys.meta_path`` waits for the two modules that define pipelines, and leaves once it has seen both;
 * a method is only *added*: an attribute of the same name that is not ours, say from a later diffusers, stays as it is.
 
 ``ModularPipeline`` is no subclass of ``DiffusionPipeline`` and gets the methods separately.

@@ -1,0 +1,37 @@
+"""Python in a fresh process, without what this process or its environment has set up."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_python(
+    code: str,
+    *,
+    python: str | Path = sys.executable,
+    cwd: Path = ROOT,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 300,
+) -> str:
+    """Runs ``python -c code`` and returns what it printed; a failure shows both streams.
+
+    From the clone's root ``diffsparse`` is the clone's, as the working directory comes first on the path.
+    """
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PYTEST"))}
+    done = subprocess.run(
+        [str(python), "-c", code],
+        cwd=cwd,
+        env={**kept, **(env or {})},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout.strip()

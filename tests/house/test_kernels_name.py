@@ -1,0 +1,32 @@
+"""Hugging Face's package `kernels`, which diffusers imports, is not hidden by our folder of that name."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from tests.house.process import run_python
+
+
+def test_our_folders_are_no_packages(repo_root: Path) -> None:
+    for room in ("kernels", "pipelines", "search"):
+        assert not (repo_root / room / "__init__.py").exists()
+
+
+def test_an_installed_package_wins_over_our_folder(tmp_path: Path) -> None:
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("NAME = 'installed'\n")
+    code = "import kernels, diffsparse.kernels\nprint(kernels.NAME, kernels.__file__)"
+    name, file = run_python(code, env={"PYTHONPATH": str(tmp_path)}).split(maxsplit=1)
+    assert name == "installed"
+    assert Path(file).is_relative_to(tmp_path)
+
+
+def test_hugging_face_kernels_is_theirs(repo_root: Path) -> None:
+    spec = importlib.util.find_spec("kernels")
+    if spec is None or spec.origin is None:
+        pytest.skip("Hugging Face's kernels is not installed; the test with a stand-in covers the rest")
+    code = "import kernels, diffsparse.kernels\nprint(kernels.__file__)\nfrom kernels import get_kernel"
+    assert "site-packages" in run_python(code)
