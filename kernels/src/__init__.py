@@ -1,1 +1,12 @@
-"""Block-sparse attention kernels: `(q, k, v, layout) -> output`.  Knows only the vocabulary in `diffsparse/`."""
+"""Block-sparse attention kernels: ``(q, k, v, layout) -> output``. Knows only the vocabulary in ``diffsparse/``.
+
+Importing this package registers the operator ``diffsparse::sparse_attention`` and loads no optional dependency.
+"""
+
+from diffsparse.kernels.api import available_backends, sparse_attention
+from diffsparse.kernels.call import BACKENDS
+from diffsparse.kernels.checks import check
+from diffsparse.kernels.merge import merge_attention
+from diffsparse.kernels.reference import reference_attention
+
+__all__ = ["BACKENDS", "available_backends", "check", "merge_attention", "reference_attention", "sparse_attention"]

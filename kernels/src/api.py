@@ -1,0 +1,109 @@
+"""The public call: arguments are checked here, before anything is launched."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+
+from diffsparse.kernels.call import BACKENDS
+from diffsparse.kernels.checks import cannot_run, input_error
+from diffsparse.kernels.ops import sparse_attention_op
+from diffsparse.layout import BlockLayout
+
+__all__ = ["available_backends", "sparse_attention"]
+
+
+def available_backends() -> dict[str, str | None]:
+    """Every backend, with None where this machine can run it, else the reason why not."""
+    return {name: cannot_run(name) for name in BACKENDS}
+
+
+@overload
+def sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: BlockLayout,
+    *,
+    scale: float | None = ...,
+    kv_len: torch.Tensor | None = ...,
+    numerics: str = ...,
+    backend: str = ...,
+    return_lse: Literal[False] = ...,
+) -> torch.Tensor: ...
+
+
+@overload
+def sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: BlockLayout,
+    *,
+    scale: float | None = ...,
+    kv_len: torch.Tensor | None = ...,
+    numerics: str = ...,
+    backend: str = ...,
+    return_lse: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+def sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: BlockLayout,
+    *,
+    scale: float | None = None,
+    kv_len: torch.Tensor | None = None,
+    numerics: str = "auto",
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention over the blocks that a layout keeps, with each head's order, tail and mode.
+
+    Args:
+        q, k, v: ``[batch, seq, heads, head_dim]`` of one shape, dtype and device; any strides, last axis contiguous.
+        layout: for this ``seq`` and number of heads, on the same device.
+        scale: factor of the logits; ``head_dim ** -0.5`` where None.
+        kv_len: valid tokens of each item, int32 ``[batch]``, or a bool key mask ``[batch, seq]``. Only text may be
+            masked out. On a GPU its values are taken on trust, since reading them would stall the device.
+        numerics: ``"auto"``, the precision of q, k and v.
+        backend: ``"auto"``, or one of ``BACKENDS``, which then runs or raises.
+        return_lse: return the log-sum-exp too.
+
+    Returns:
+        The output ``[batch, seq, heads, head_dim]`` in q's dtype and the model's token order; with ``return_lse`` also
+        fp32 ``[batch, seq, heads]``, the natural logarithm of the sum of all weights that entered the output, tails
+        included. Where a query attends nothing (a skipped head; a row without kept blocks and without a tail) the output
+        is 0 and the log-sum-exp -inf.
+
+    Raises:
+        ValueError: on any argument that does not fit, with the value received and what is allowed.
+        NotImplementedError: in backward.
+    """
+    if (reason := input_error(q, k, v, layout, kv_len=kv_len, numerics=numerics)) is not None:
+        raise ValueError(reason)
+    out, lse = sparse_attention_op(
+        q,
+        k,
+        v,
+        layout.gather,
+        layout.scatter,
+        layout.block_start,
+        layout.head_order,
+        layout.row_ptr,
+        layout.col_idx,
+        layout.head_mode,
+        kv_len,
+        float(q.shape[-1] ** -0.5 if scale is None else scale),
+        layout.block_size,
+        layout.grid.text_before,
+        layout.grid.num_visual,
+        layout.has_tail,
+        layout.needs_gather,
+        return_lse,
+        backend,
+    )
+    return (out, lse) if return_lse else out

@@ -1,0 +1,189 @@
+"""Whether a call is valid, and whether a backend can run it: one answer for "raise" and for "choose".
+
+Every function returns None, or one line that says what is in the way.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+
+from diffsparse.kernels.call import BACKENDS
+from diffsparse.layout import BlockLayout
+
+__all__ = ["cannot_run", "check", "choose_backend", "input_error", "kv_len_error"]
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MAX_HEAD_DIM = 256
+
+
+def input_error(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: BlockLayout,
+    *,
+    kv_len: torch.Tensor | None = None,
+    numerics: str = "auto",
+) -> str | None:
+    """What is wrong with the arguments, whichever backend runs them. Reads shapes and types, never values."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            return f"{name} must be [batch, seq, heads, head_dim], got shape {tuple(x.shape)}"
+        if x.shape != q.shape:
+            return f"q, k and v must have one shape; q is {tuple(q.shape)}, {name} is {tuple(x.shape)}"
+        if x.dtype != q.dtype:
+            return f"q, k and v must have one dtype; q is {q.dtype}, {name} is {x.dtype}"
+        if x.device != q.device:
+            return f"q, k and v must be on one device; q is on {q.device}, {name} on {x.device}"
+        if x.shape[3] > 1 and x.stride(3) != 1:
+            return f"the last axis of {name} must be contiguous, got strides {tuple(x.stride())}"
+    batch, seq, heads, _ = q.shape
+    if not q.dtype.is_floating_point:
+        return f"q, k and v must be floating point, got {q.dtype}"
+    if seq != layout.seq_len:
+        return f"q has {seq} tokens, the layout is for {layout.seq_len} (grid {layout.grid})"
+    if heads != layout.num_heads:
+        return f"q has {heads} heads, the layout has {layout.num_heads}"
+    if layout.device != q.device:
+        return f"q is on {q.device}, the layout on {layout.device}: use layout.to({str(q.device)!r})"
+    if kv_len is not None:
+        if kv_len.device != q.device:
+            return f"kv_len must be on the device of q, {q.device}, got {kv_len.device}"
+        want = (batch, seq) if kv_len.dtype == torch.bool else (batch,)
+        if kv_len.dtype not in (torch.bool, torch.int32, torch.int64) or tuple(kv_len.shape) != want:
+            return (
+                f"kv_len must be int32 [batch] or bool [batch, seq], here [{batch}] or [{batch}, {seq}]; "
+                f"got {kv_len.dtype} {list(kv_len.shape)}"
+            )
+    for wanted in (numerics, *layout.numerics):
+        if wanted != "auto":
+            return f"numerics {wanted!r} is not available in this version; allowed: 'auto'"
+    return None
+
+
+def kv_len_error(kv_len: torch.Tensor | None, seq: int, text_before: int, num_visual: int) -> str | None:
+    """What is wrong with the values of ``kv_len``. Reads them, so it is for CPU tensors only."""
+    if kv_len is None or kv_len.device.type != "cpu":
+        return None
+    visual_end = text_before + num_visual
+    if kv_len.dtype == torch.bool:
+        if not bool(kv_len[:, text_before:visual_end].all()):
+            return "the key mask masks out visual tokens; only text tokens may be masked"
+        return None
+    low, high = int(kv_len.min()), int(kv_len.max())
+    if high > seq:
+        return f"kv_len goes up to {high}, the sequence has {seq} tokens"
+    if low < visual_end:
+        return f"kv_len goes down to {low}, which masks out visual tokens (they end at {visual_end}); only text may be masked"
+    return None
+
+
+def _reference(q: torch.Tensor | None) -> str | None:
+    return None
+
+
+def _cpu(q: torch.Tensor | None) -> str | None:
+    if q is None:
+        return None
+    if q.device.type != "cpu":
+        return f"the cpu backend runs tensors on the CPU, got {q.device}"
+    if q.dtype not in _DTYPES:
+        return f"the cpu backend takes float32, float16 or bfloat16, got {q.dtype}"
+    return None
+
+
+def interpreting() -> bool:
+    """True where Triton kernels run in Triton's interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@lru_cache(maxsize=1)
+def _triton_missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    return None
+
+
+def _triton(q: torch.Tensor | None) -> str | None:
+    if (missing := _triton_missing()) is not None:
+        return missing
+    if q is None:
+        if interpreting() or torch.cuda.is_available():
+            return None
+        return "triton needs a GPU (or TRITON_INTERPRET=1), and torch sees none"
+    if q.device.type == "cpu" and not interpreting():
+        return "the triton backend runs tensors on a GPU, got cpu (TRITON_INTERPRET=1 runs it in Triton's interpreter)"
+    if q.dtype not in _DTYPES:
+        return f"the triton backend takes float32, float16 or bfloat16, got {q.dtype}"
+    if not 16 <= q.shape[3] <= _MAX_HEAD_DIM or q.shape[3] % 8:
+        return f"the triton backend takes a head_dim that is a multiple of 8 from 16 to {_MAX_HEAD_DIM}, got {q.shape[3]}"
+    return None
+
+
+_CHECKS: dict[str, Callable[[torch.Tensor | None], str | None]] = {
+    "reference": _reference,
+    "cpu": _cpu,
+    "triton": _triton,
+}
+
+
+def cannot_run(backend: str, q: torch.Tensor | None = None) -> str | None:
+    """Why a backend cannot run tensors like ``q`` (None: like any), or None where it can."""
+    if backend not in _CHECKS:
+        return f"unknown backend {backend!r}; allowed: auto, {', '.join(BACKENDS)}"
+    return _CHECKS[backend](q)
+
+
+@lru_cache(maxsize=256)
+def _log_once(message: str) -> None:
+    logger.info(message)
+
+
+def choose_backend(backend: str, q: torch.Tensor) -> str:
+    """The backend that runs tensors like ``q``.
+
+    Asked for by name it is that one, or ValueError with the reason. Under ``"auto"`` backends of the tensors' device are
+    tried best first, and each one passed over is logged once with its reason.
+    """
+    if backend != "auto":
+        if (reason := cannot_run(backend, q)) is not None:
+            raise ValueError(reason)
+        return backend
+    for name in ("cpu", "reference") if q.device.type == "cpu" else ("triton", "reference"):
+        if (reason := cannot_run(name, q)) is None:
+            return name
+        _log_once(f"backend {name} passed over: {reason}")
+    raise AssertionError("the reference backend runs everything")
+
+
+def check(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: BlockLayout,
+    *,
+    kv_len: torch.Tensor | None = None,
+    numerics: str = "auto",
+    backend: str = "auto",
+    raise_error: bool = False,
+) -> str | None:
+    """Why ``sparse_attention`` would refuse these arguments, or None.
+
+    With ``raise_error`` the reason is raised as a ValueError instead of being returned.
+    """
+    reason = input_error(q, k, v, layout, kv_len=kv_len, numerics=numerics)
+    if reason is None:
+        reason = kv_len_error(kv_len, layout.seq_len, layout.grid.text_before, layout.grid.num_visual)
+    if reason is None and backend != "auto":
+        reason = cannot_run(backend, q)
+    if reason is not None and raise_error:
+        raise ValueError(reason)
+    return reason

@@ -1,0 +1,95 @@
+"""The operator ``diffsparse::sparse_attention``: its schema, what tracing sees of it, and its missing backward.
+
+Arguments are tensors and constants of a whole plan. What differs from head to head lies in int32 tensors, so that the
+layers of a compiled model share one graph.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from diffsparse.kernels.call import AttentionCall, key_mask_of
+from diffsparse.kernels.checks import choose_backend, kv_len_error
+
+__all__ = ["sparse_attention_op"]
+
+_MODULES = {
+    "reference": "diffsparse.kernels.reference",
+    "cpu": "diffsparse.kernels.cpu",
+    "triton": "diffsparse.kernels.triton_fwd",
+}
+_SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, Tensor gather, Tensor scatter, Tensor block_start, Tensor head_order, "
+    "Tensor row_ptr, Tensor col_idx, Tensor head_mode, Tensor? kv_len, float scale, int block_size, int text_before, "
+    "int num_visual, bool has_tail, bool needs_gather, bool return_lse, str backend) -> (Tensor, Tensor)"
+)
+
+
+@torch.library.custom_op("diffsparse::sparse_attention", mutates_args=(), schema=_SCHEMA)
+def sparse_attention_op(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gather: torch.Tensor,
+    scatter: torch.Tensor,
+    block_start: torch.Tensor,
+    head_order: torch.Tensor,
+    row_ptr: torch.Tensor,
+    col_idx: torch.Tensor,
+    head_mode: torch.Tensor,
+    kv_len: torch.Tensor | None,
+    scale: float,
+    block_size: int,
+    text_before: int,
+    num_visual: int,
+    has_tail: bool,
+    needs_gather: bool,
+    return_lse: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run one call; the log-sum-exp is an empty tensor unless asked for. Arguments as in ``AttentionCall``."""
+    seq = q.shape[1]
+    if (reason := kv_len_error(kv_len, seq, text_before, num_visual)) is not None:
+        raise ValueError(reason)
+    name = choose_backend(backend, q)
+    call = AttentionCall(
+        q=q,
+        k=k,
+        v=v,
+        gather=gather,
+        scatter=scatter,
+        block_start=block_start,
+        head_order=head_order,
+        row_ptr=row_ptr,
+        col_idx=col_idx,
+        head_mode=head_mode,
+        key_mask=key_mask_of(kv_len, seq),
+        scale=scale,
+        block_size=block_size,
+        text_before=text_before,
+        num_visual=num_visual,
+        has_tail=has_tail,
+        needs_gather=needs_gather,
+        return_lse=return_lse,
+    )
+    out, lse = import_module(_MODULES[name]).run(call)
+    return out, lse if return_lse else q.new_empty(0, dtype=torch.float32)
+
+
+@sparse_attention_op.register_fake
+def _(q: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return_lse = args[-2]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return out, torch.empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32, device=q.device)
+
+
+def _no_backward(ctx: Any, *grads: torch.Tensor) -> None:
+    raise NotImplementedError(
+        "sparse_attention has no backward: run it under torch.no_grad(), or dense where gradients are needed"
+    )
+
+
+sparse_attention_op.register_autograd(_no_backward)

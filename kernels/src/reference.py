@@ -1,0 +1,76 @@
+"""The oracle: block-sparse attention in plain torch, one query block at a time, with nothing left to cleverness."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from diffsparse.entry import TAILS
+from diffsparse.kernels.call import SKIP, TAIL, AttentionCall, make_call
+from diffsparse.layout import BlockLayout
+
+__all__ = ["reference_attention", "run"]
+
+
+def reference_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: BlockLayout,
+    *,
+    scale: float | None = None,
+    kv_len: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What every backend should compute, in ``dtype`` throughout.
+
+    q, k, v: ``[B, S, H, D]``. Returns the output ``[B, S, H, D]`` and its log-sum-exp ``[B, S, H]``, both in ``dtype``.
+    """
+    return _compute(make_call(q, k, v, layout, scale=scale, kv_len=kv_len), dtype)
+
+
+def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """The backend: fp32 inside (fp64 for fp64 inputs), output in the inputs' dtype, log-sum-exp in fp32."""
+    out, lse = _compute(call, torch.float64 if call.q.dtype == torch.float64 else torch.float32)
+    return out.to(call.q.dtype), lse.float()
+
+
+def _compute(call: AttentionCall, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, seq, heads, _ = call.q.shape
+    n = call.num_blocks
+    out = torch.zeros(call.q.shape, dtype=dtype, device=call.q.device)
+    lse = torch.full((batch, seq, heads), -math.inf, dtype=dtype, device=call.q.device)
+    start_of, row_ptr, col_idx = call.block_start.tolist(), call.row_ptr.tolist(), call.col_idx.tolist()
+    modes, order_of = call.head_mode.tolist(), call.head_order.tolist()
+    for h in range(heads):
+        if modes[h][SKIP]:
+            continue
+        order, tail = order_of[h], TAILS[modes[h][TAIL]]
+        gather = call.gather[order].long()
+        border = start_of[order]
+        tokens = [gather[border[i] : border[i + 1]] for i in range(n)]
+        visual = call.visual_blocks(order).tolist()
+        for b in range(batch):
+            q, k, v = (x[b, :, h].to(dtype) for x in (call.q, call.k, call.v))
+            for i in range(n):
+                if not len(tokens[i]):
+                    continue
+                kept = col_idx[row_ptr[h * n + i] : row_ptr[h * n + i + 1]]
+                query = q[tokens[i]] * call.scale
+                keys = torch.cat([tokens[j] for j in kept]) if kept else tokens[i][:0]
+                if call.key_mask is not None:
+                    keys = keys[call.key_mask[b, keys]]
+                logits, values = [query @ k[keys].T], [v[keys]]
+                dropped = [j for j in range(n) if visual[j] and j not in set(kept)] if tail != "none" else []
+                for j in dropped:
+                    logit = query @ k[tokens[j]].mean(0) + math.log(len(tokens[j]))
+                    if tail == "moments":
+                        logit = logit + 0.5 * query.square() @ k[tokens[j]].var(0, unbiased=False)
+                    logits.append(logit[:, None])
+                    values.append(v[tokens[j]].mean(0, keepdim=True))
+                weights = torch.cat(logits, 1)
+                if weights.shape[1]:
+                    lse[b, tokens[i], h] = weights.logsumexp(1)
+                    out[b, tokens[i], h] = weights.softmax(1) @ torch.cat(values)
+    return out, lse
