@@ -1,0 +1,113 @@
+"""One global multiple-choice knapsack: exactly one option per item, least error within a budget of cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import LinearConstraint, milp
+from scipy.sparse import coo_matrix
+
+__all__ = ["Assignment", "InfeasibleBudget", "assign", "lagrangian"]
+
+
+class InfeasibleBudget(ValueError):
+    """Even the cheapest options cost more than the budget."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """``choice``: the option of each item. ``error``, ``cost``: their sums. ``bound``: no assignment has less error."""
+
+    choice: np.ndarray
+    error: float
+    cost: float
+    bound: float
+
+
+def _check(errors: list[np.ndarray], costs: list[np.ndarray], budget: float) -> None:
+    for error, cost in zip(errors, costs, strict=True):
+        if error.shape != cost.shape or error.ndim != 1 or len(error) == 0:
+            raise ValueError("every item needs as many errors as costs, at least one")
+        if not (np.isfinite(error).all() and np.isfinite(cost).all()):
+            raise ValueError("errors and costs must be finite")
+    least = sum(float(c.min()) for c in costs)
+    if least > budget * (1 + 1e-9):
+        raise InfeasibleBudget(f"the cheapest assignment costs {least:.6g}, the budget is {budget:.6g}")
+
+
+def lagrangian(errors: list[np.ndarray], costs: list[np.ndarray], budget: float, iterations: int = 60) -> Assignment:
+    """Within a few hundredths of a percent of the best on large problems, in milliseconds, with a bound beside it.
+
+    Bisects the price of cost; at each price every item takes its best option by itself.
+    """
+    _check(errors, costs, budget)
+    width = max(len(e) for e in errors)
+    error = np.full((len(errors), width), np.inf)
+    cost = np.full((len(errors), width), np.inf)
+    for i, (e, c) in enumerate(zip(errors, costs, strict=True)):
+        error[i, : len(e)], cost[i, : len(c)] = e, c
+    rows = np.arange(len(errors))
+
+    def at(price: float) -> tuple[np.ndarray, float, float]:
+        # Equal prices go to the cheaper option, so that a high enough price always fits the budget.
+        total = error + price * cost
+        best = total.min(1, keepdims=True)
+        tied = np.where(total <= best * (1 + 1e-12), cost, np.inf)
+        choice = tied.argmin(1)
+        return choice, float(error[rows, choice].sum()), float(cost[rows, choice].sum())
+
+    choice, total_error, total_cost = at(0.0)
+    bound = total_error
+    if total_cost > budget:
+        cheapest = np.where(cost == cost.min(1, keepdims=True), error, np.inf).argmin(1)
+        choice, total_error = cheapest, float(error[rows, cheapest].sum())
+        total_cost = float(cost[rows, cheapest].sum())
+        spread = float(np.max(np.where(np.isfinite(error), error, 0)))
+        low, high = 0.0, max(spread, 1e-300) / max(budget, 1e-12)
+        while at(high)[2] > budget and high < 1e300:
+            high *= 16
+        for _ in range(iterations):
+            price = (low + high) / 2 if low else high / 2**6 if at(high / 2**6)[2] <= budget else high / 2
+            candidate, e, c = at(price)
+            bound = max(bound, e + price * (c - budget))
+            if c <= budget:
+                high = price
+                if e < total_error:
+                    choice, total_error, total_cost = candidate, e, c
+            else:
+                low = price
+    return Assignment(choice, total_error, total_cost, min(bound, total_error))
+
+
+def assign(errors: list[np.ndarray], costs: list[np.ndarray], budget: float, time_limit: float = 60.0) -> Assignment:
+    """The best assignment by mixed-integer programming (HiGHS), to a gap of 1e-4; the Lagrangian one if that is better.
+
+    ``errors``, ``costs``: per item, float ``[options]``. Raises :class:`InfeasibleBudget`.
+    """
+    quick = lagrangian(errors, costs, budget)
+    sizes = np.array([len(e) for e in errors])
+    first = np.concatenate([[0], np.cumsum(sizes)])
+    flat_error, flat_cost = np.concatenate(errors), np.concatenate(costs)
+    n = len(flat_error)
+    item = np.repeat(np.arange(len(errors)), sizes)
+    one_each = coo_matrix((np.ones(n), (item, np.arange(n))), shape=(len(errors), n)).tocsr()
+    scale = max(float(flat_error.max()), 1e-300)
+    result = milp(
+        flat_error / scale,
+        constraints=[
+            LinearConstraint(one_each, 1, 1),
+            LinearConstraint(flat_cost[None] / max(budget, 1e-12), -np.inf, 1),
+        ],
+        integrality=np.ones(n),
+        bounds=(0, 1),
+        options={"mip_rel_gap": 1e-4, "time_limit": time_limit},
+    )
+    if result.x is None:
+        return quick
+    choice = np.array([int(result.x[a:b].argmax()) for a, b in zip(first[:-1], first[1:], strict=True)])
+    error, cost = float(flat_error[first[:-1] + choice].sum()), float(flat_cost[first[:-1] + choice].sum())
+    bound = max(quick.bound, float(result.mip_dual_bound or 0.0) * scale)
+    if cost > budget * (1 + 1e-9) or error > quick.error:
+        choice, error, cost = quick.choice, quick.error, quick.cost
+    return Assignment(choice, error, cost, min(bound, error))

@@ -1,0 +1,54 @@
+"""The patterns that a search chooses from: resolution-free families on a few orders, beside measured bitmaps."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from diffsparse.grid import TokenGrid
+from diffsparse.order import AxisOrder, CurveOrder, RasterOrder, TileOrder, TokenOrder
+from diffsparse.pattern import Band, Columns, Diagonals, Empty, GridStripes, Pattern, Radial, Sink, Window
+
+__all__ = ["BITMAP_DENSITIES", "families", "orders_for", "top_columns"]
+
+# Kept shares of a head's block pairs that a bitmap may have; fine at the low end, where most heads end up.
+BITMAP_DENSITIES = (0.0, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.16, 0.24, 0.35, 0.5, 0.7)
+
+
+def orders_for(grid: TokenGrid, block_size: int) -> list[TokenOrder]:
+    """Orders worth trying on a grid, the usual winner first."""
+    flat, cube = {64: ((1, 8, 8), (4, 4, 4)), 128: ((1, 8, 16), (2, 8, 8))}[block_size]
+    orders: list[TokenOrder] = [TileOrder(*flat), RasterOrder()]
+    if grid.frames > 1:
+        orders += [TileOrder(*cube), AxisOrder("HWF")]
+    orders.append(CurveOrder())
+    return orders
+
+
+def families(grid: TokenGrid) -> list[Pattern]:
+    """Resolution-free patterns of all families over a range of densities."""
+    found: list[Pattern] = [Empty()]
+    frame_extents: tuple[float | int | None, ...] = (1, 0.5, None) if grid.frames > 1 else (None,)
+    for t in frame_extents:
+        for space in (0.1, 0.2, 0.3, 0.5, 0.75):
+            found.append(Window((t, space, space)))
+        found += [Window((t, 0.15, None)), Window((t, None, 0.15))]
+    if grid.frames > 1:
+        found += [Window((1, None, None)), Sink(frames=1), Sink(frames=1) | Window((1, None, None))]
+        found += [Radial(decay=decay) for decay in (0.05, 0.2, 0.6)]
+        # The same site, seen one or two frames away: the multi-diagonals of a panning or moving picture.
+        found.append(Diagonals(((0, 0, 0), (1, 0, 0), (2, 0, 0)), (0, 0.05, 0.05)))
+        found.append(GridStripes("frame", key_phases=(0.125, 0.375, 0.625, 0.875)))
+    found += [Band(0.02), Band(0.06), Band(0.15)]
+    return found
+
+
+def top_columns(column_score: np.ndarray, grid: TokenGrid, order: TokenOrder, block_size: int, count: int) -> Columns:
+    """Vertical stripes over the ``count`` key blocks (float ``[NB]``) that matter most, as fractions of the grid."""
+    blocks = order.partition(grid, block_size)
+    chosen = np.sort(np.argsort(-column_score, kind="stable")[:count])
+    boxes = []
+    for block in chosen:
+        box = blocks.boxes[blocks.owner == block]
+        low, high = box[:, ::2].min(0), box[:, 1::2].max(0) + 1
+        boxes.append(tuple(float(round(x / n, 9)) for a, n in enumerate(grid.shape) for x in (low[a], high[a])))
+    return Columns(tuple(boxes))  # type: ignore[arg-type]

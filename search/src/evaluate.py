@@ -1,0 +1,405 @@
+"""A plan against dense attention, clip by clip: same prompt, same seed, same noise.
+
+Dense clips are the costly part and do not depend on the plan, so they are made once (:func:`generate_dense`) and any
+number of plans is compared with them (:func:`compare`). :func:`evaluate` does both for one plan.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from typing import Any
+
+import torch
+
+from diffsparse import pipelines
+from diffsparse.grid import TokenGrid
+from diffsparse.plan import SparsityPlan
+from diffsparse.search import metrics
+from diffsparse.search.errors import BadInput
+from diffsparse.search.generate import Clip, GenerationSettings, check_seeds, generate_clip, generate_clips
+from diffsparse.search.statistics import Mean, mean_of
+
+__all__ = ["ClipReport", "DenseSet", "EvalReport", "NoiseFloor", "compare", "evaluate", "generate_dense", "paired"]
+
+#: Steps of the generation that is thrown away before times are taken (kernels compile, memory is fetched).
+WARM_UP_STEPS = 2
+
+
+@dataclass(frozen=True)
+class NoiseFloor:
+    """The first dense clip again, on another dense kernel: no sparse plan can be told from dense beyond this."""
+
+    kernel: str
+    psnr: float
+    ssim: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class DenseSet:
+    """Dense clips to compare plans with.
+
+    ``clips``: by (prompt, seed), in the order of generation. ``other_seed_psnr``: mean PSNR between two dense clips of
+    the same prompt and different seeds, the distance that "a different clip" has. ``grid``: of the first self-attention
+    call, text included.
+    """
+
+    clips: dict[tuple[str, int], Clip]
+    settings: GenerationSettings
+    other_seed_psnr: float | None
+    noise_floor: NoiseFloor | None
+    grid: TokenGrid | None
+
+    @property
+    def noise_levels(self) -> tuple[float, ...]:
+        return next(iter(self.clips.values())).noise_levels
+
+
+@dataclass(frozen=True)
+class ClipReport:
+    """One sparse clip beside its dense twin. Times in seconds; the lists of defects are mostly empty."""
+
+    prompt: str
+    seed: int
+    psnr: float
+    worst_frame_psnr: float
+    ssim: float | None
+    lpips: float | None
+    above_other_seed: float | None
+    dense_loop_seconds: float
+    sparse_loop_seconds: float
+    dense_seconds: float
+    sparse_seconds: float
+    dense_defects: list[str]
+    sparse_defects: list[str]
+
+    @property
+    def loop_speedup(self) -> float | None:
+        return self.dense_loop_seconds / self.sparse_loop_seconds if self.sparse_loop_seconds else None
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """What :func:`compare` found. ``sparse_clips`` holds the clips themselves and is left out of :meth:`to_dict`."""
+
+    plan: str
+    clips: list[ClipReport]
+    settings: GenerationSettings
+    call_density: float | None
+    trajectory_density: float | None
+    other_seed_psnr: float | None
+    noise_floor: NoiseFloor | None
+    attention: dict[str, Any]
+    notes: list[str]
+    environment: dict[str, Any]
+    sparse_clips: list[Clip] = field(default_factory=list, repr=False, compare=False)
+
+    @property
+    def psnr(self) -> Mean | None:
+        return mean_of([c.psnr for c in self.clips])
+
+    @property
+    def above_other_seed(self) -> Mean | None:
+        return mean_of([c.above_other_seed for c in self.clips])
+
+    @property
+    def ssim(self) -> Mean | None:
+        return mean_of([c.ssim for c in self.clips])
+
+    @property
+    def lpips(self) -> Mean | None:
+        return mean_of([c.lpips for c in self.clips])
+
+    @property
+    def worst(self) -> ClipReport:
+        """The clip with the lowest PSNR; one without any (NaN) is worse still."""
+        return min(self.clips, key=lambda c: -math.inf if math.isnan(c.psnr) else c.psnr)
+
+    def _total(self, name: str) -> float:
+        return math.fsum(getattr(c, name) for c in self.clips)
+
+    @property
+    def loop_speedup(self) -> float | None:
+        """Dense over sparse time of the denoising loops, summed over all clips."""
+        sparse = self._total("sparse_loop_seconds")
+        return self._total("dense_loop_seconds") / sparse if sparse else None
+
+    @property
+    def speedup(self) -> float | None:
+        """The same for whole calls: text encoding and decoding included."""
+        sparse = self._total("sparse_seconds")
+        return self._total("dense_seconds") / sparse if sparse else None
+
+    @property
+    def broken(self) -> list[str]:
+        """A line for each black, flat, frozen or NaN clip."""
+        return [
+            f"{side} clip of {c.prompt!r}, seed {c.seed}: {', '.join(found)}"
+            for c in self.clips
+            for side, found in (("dense", c.dense_defects), ("sparse", c.sparse_defects))
+            if found
+        ]
+
+    @property
+    def passed(self) -> bool:
+        """True where no clip is broken."""
+        return not self.broken
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values: no NaN and no infinity (None instead)."""
+        means = {
+            name: value.to_dict() if (value := getattr(self, name)) else None
+            for name in ("psnr", "above_other_seed", "ssim", "lpips")
+        }
+        clips = [
+            {**vars(c), "loop_speedup": c.loop_speedup, "psnr": c.psnr if math.isfinite(c.psnr) else None}
+            for c in self.clips
+        ]
+        n = len(self.clips)
+        return _finite(
+            {
+                "plan": self.plan,
+                "passed": self.passed,
+                "broken": self.broken,
+                **means,
+                "worst": {"prompt": self.worst.prompt, "seed": self.worst.seed, "psnr": self.worst.psnr},
+                "other_seed_psnr": self.other_seed_psnr,
+                "noise_floor": vars(self.noise_floor) if self.noise_floor else None,
+                "call_density": self.call_density,
+                "trajectory_density": self.trajectory_density,
+                "loop_seconds": {
+                    "dense": self._total("dense_loop_seconds") / n,
+                    "sparse": self._total("sparse_loop_seconds") / n,
+                    "speedup": self.loop_speedup,
+                },
+                "seconds": {
+                    "dense": self._total("dense_seconds") / n,
+                    "sparse": self._total("sparse_seconds") / n,
+                    "speedup": self.speedup,
+                },
+                "settings": vars(self.settings),
+                "clips": clips,
+                "attention": self.attention,
+                "notes": self.notes,
+                "environment": self.environment,
+            }
+        )
+
+    def table(self) -> str:
+        """The same for readers, in plain text."""
+        from diffsparse.search.tables import eval_table
+
+        return eval_table(self)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+# -- dense -------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _other_dense_kernel(device: torch.device) -> Iterator[str]:
+    """Another exact attention than the default: memory-efficient on a GPU, the plain formula elsewhere."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    backend = SDPBackend.EFFICIENT_ATTENTION if device.type == "cuda" else SDPBackend.MATH
+    with sdpa_kernel([backend]):
+        yield f"torch SDPA, {backend.name.lower()}"
+
+
+def _first_grid(pipe: Any, prompt: str, settings: GenerationSettings) -> TokenGrid | None:
+    """A short dense generation that warms everything up; the grid that its self-attention had."""
+    grids: list[TokenGrid] = []
+
+    def look(call: Any) -> None:
+        if not grids and call.grid is not None:
+            grids.append(call.grid)
+
+    with pipelines.tap_attention(pipe, look):
+        generate_clip(pipe, prompt, 0, replace(settings, num_inference_steps=WARM_UP_STEPS))
+    return grids[0] if grids else None
+
+
+def generate_dense(
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: GenerationSettings,
+    *,
+    noise_floor: bool = True,
+    other_seed: bool = True,
+    progress: bool = True,
+) -> DenseSet:
+    """The dense clips of every prompt with every seed.
+
+    ``noise_floor`` makes the first clip again on another dense kernel. ``other_seed`` gives the PSNR between two seeds;
+    with a single seed that takes one more clip of the first prompt. Sparse attention must be off.
+    """
+    prompts = list(dict.fromkeys(prompts))
+    seeds = check_seeds(seeds)
+    if not prompts:
+        raise BadInput("there is no prompt to generate")
+    grid = _first_grid(pipe, prompts[0], settings)
+    made = generate_clips(pipe, prompts, seeds, settings, label="dense", progress=progress)
+    clips = {(c.prompt, c.seed): c for c in made}
+    pairs = [(clips[p, a], clips[p, b]) for p in prompts for a, b in combinations(seeds, 2)]
+    if other_seed and not pairs:
+        pairs = [(made[0], generate_clip(pipe, prompts[0], seeds[0] + 1, settings))]
+    apart = mean_of([metrics.psnr(a.frames, b.frames) for a, b in pairs]) if other_seed else None
+    floor = None
+    if noise_floor:
+        with _other_dense_kernel(pipe.device) as kernel:
+            again = generate_clip(pipe, prompts[0], seeds[0], settings).frames
+        floor = NoiseFloor(kernel, metrics.psnr(again, made[0].frames), metrics.ssim(again, made[0].frames))
+    return DenseSet(clips, settings, apart.mean if apart else None, floor, grid)
+
+
+# -- sparse ------------------------------------------------------------------------------------------------------------
+
+
+def _plan_name(plan: SparsityPlan | str) -> str:
+    if isinstance(plan, str):
+        return plan
+    return str(plan.record.get("preset") or plan.record.get("name") or "plan")
+
+
+def compare(
+    pipe: Any,
+    plan: SparsityPlan | str,
+    dense: DenseSet,
+    *,
+    backend: str = "auto",
+    name: str | None = None,
+    lpips: bool = False,
+    warm_up: bool = True,
+    progress: bool = True,
+) -> EvalReport:
+    """Generates every clip of ``dense`` again under ``plan`` and compares.
+
+    ``warm_up`` first makes two steps that are not timed. ``lpips`` adds LPIPS where the package and its weights are
+    here. The pipeline is dense again afterwards.
+    """
+    from tqdm import tqdm
+
+    from diffsparse.search.environment import environment
+
+    notes: list[str] = []
+    sparse: list[Clip] = []
+    first = next(iter(dense.clips.values()))
+    with pipelines.sparse_attention(pipe, plan, backend=backend):
+        if warm_up:
+            generate_clip(pipe, first.prompt, 0, replace(dense.settings, num_inference_steps=WARM_UP_STEPS))
+        label = name or _plan_name(plan)
+        with tqdm(dense.clips, desc=f"sparse ({label})", unit="clip", disable=not progress, leave=False) as bar:
+            sparse.extend(generate_clip(pipe, prompt, seed, dense.settings) for prompt, seed in bar)
+        attention = _as_dict(pipelines.sparse_attention_summary(pipe))
+    if reason := metrics.ssim_missing():
+        notes.append(reason)
+    model = metrics.load_lpips(pipe.device) if lpips else None
+    if lpips and model is None:
+        notes.append("LPIPS needs the package lpips and its weights; pip install 'diffsparse[metrics]'")
+    reports = [
+        _clip_report(twin, clip, dense.other_seed_psnr, model)
+        for twin, clip in zip(dense.clips.values(), sparse, strict=True)
+    ]
+    call, trajectory = _densities(pipe, plan, dense)
+    return EvalReport(
+        plan=label,
+        clips=reports,
+        settings=dense.settings,
+        call_density=call,
+        trajectory_density=trajectory,
+        other_seed_psnr=dense.other_seed_psnr,
+        noise_floor=dense.noise_floor,
+        attention=attention,
+        notes=notes,
+        environment=environment(pipe.device),
+        sparse_clips=sparse,
+    )
+
+
+def _as_dict(summary: Any) -> dict[str, Any]:
+    return summary.to_dict()  # type: ignore[no-any-return]
+
+
+def _clip_report(dense: Clip, sparse: Clip, other_seed: float | None, model: Any) -> ClipReport:
+    value = metrics.psnr(sparse.frames, dense.frames)
+    return ClipReport(
+        prompt=dense.prompt,
+        seed=dense.seed,
+        psnr=value,
+        worst_frame_psnr=min(metrics.frame_psnr(sparse.frames, dense.frames)),
+        ssim=metrics.ssim(sparse.frames, dense.frames),
+        lpips=metrics.lpips_distance(model, sparse.frames, dense.frames) if model is not None else None,
+        above_other_seed=None if other_seed is None else value - other_seed,
+        dense_loop_seconds=dense.loop_seconds,
+        sparse_loop_seconds=sparse.loop_seconds,
+        dense_seconds=dense.seconds,
+        sparse_seconds=sparse.seconds,
+        dense_defects=metrics.find_defects(dense.frames),
+        sparse_defects=metrics.find_defects(sparse.frames, dense.frames),
+    )
+
+
+def _densities(pipe: Any, plan: SparsityPlan | str, dense: DenseSet) -> tuple[float | None, float | None]:
+    """Density of the mean sparse call, and of the whole trajectory, by the plan's own arithmetic."""
+    if not isinstance(plan, SparsityPlan) or dense.grid is None:
+        return None, None
+    architecture = pipelines.architecture_of(pipelines.find_transformers(pipe)[0])
+    layers, heads = architecture.layers, architecture.heads
+    phases = [p for p in plan.schedule.phases(dense.noise_levels) if p is not None]
+    calls = plan.call_densities(dense.grid, layers, heads)
+    sparse_layers = [i for i, layer in enumerate(layers) if plan.layer_entries(0, layer, heads) is not None]
+    call = float(calls[phases][:, sparse_layers].mean()) if phases and sparse_layers else None
+    return call, plan.trajectory_density(dense.grid, dense.noise_levels, layers, heads)
+
+
+def evaluate(
+    pipe: Any,
+    plan: SparsityPlan | str,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int] = (1000, 1001),
+    num_inference_steps: int = 20,
+    guidance_scale: float = 5.0,
+    height: int | None = None,
+    width: int | None = None,
+    num_frames: int | None = None,
+    negative_prompt: str | None = None,
+    backend: str = "auto",
+    dense: DenseSet | None = None,
+    noise_floor: bool = True,
+    lpips: bool = False,
+    progress: bool = True,
+) -> EvalReport:
+    """Compares ``plan`` with dense attention on every prompt with every seed.
+
+    ``dense`` (of :func:`generate_dense`) spares making the dense clips again; its own prompts, seeds and settings hold.
+    Sparse attention must be off, and is off again afterwards.
+    """
+    if dense is None:
+        settings = GenerationSettings(num_inference_steps, guidance_scale, height, width, num_frames, negative_prompt)
+        dense = generate_dense(pipe, prompts, seeds, settings, noise_floor=noise_floor, progress=progress)
+    return compare(pipe, plan, dense, backend=backend, lpips=lpips, progress=progress)
+
+
+def paired(a: EvalReport, b: EvalReport, value: Callable[[ClipReport], float | None] = lambda c: c.psnr) -> Mean | None:
+    """Mean of ``a - b`` over the clips that both have, with its interval: is plan a better than plan b?"""
+    theirs = {(c.prompt, c.seed): value(c) for c in b.clips}
+    differences = []
+    for clip in a.clips:
+        mine, other = value(clip), theirs.get((clip.prompt, clip.seed))
+        if mine is not None and other is not None:
+            differences.append(mine - other)
+    return mean_of(differences)

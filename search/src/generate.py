@@ -1,0 +1,167 @@
+"""Generating clips with a fixed seed each, and timing the denoising loop alone."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from diffsparse.search.errors import BadInput
+
+__all__ = ["Clip", "GenerationSettings", "LoopTimer", "check_seeds", "denoisers", "generate_clip", "generate_clips"]
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """What every clip of a comparison has in common. Sizes are in pixels; None leaves the pipeline's default."""
+
+    num_inference_steps: int = 20
+    guidance_scale: float = 5.0
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    negative_prompt: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_inference_steps < 1:
+            raise BadInput(f"the number of steps must be at least 1, got {self.num_inference_steps}")
+
+    def arguments(self, pipe: Any) -> dict[str, Any]:
+        """Keyword arguments for this pipeline's call. Raises :class:`BadInput` for one that it does not take."""
+        wanted = {name: value for name, value in asdict(self).items() if value is not None}
+        known = inspect.signature(type(pipe).__call__).parameters
+        if unknown := sorted(set(wanted) - set(known)):
+            raise BadInput(f"{type(pipe).__name__} takes no {', '.join(unknown)}; leave it out")
+        return wanted
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """One generated clip.
+
+    ``frames``: float32 ``[frames, channels, height, width]`` in [0, 1], on the CPU. An image is a clip of one frame.
+    ``noise_levels``: ``timestep / num_train_timesteps`` of every step.
+    ``loop_seconds``: from the start of the first denoiser call to the end of the last one.
+    ``seconds``: the whole call, text encoding and decoding included.
+    """
+
+    prompt: str
+    seed: int
+    frames: torch.Tensor
+    noise_levels: tuple[float, ...]
+    loop_seconds: float
+    seconds: float
+
+
+def denoisers(pipe: Any) -> list[torch.nn.Module]:
+    """The pipeline's denoising networks (two in Wan 2.2)."""
+    found = [pipe.components.get(name) for name in ("transformer", "transformer_2", "unet")]
+    return [module for module in found if isinstance(module, torch.nn.Module)]
+
+
+class LoopTimer:
+    """Time from the start of the first call of any of the modules to the end of the last one.
+
+    On CUDA by events in the stream, so that measuring makes nothing wait.
+    """
+
+    def __init__(self, modules: Sequence[torch.nn.Module]) -> None:
+        self._modules = modules
+        self._start: Any = None
+        self._end: Any = None
+
+    def _now(self, device: torch.device) -> Any:
+        if device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(device))
+            return event
+        return time.perf_counter()
+
+    @staticmethod
+    def _device(args: Any, kwargs: Any, module: torch.nn.Module) -> torch.device:
+        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
+        return tensors[0].device if tensors else next(module.parameters()).device
+
+    def _before(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        if self._start is None:
+            self._start = self._now(self._device(args, kwargs, module))
+
+    def _after(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self._end = self._now(self._device(args, kwargs, module))
+
+    @contextmanager
+    def running(self) -> Iterator[LoopTimer]:
+        handles = []
+        for module in self._modules:
+            handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
+            handles.append(module.register_forward_hook(self._after, with_kwargs=True))
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @property
+    def seconds(self) -> float:
+        """What was measured; 0 where no module was called."""
+        if self._start is None or self._end is None:
+            return 0.0
+        if isinstance(self._end, float):
+            return self._end - self._start  # type: ignore[no-any-return]
+        self._end.synchronize()
+        return self._start.elapsed_time(self._end) / 1000  # type: ignore[no-any-return]
+
+
+def _frames(output: Any) -> torch.Tensor:
+    frames = output.frames if hasattr(output, "frames") else output.images
+    clip = frames[0]
+    if clip.ndim == 3:
+        clip = clip[None]
+    return clip.detach().to("cpu", torch.float32)  # type: ignore[no-any-return]
+
+
+def _noise_levels(pipe: Any) -> tuple[float, ...]:
+    scheduler = pipe.scheduler
+    return tuple((scheduler.timesteps.double() / scheduler.config.num_train_timesteps).clamp(0, 1).tolist())
+
+
+def generate_clip(pipe: Any, prompt: str, seed: int, settings: GenerationSettings) -> Clip:
+    """One clip. The noise comes from a generator on the CPU, so a seed means the same noise on every device."""
+    arguments = settings.arguments(pipe)
+    timer = LoopTimer(denoisers(pipe))
+    start = time.perf_counter()
+    with timer.running(), torch.no_grad():
+        output = pipe(prompt=prompt, generator=torch.Generator("cpu").manual_seed(seed), output_type="pt", **arguments)
+    frames = _frames(output)  # waits for the device
+    seconds = time.perf_counter() - start
+    return Clip(prompt, seed, frames, _noise_levels(pipe), timer.seconds, seconds)
+
+
+def check_seeds(seeds: Iterable[int]) -> tuple[int, ...]:
+    """The seeds as a tuple. Raises :class:`BadInput` where one is negative, stands twice, or none is given."""
+    checked = tuple(seeds)
+    if not checked or min(checked) < 0 or len(set(checked)) != len(checked):
+        raise BadInput(f"seeds must be distinct integers of at least 0, got {list(checked)}")
+    return checked
+
+
+def generate_clips(
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: GenerationSettings,
+    *,
+    label: str = "generate",
+    progress: bool = True,
+) -> list[Clip]:
+    """Every prompt with every seed, prompts outermost, one clip at a time. ``progress`` shows a bar on stderr."""
+    from tqdm import tqdm
+
+    jobs = [(prompt, seed) for prompt in prompts for seed in check_seeds(seeds)]
+    with tqdm(jobs, desc=label, unit="clip", disable=not progress, leave=False) as bar:
+        return [generate_clip(pipe, prompt, seed, settings) for prompt, seed in bar]

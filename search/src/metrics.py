@@ -1,0 +1,136 @@
+"""How near two clips are, and whether a clip is broken.
+
+A clip is float ``[frames, channels, height, width]`` in [0, 1], as decoded and before any video encoding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+__all__ = [
+    "MAX_PSNR",
+    "find_defects",
+    "frame_psnr",
+    "load_lpips",
+    "lpips_distance",
+    "motion",
+    "psnr",
+    "ssim",
+    "ssim_missing",
+]
+
+#: PSNR of equal clips in dB: fp32 pixels hold no finer difference, and an average of infinities says nothing.
+MAX_PSNR = 120.0
+
+# Thresholds for broken clips, in units of the pixel range; half a step of 8-bit video is 0.002.
+BLACK_LEVEL = 0.01
+FLAT_STD = 0.002
+FROZEN_MOTION = 1e-4
+FROZEN_SHARE = 0.05  # of the motion of the dense clip
+
+
+def _check(clip: torch.Tensor, reference: torch.Tensor) -> None:
+    if clip.ndim != 4 or clip.shape != reference.shape:
+        raise ValueError(
+            f"clips must be [frames, channels, height, width] of one shape, got {tuple(clip.shape)} "
+            f"and {tuple(reference.shape)}"
+        )
+
+
+def _decibel(mse: float) -> float:
+    if math.isnan(mse):
+        return math.nan
+    return MAX_PSNR if mse <= 10 ** (-MAX_PSNR / 10) else -10 * math.log10(mse)
+
+
+def psnr(clip: torch.Tensor, reference: torch.Tensor) -> float:
+    """Peak signal-to-noise ratio in dB over all pixels of all frames, at most :data:`MAX_PSNR`; NaN if a pixel is."""
+    _check(clip, reference)
+    return _decibel(float((clip.double() - reference.double()).square().mean()))
+
+
+def frame_psnr(clip: torch.Tensor, reference: torch.Tensor) -> list[float]:
+    """:func:`psnr` of every frame."""
+    _check(clip, reference)
+    return [_decibel(float(m)) for m in (clip.double() - reference.double()).square().mean((1, 2, 3))]
+
+
+@lru_cache(maxsize=1)
+def _ssim_function() -> Callable[..., Any] | str:
+    """torchmetrics' SSIM, or why there is none."""
+    try:
+        from torchmetrics.functional.image import structural_similarity_index_measure
+    except ImportError as error:
+        return f"SSIM needs torchmetrics ({error}); pip install torchmetrics"
+    return structural_similarity_index_measure  # type: ignore[no-any-return]
+
+
+def ssim_missing() -> str | None:
+    """Why SSIM cannot be computed here, with what to install; None where it can."""
+    function = _ssim_function()
+    return function if isinstance(function, str) else None
+
+
+def ssim(clip: torch.Tensor, reference: torch.Tensor) -> float | None:
+    """Mean SSIM of the frames (torchmetrics, window of 11), or None without torchmetrics or below 11 pixels."""
+    _check(clip, reference)
+    function = _ssim_function()
+    if isinstance(function, str) or min(clip.shape[2:]) < 11:
+        return None
+    # Frame by frame: SSIM of long clips at once would take many copies of them.
+    values = [
+        float(function(a[None].float(), b[None].float(), data_range=1.0)) for a, b in zip(clip, reference, strict=True)
+    ]
+    return sum(values) / len(values)
+
+
+def load_lpips(device: torch.device | str = "cpu") -> Any | None:
+    """LPIPS (AlexNet), or None where the package or its weights are not here."""
+    try:
+        import lpips
+
+        return lpips.LPIPS(net="alex", verbose=False).to(device).eval()
+    except (ImportError, OSError):  # not installed; no network to fetch the weights through
+        return None
+
+
+def lpips_distance(model: Any, clip: torch.Tensor, reference: torch.Tensor) -> float:
+    """Mean LPIPS distance of the frames; ``model`` is what :func:`load_lpips` gave."""
+    _check(clip, reference)
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        values = [
+            float(model((a[None] * 2 - 1).to(device), (b[None] * 2 - 1).to(device)))
+            for a, b in zip(clip.float(), reference.float(), strict=True)
+        ]
+    return sum(values) / len(values)
+
+
+def motion(clip: torch.Tensor) -> float:
+    """Mean absolute difference between neighbouring frames; 0 for a single frame."""
+    return float(clip.diff(dim=0).abs().mean()) if clip.shape[0] > 1 else 0.0
+
+
+def find_defects(clip: torch.Tensor, reference: torch.Tensor | None = None) -> list[str]:
+    """What is broken about a clip: ``nan``, ``black``, ``flat`` (every frame of one colour), ``frozen``; mostly empty.
+
+    With a ``reference`` a clip is frozen, too, where it moves less than 5% of what the reference does.
+    """
+    if not torch.isfinite(clip).all():
+        return ["nan"]
+    found = []
+    if float(clip.max()) < BLACK_LEVEL:
+        found.append("black")
+    elif float(clip.std(dim=(2, 3), correction=0).max()) < FLAT_STD:
+        found.append("flat")
+    if clip.shape[0] > 1 and not found:
+        moves = motion(clip)
+        wanted = motion(reference) * FROZEN_SHARE if reference is not None else 0.0
+        if moves < max(FROZEN_MOTION, wanted):
+            found.append("frozen")
+    return found

@@ -1,0 +1,156 @@
+"""What each block of an attention call is worth: the error that dropping it makes, for every kind of tail.
+
+For a query q with softmax weights p, output o and a dropped block J of n keys, the output changes to first order by
+
+    d_J = w (m_v - o) - sum_{k in J} p_k (v_k - o)
+
+where w is the weight that the tail gives the block (0 without a tail) and m_v the block's mean value. The score of a
+block pair is the sum of ``||d_J||^2`` over the queries of the query block, estimated from a few sampled queries. Values
+are first taken through the head's slice of the output projection, so scores of different heads are in the same units.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from diffsparse.entry import TAILS
+from diffsparse.grid import TokenGrid
+from diffsparse.order import TokenOrder
+
+__all__ = ["BlockIndex", "CallScores", "projection_roots", "score_call"]
+
+# Logits of one chunk of sampled queries against all keys are held at once, in fp32.
+CHUNK_BYTES = 128 * 2**20
+
+
+@dataclass(frozen=True)
+class BlockIndex:
+    """An order's visual blocks as padded gather indices. ``NB`` blocks of at most ``n`` tokens.
+
+    ``tokens``: int64 ``[NB, n]``, indices into the whole sequence (padding repeats the block's first token).
+    ``valid``: bool ``[NB, n]``. ``length``: fp32 ``[NB]``.
+    """
+
+    tokens: torch.Tensor
+    valid: torch.Tensor
+    length: torch.Tensor
+
+    @classmethod
+    def build(cls, grid: TokenGrid, order: TokenOrder, block_size: int, device: torch.device) -> BlockIndex:
+        """Index the visual blocks of ``order`` on ``grid``."""
+        blocks = order.partition(grid, block_size)
+        width = int(blocks.lengths.max())
+        position = blocks.start[:-1, None] + np.arange(width)
+        valid = np.arange(width) < blocks.lengths[:, None]
+        tokens = grid.text_before + blocks.permutation[np.where(valid, position, blocks.start[:-1, None])]
+        return cls(
+            torch.from_numpy(tokens).to(device),
+            torch.from_numpy(valid).to(device),
+            torch.from_numpy(blocks.lengths.astype(np.float32)).to(device),
+        )
+
+
+@dataclass(frozen=True)
+class CallScores:
+    """Scores of one attention call. ``H`` heads, ``NB`` visual blocks.
+
+    ``error``: fp32 ``[tails, H, NB, NB]`` (tails in the order of ``entry.TAILS``): squared output error over a query
+    block's tokens when a key block is dropped.
+    ``mass``: fp32 ``[H, NB, NB]``: attention mass per query, mean over the query block.
+    ``energy``: fp32 ``[H]``: squared norm of the head's output over all visual queries, in the same units.
+    """
+
+    error: torch.Tensor
+    mass: torch.Tensor
+    energy: torch.Tensor
+
+
+def projection_roots(weight: torch.Tensor | None, heads: int, head_dim: int, device: torch.device) -> torch.Tensor:
+    """Square roots of each head's output projection: fp32 ``[H, D, D]`` with ``||x R_h|| = ||x W_h^T||``.
+
+    ``weight``: ``[features, H * D]`` of the output projection, or None for the identity.
+    """
+    if weight is None or weight.shape[-1] != heads * head_dim:
+        return torch.eye(head_dim, device=device).expand(heads, head_dim, head_dim).contiguous()
+    per_head = weight.detach().to(device, torch.float32).reshape(-1, heads, head_dim)
+    gram = torch.einsum("ohd,ohe->hde", per_head, per_head)
+    values, vectors = torch.linalg.eigh(gram)
+    return vectors * values.clamp_min(0).sqrt()[:, None]
+
+
+@torch.no_grad()
+def score_call(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    index: BlockIndex,
+    *,
+    scale: float | None = None,
+    roots: torch.Tensor | None = None,
+    samples: int = 4,
+    generator: torch.Generator | None = None,
+    key_mask: torch.Tensor | None = None,
+    heads: list[int] | None = None,
+) -> CallScores:
+    """Score all visual block pairs of one call from ``samples`` queries of every query block.
+
+    q, k, v: ``[B, S, H, D]``; only the first batch item is read. ``key_mask``: bool ``[S]``, False where a key is
+    padding. ``heads``: score these heads only. Nothing of the size ``S x S`` is ever held.
+    """
+    heads = list(range(q.shape[2])) if heads is None else heads
+    dim = q.shape[-1]
+    scale = dim**-0.5 if scale is None else scale
+    blocks, width = index.tokens.shape
+    samples = min(samples, width)
+    # The same positions for all heads of a call; a short block samples with repetition.
+    pick = (torch.rand(blocks, samples, generator=generator) * index.length.cpu()[:, None]).long().to(q.device)
+    query_tokens = index.tokens.gather(1, pick)
+    flat = index.tokens.reshape(-1)
+    length = index.length
+    error = torch.zeros(len(TAILS), len(heads), blocks, blocks, device=q.device)
+    mass = torch.zeros(len(heads), blocks, blocks, device=q.device)
+    energy = torch.zeros(len(heads), device=q.device)
+    rows = max(1, CHUNK_BYTES // (4 * samples * max(q.shape[1], blocks * dim)))
+    for i, head in enumerate(heads):
+        keys, values = k[0, :, head].float(), v[0, :, head].float()
+        if roots is not None:
+            values = values @ roots[head]
+        block_keys = keys[flat].view(blocks, width, dim)
+        block_values = values[flat].view(blocks, width, dim) * index.valid[..., None]
+        inside = index.valid[..., None].float()
+        mean_key = (block_keys * inside).sum(1) / length[:, None]
+        variance = ((block_keys - mean_key[:, None]).square() * inside).sum(1) / length[:, None]
+        mean_value = block_values.sum(1) / length[:, None]
+        value_norm = mean_value.square().sum(1)
+        for lo in range(0, blocks, rows):
+            tokens = query_tokens[lo : lo + rows]
+            queries = q[0, tokens.reshape(-1), head].float() * scale
+            logits = queries @ keys.T
+            if key_mask is not None:
+                logits.masked_fill_(~key_mask, float("-inf"))
+            lse = logits.logsumexp(-1, keepdim=True)
+            weights = (logits - lse).exp_()
+            output = weights @ values
+            part = weights[:, flat].view(-1, blocks, width) * index.valid
+            z = part.sum(-1)
+            numerator = torch.bmm(part.transpose(0, 1), block_values).transpose(0, 1)  # [queries, NB, D]
+            o_norm = output.square().sum(1, keepdim=True)
+            n_o = torch.bmm(numerator, output[:, :, None])[..., 0]
+            n_m = torch.einsum("qbd,bd->qb", numerator, mean_value)
+            o_m = output @ mean_value.T
+            exact = numerator.square().sum(-1) - 2 * z * n_o + z.square() * o_norm
+            cross = n_m - n_o - z * (o_m - o_norm)
+            away = value_norm - 2 * o_m + o_norm
+            first = (queries @ mean_key.T - lse).exp() * length
+            second = first * (0.5 * (queries.square() @ variance.T)).clamp_max(30.0).exp()
+            share = length[lo : lo + rows] / samples
+            for tail, w in enumerate((None, first, second)):
+                d = exact if w is None else exact - 2 * w * cross + w.square() * away
+                d = d.clamp_min(0).view(len(tokens), samples, blocks).sum(1)
+                error[tail, i, lo : lo + rows] = d * share[:, None]
+            mass[i, lo : lo + rows] = z.view(len(tokens), samples, blocks).mean(1)
+            energy[i] += (o_norm.view(len(tokens), samples).sum(1) * share).sum()
+    return CallScores(error, mass, energy)

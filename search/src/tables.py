@@ -1,0 +1,126 @@
+"""Plain text tables: they read the same in a terminal, a log and an issue."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffsparse.search.evaluate import EvalReport
+    from diffsparse.search.statistics import Mean
+
+__all__ = ["environment_table", "eval_table", "shorten", "text_table"]
+
+
+def text_table(rows: Sequence[Sequence[str]], header: Sequence[str] | None = None, right: Sequence[int] = ()) -> str:
+    """Columns as wide as their widest cell, two spaces apart; columns in ``right`` are aligned to the right."""
+    lines = [list(header)] if header else []
+    lines += [list(row) for row in rows]
+    if not lines:
+        return ""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+
+    def render(line: Sequence[str]) -> str:
+        cells = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
+        return "  ".join(cells).rstrip()
+
+    rendered = [render(line) for line in lines]
+    if header:
+        rendered.insert(1, "  ".join("-" * w for w in widths))
+    return "\n".join(rendered)
+
+
+def shorten(text: str, width: int) -> str:
+    """One line of at most ``width`` characters."""
+    return textwrap.shorten(text, width, placeholder="…") or text[: width - 1] + "…"
+
+
+def _number(value: float | None, form: str = ".2f", unit: str = "") -> str:
+    return "-" if value is None else f"{value:{form}}{unit}"
+
+
+def _mean(value: Mean | None, form: str, unit: str = "", plus: str = "") -> str:
+    if value is None:
+        return "-"
+    text = f"{value.mean:{plus}{form}}{unit}"
+    if value.low is not None and value.high is not None:
+        text += f"  (95%: {value.low:{plus}{form}} to {value.high:{plus}{form}})"
+    return text
+
+
+def eval_table(report: EvalReport) -> str:
+    """The figures of a comparison, and its clips one a line."""
+    n = len(report.clips)
+    worst = report.worst
+    above = _number(worst.above_other_seed, "+.1f", " dB above another seed")
+    floor = report.noise_floor
+    dense, sparse = (sum(getattr(c, f"{side}_loop_seconds") for c in report.clips) / n for side in ("dense", "sparse"))
+    dense_all, sparse_all = (
+        sum(getattr(c, f"{side}_seconds") for c in report.clips) / n for side in ("dense", "sparse")
+    )
+    rows = [
+        ["plan", report.plan],
+        [
+            "clips",
+            f"{n} ({len({c.prompt for c in report.clips})} prompts), {report.settings.num_inference_steps} steps",
+        ],
+        ["denoising loop", f"{dense:.2f} s dense, {sparse:.2f} s sparse: {_number(report.loop_speedup)}x"],
+        ["whole call", f"{dense_all:.2f} s dense, {sparse_all:.2f} s sparse: {_number(report.speedup)}x"],
+        ["density of a sparse call", _number(report.call_density, ".3f")],
+        ["density of the whole trajectory", _number(report.trajectory_density, ".3f")],
+        ["PSNR to dense", _mean(report.psnr, ".2f", " dB")],
+        ["  of another seed", _number(report.other_seed_psnr, ".2f", " dB")],
+        ["  above another seed", _mean(report.above_other_seed, ".2f", " dB", "+")],
+        [
+            "  of another dense kernel",
+            f"{_number(floor.psnr, '.2f', ' dB')} ({floor.kernel})" if floor else "-",
+        ],
+        ["SSIM to dense", _mean(report.ssim, ".4f")],
+    ]
+    if report.lpips is not None:
+        rows.append(["LPIPS to dense", _mean(report.lpips, ".4f")])
+    rows.append(["worst clip", f"{_number(worst.psnr)} dB ({above}): seed {worst.seed}, {shorten(worst.prompt, 60)!r}"])
+    device = report.environment.get("device", "")
+    rows.append(["machine", f"{device}, {report.environment.get('threads')} threads"])
+    clips = text_table(
+        [
+            [
+                _number(c.psnr),
+                _number(c.above_other_seed, "+.2f"),
+                _number(c.ssim, ".4f"),
+                _number(c.lpips, ".4f"),
+                f"{c.dense_loop_seconds:.2f}",
+                f"{c.sparse_loop_seconds:.2f}",
+                str(c.seed),
+                shorten(c.prompt, 56),
+            ]
+            for c in report.clips
+        ],
+        header=["PSNR", "over seed", "SSIM", "LPIPS", "dense s", "sparse s", "seed", "prompt"],
+        right=range(7),
+    )
+    parts = [text_table(rows), clips]
+    if report.broken:
+        parts.append("\n".join(f"BROKEN: {line}" for line in report.broken))
+    if report.notes:
+        parts.append("\n".join(f"note: {line}" for line in report.notes))
+    return "\n\n".join(parts)
+
+
+def environment_table(found: dict[str, Any]) -> str:
+    """`diffsparse env`, to paste into an issue."""
+    rows = [[k, str(v)] for k, v in found.items() if not isinstance(v, (dict, list)) and v is not None]
+    for gpu in found["gpus"] or []:
+        rows.append(
+            ["gpu", f"{gpu['name']}, sm {gpu['capability']}, {gpu['memory_gib']} GiB, {gpu['multiprocessors']} SMs"]
+        )
+    if not found["gpus"]:
+        rows.append(["gpu", "none"])
+    packages = [[name, value or "not installed"] for name, value in found["packages"].items()]
+    backends = [[name, "available" if why is None else f"no: {why}"] for name, why in found["backends"].items()]
+    return "\n\n".join([text_table(rows), "packages\n" + _indent(packages), "attention backends\n" + _indent(backends)])
+
+
+def _indent(rows: Sequence[Sequence[str]]) -> str:
+    return textwrap.indent(text_table(rows), "  ")
