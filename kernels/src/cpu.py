@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from diffsparse.entry import TAILS
-from diffsparse.kernels.call import SKIP, TAIL, AttentionCall
+from diffsparse.kernels.call import GATHERED, SKIP, TAIL, AttentionCall
 from diffsparse.kernels.summaries import summarize
 
 __all__ = ["run"]
@@ -29,24 +29,26 @@ _MAX_PADDING = 0.1
 
 @dataclass(frozen=True)
 class _HeadRows:
-    """What one head does, for all items of the batch. ``N`` blocks of ``block`` positions.
+    """What one head does, for all items of the batch. ``N`` blocks of ``block`` positions, ``R`` rows with work to do.
 
-    token: int64 ``[N * block]``, the model's token at each padded position (0 where there is none).
-    valid: bool ``[N * block]``; all_valid: whether every block is full.
-    length: int64 ``[N]``.  rows: row indices, most kept blocks first.  counts: kept blocks of those rows.
-    ptr: int64 ``[N + 1]`` into ``columns``, int64.
-    tail_bias: fp32 ``[N, N]``, ln n where a block is attended through its summary, -inf elsewhere; or None.
+    key_token: int64 ``[N * block]``, the model's token at each padded position (0 where there is none).
+    valid: bool ``[N * block]``.  in_place: every block is full and the order is the model's.
+    length: int64 ``[N]``.
+    counts: kept blocks of the rows, most first.  index: int64 ``[R, counts[0]]``, those blocks, filled up with ``N``.
+    query_token: int64 ``[R * block]``, as ``key_token``, in the rows' order.
+    place: int64 ``[S]``, where each token's result is among ``R * block`` rows; ``R * block`` where it has none.
+    tail_bias: fp32 ``[R, 1, N]``, ln n where a block is attended through its summary, -inf elsewhere; or None.
     """
 
-    token: torch.Tensor
+    key_token: torch.Tensor
     valid: torch.Tensor
     all_valid: bool
     in_place: bool
     length: torch.Tensor
-    rows: list[int]
     counts: list[int]
-    ptr: torch.Tensor
-    columns: torch.Tensor
+    index: torch.Tensor
+    query_token: torch.Tensor
+    place: torch.Tensor
     tail_bias: torch.Tensor | None
     moments: bool
 
@@ -101,7 +103,7 @@ def _dense(call: AttentionCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tenso
 
 
 def _head_rows(call: AttentionCall, head: int, order: int, tail: str) -> _HeadRows:
-    n, block = call.num_blocks, call.block_size
+    n, block, seq = call.num_blocks, call.block_size, call.q.shape[1]
     start = call.block_start[order].long()
     length = start.diff()
     offset = torch.arange(block)
@@ -115,146 +117,140 @@ def _head_rows(call: AttentionCall, head: int, order: int, tail: str) -> _HeadRo
 
     bias = None
     if tail != "none":
-        bias = torch.where(call.visual_blocks(order), length.float().log(), -math.inf).expand(n, n).clone()
+        bias = torch.where(call.visual_blocks(order), length.float().log(), -math.inf).repeat(n, 1)
         bias[torch.repeat_interleave(torch.arange(n), count), columns] = -math.inf
         if bool(bias.isneginf().all()):
             bias = None
     counts, rows = count.sort(descending=True, stable=True)
     # A row with neither kept blocks nor a tail attends nothing; an empty block has no queries.
     used = length[rows] > 0 if bias is not None else (length[rows] > 0) & (counts > 0)
+    counts, rows = counts[used], rows[used]
+
+    slot = torch.arange(int(counts[0]) if len(counts) else 0)
+    listed = slot < counts[:, None]
+    index = (ptr[rows][:, None] + slot).masked_fill_(~listed, 0)
+    index = columns[index].masked_fill_(~listed, n) if len(columns) else index
+    rank = torch.full((n,), len(rows)).index_copy_(0, rows, torch.arange(len(rows)))
+    block_of = torch.repeat_interleave(torch.arange(n), length)
+    place = torch.where(rank[block_of] < len(rows), torch.arange(seq) - start[block_of], 0) + rank[block_of] * block
     all_valid = bool(valid.all())
     return _HeadRows(
-        token=token,
+        key_token=token,
         valid=valid,
         all_valid=all_valid,
-        in_place=all_valid and not bool(call.head_mode[head, 3]),
+        in_place=all_valid and not bool(call.head_mode[head, GATHERED]),
         length=length,
-        rows=rows[used].tolist(),
-        counts=counts[used].tolist(),
-        ptr=ptr,
-        columns=columns,
-        tail_bias=bias,
+        counts=counts.tolist(),
+        index=index,
+        query_token=token.view(n, block)[rows].view(-1),
+        place=place[call.scatter[order].long()],
+        tail_bias=None if bias is None else bias[rows][:, None],
         moments=tail == "moments",
     )
 
 
-def _padded(x: torch.Tensor, head: _HeadRows, buffer: torch.Tensor) -> torch.Tensor:
-    """One head's tokens ``[S, D]`` as fp32 blocks in ``buffer`` ``[N * block, D]``, zeros beyond short blocks."""
-    if head.in_place:
-        return buffer.copy_(x)
-    buffer.copy_(x[head.token])
-    if not head.all_valid:
-        buffer.masked_fill_(~head.valid[:, None], 0.0)
-    return buffer
-
-
 def _chunks(counts: list[int], block: int, extra: int) -> list[tuple[int, int]]:
     """Cut rows (most kept blocks first) into runs ``begin, end`` that are padded to their first row's count."""
-    budget = _CHUNK_BYTES * torch.get_num_threads()
+    threads = torch.get_num_threads()
     pieces, begin = [], 0
     while begin < len(counts):
         widest = counts[begin]
-        fit = min(_MAX_ROWS, max(1, budget // (4 * block * (widest * block + extra))))
+        # Batched products are split over threads by batch: a number of rows that does not divide leaves threads idle.
+        fit = max(1, min(_MAX_ROWS, _CHUNK_BYTES // (4 * block * max(1, widest * block + extra)))) * threads
         least = widest - max(1, int(_MAX_PADDING * widest))
         end = begin + 1
-        while end < len(counts) and end - begin < fit and counts[end] >= least:
+        while end < len(counts) and end - begin < fit and (counts[end] >= least or (end - begin) % threads):
             end += 1
         pieces.append((begin, end))
         begin = end
     return pieces
 
 
+def _table(
+    call: AttentionCall, head: _HeadRows, b: int, h: int, space: _Workspace
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Keys and values as fp32 blocks ``[N + 1 + summary blocks, block * D]``, and the variances ``[N, D]`` of keys.
+
+    Block ``N`` is padding; the rows of the summary blocks are the blocks' means, N of them.
+    """
+    n, block, dim = call.num_blocks, call.block_size, call.q.shape[3]
+    total = n + 1 + (-(-n // block) if head.tail_bias is not None else 0)
+    tables = []
+    for name, x in (("keys", call.k[b, :, h]), ("values", call.v[b, :, h])):
+        table = space.take(name, total * block, dim)
+        tokens = table[: n * block]
+        if head.in_place:
+            tokens.copy_(x)
+        else:
+            tokens.copy_(x.index_select(0, head.key_token))
+            if not head.all_valid:
+                tokens.masked_fill_(~head.valid[:, None], 0.0)
+        table[n * block :] = 0.0
+        tables.append(table)
+    variance = None
+    if head.tail_bias is not None:
+        blocks = (t[: n * block].view(n, block, dim) for t in tables)
+        mean_k, mean_v, variance = summarize(*blocks, head.length, moments=head.moments)
+        for table, mean in zip(tables, (mean_k, mean_v)):
+            table[(n + 1) * block : (n + 1) * block + n] = mean
+    keys, values = (t.view(total, block * dim) for t in tables)
+    return keys, values, variance
+
+
 def _attend(
     call: AttentionCall, head: _HeadRows, b: int, h: int, out: torch.Tensor, lse: torch.Tensor, space: _Workspace
 ) -> None:
     """One head of one item: fills ``out[b, :, h]`` and, where asked for, ``lse[b, :, h]``."""
-    n, block, dim = call.num_blocks, call.block_size, call.q.shape[3]
+    n, block, dim, used = call.num_blocks, call.block_size, call.q.shape[3], len(head.counts)
     tail = head.tail_bias is not None
-    # The table's blocks: N of tokens, one of padding, then the summaries, one row each.
-    table = n + 1 + (-(-n // block) if tail else 0)
-    keys, values = space.take("keys", table * block, dim), space.take("values", table * block, dim)
-    _padded(call.k[b, :, h], head, keys[: n * block])
-    _padded(call.v[b, :, h], head, values[: n * block])
-    query = _padded(call.q[b, :, h], head, space.take("query", n * block, dim)).mul_(call.scale)
-    keys[n * block : (n + 1) * block] = 0.0
-    values[n * block : (n + 1) * block] = 0.0
-    variance = None
-    if tail:
-        mean_k, mean_v, variance = summarize(
-            keys[: n * block].view(n, block, dim),
-            values[: n * block].view(n, block, dim),
-            head.length,
-            moments=head.moments,
-        )
-        keys[(n + 1) * block : (n + 1) * block + n] = mean_k
-        values[(n + 1) * block : (n + 1) * block + n] = mean_v
-    # 0 or -inf for each position of each block, the padding block included, and the blocks that hold some -inf.
-    open_key = head.valid if call.key_mask is None else head.valid & call.key_mask[b][head.token]
-    key_bias = torch.zeros(n + 1, block)
-    key_bias[:n].view(-1).masked_fill_(~open_key, -math.inf)
-    key_bias[n] = -math.inf
-    partial = key_bias.isneginf().any(1)
-    some_partial = bool(partial[:n].any())
-
-    query = query.view(n, block, dim)
+    keys, values, variance = _table(call, head, b, h, space)
+    summaries = torch.arange(n + 1, len(keys))
+    query = call.q[b, :, h].index_select(0, head.query_token).float().view(used, block, dim).mul_(call.scale)
     square = query.square().mul_(0.5) if variance is not None else None
-    keys, values = keys.view(table, block * dim), values.view(table, block * dim)
-    result = space.take("result", n, block, dim)
-    row_lse = space.take("lse", n, block) if call.return_lse else None
-    if len(head.rows) < n:
-        result.zero_()
-        if row_lse is not None:
-            row_lse.fill_(-math.inf)
-    summary_blocks = torch.arange(n + 1, table)
-    rows_of = torch.tensor(head.rows, dtype=torch.long)
+
+    # 0 or -inf for each position of a block, and the slots of each row between which some position is closed.
+    is_open = head.valid if call.key_mask is None else head.valid & call.key_mask[b][head.key_token]
+    key_bias = torch.full((n + 1, block), -math.inf)
+    key_bias[:n].view(-1).masked_fill_(is_open, 0.0)
+    closed = key_bias.isneginf().any(1)[head.index].to(torch.uint8)
+    slots = closed.shape[1]
+    some = closed.amax(1) if slots else closed.new_zeros(used)
+    first = torch.where(some > 0, closed.argmax(1), slots).tolist() if slots else [0] * used
+    last = torch.where(some > 0, slots - closed.flip(1).argmax(1), 0).tolist() if slots else [0] * used
+
+    # One more block, of rows that attend nothing.
+    result = space.take("result", used + 1, block, dim)
+    result[used] = 0.0
+    row_lse = torch.full((used + 1, block), -math.inf) if call.return_lse else None
     for begin, end in _chunks(head.counts, block, n if tail else 0):
-        rows, size, widest = rows_of[begin:end], end - begin, head.counts[begin]
-        slot = torch.arange(widest)
-        listed = slot < (head.ptr[rows + 1] - head.ptr[rows])[:, None]
-        ragged = head.counts[end - 1] < widest
-        chosen = (head.ptr[rows][:, None] + slot).clamp_(max=max(0, len(head.columns) - 1))
-        index = head.columns[chosen] if widest else chosen
-        if ragged:
-            index = index.masked_fill(~listed, n)
-        fetched = torch.cat([index, summary_blocks.expand(size, -1)], 1) if tail else index
+        size, widest = end - begin, head.counts[begin]
+        index = head.index[begin:end, :widest]
+        fetched = torch.cat([index, summaries.expand(size, -1)], 1).view(-1) if tail else index.reshape(-1)
         exact = widest * block
         width = exact + (n if tail else 0)
-        flat = fetched.reshape(-1)
-        key = torch.index_select(keys, 0, flat, out=space.take("key", len(flat), block * dim))
-        value = torch.index_select(values, 0, flat, out=space.take("value", len(flat), block * dim))
+        key = torch.index_select(keys, 0, fetched, out=space.take("key", len(fetched), block * dim))
+        value = torch.index_select(values, 0, fetched, out=space.take("value", len(fetched), block * dim))
         key, value = (x.view(size, -1, dim)[:, :width] for x in (key, value))
-        chunk = query[rows]
-        logits = torch.bmm(chunk, key.transpose(1, 2), out=space.take("logits", size, block, width))
-        if some_partial or ragged:
-            slots = partial[index].any(0).nonzero()
-            if len(slots):
-                low, high = int(slots[0]), int(slots[-1]) + 1
-                logits[:, :, low * block : high * block] += key_bias[index[:, low:high]].view(size, 1, -1)
-        if tail:
-            assert head.tail_bias is not None
-            extra = head.tail_bias[rows][:, None]
+        logits = space.take("logits", size, block, width)
+        torch.bmm(query[begin:end], key.transpose(1, 2), out=logits)
+        low, high = min(first[begin:end]), min(widest, max(last[begin:end]))
+        if low < high:
+            logits[:, :, low * block : high * block] += key_bias[index[:, low:high]].view(size, 1, -1)
+        if head.tail_bias is not None:
+            extra = head.tail_bias[begin:end]
             if square is not None and variance is not None:
-                extra = torch.baddbmm(extra, square[rows], variance.T.expand(size, -1, -1))
+                extra = torch.baddbmm(extra, square[begin:end], variance.T.expand(size, -1, -1))
             logits[:, :, exact:] += extra
-        top = logits.amax(-1, keepdim=True)
-        if call.key_mask is not None:
-            # Every key of a row may be masked out, and -inf - -inf is NaN.
-            top.clamp_(min=torch.finfo(torch.float32).min)
-        weights = logits.sub_(top).exp_()
-        total = weights.sum(-1, keepdim=True)
-        product = torch.bmm(weights, value, out=space.take("product", size, block, dim))
-        result[rows] = product.div_(total if call.key_mask is None else total.where(total > 0, 1.0))
+        if row_lse is None and call.key_mask is None:
+            torch.bmm(torch.softmax(logits, -1, out=logits), value, out=result[begin:end])
+            continue
+        # Every key of a row may be masked out, and -inf - -inf is NaN.
+        top = logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).min)
+        total = logits.sub_(top).exp_().sum(-1, keepdim=True)
+        torch.bmm(logits, value, out=result[begin:end]).div_(total.where(total > 0, 1.0))
         if row_lse is not None:
-            row_lse[rows] = (top + total.log())[..., 0]
+            row_lse[begin:end] = (top + total.log())[..., 0]
 
-    flat_result = result.view(n * block, dim)
-    if head.in_place:
-        out[b, :, h] = flat_result
-        if row_lse is not None:
-            lse[b, :, h] = row_lse.view(-1)
-        return
-    token = head.token if head.all_valid else head.token[head.valid]
-    out[b, token, h] = (flat_result if head.all_valid else flat_result[head.valid]).to(out.dtype)
+    out[b, :, h] = result.view(-1, dim).index_select(0, head.place)
     if row_lse is not None:
-        flat_lse = row_lse.view(-1)
-        lse[b, token, h] = flat_lse if head.all_valid else flat_lse[head.valid]
+        lse[b, :, h] = row_lse.view(-1)[head.place]
