@@ -72,43 +72,43 @@ _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = ["__version__", *_HOME]  # noqa: PLE0604
 
 if TYPE_CHECKING:  # the same table, for type checkers and editors (a test compares the two)
-    from diffsparse.grid import TokenGrid as TokenGrid
-    from diffsparse.order import TokenOrder as TokenOrder
-    from diffsparse.order import RasterOrder as RasterOrder
-    from diffsparse.order import AxisOrder as AxisOrder
-    from diffsparse.order import TileOrder as TileOrder
-    from diffsparse.order import PhaseOrder as PhaseOrder
-    from diffsparse.order import CurveOrder as CurveOrder
-    from diffsparse.order import parse_order as parse_order
-    from diffsparse.pattern import Pattern as Pattern
-    from diffsparse.pattern import Full as Full
-    from diffsparse.pattern import Empty as Empty
-    from diffsparse.pattern import Window as Window
-    from diffsparse.pattern import Radial as Radial
-    from diffsparse.pattern import Diagonals as Diagonals
-    from diffsparse.pattern import Band as Band
-    from diffsparse.pattern import Columns as Columns
-    from diffsparse.pattern import GridStripes as GridStripes
-    from diffsparse.pattern import Sink as Sink
-    from diffsparse.pattern import TextRows as TextRows
-    from diffsparse.pattern import TextColumns as TextColumns
-    from diffsparse.pattern import Bitmap as Bitmap
-    from diffsparse.pattern import Union as Union
-    from diffsparse.pattern import Intersection as Intersection
-    from diffsparse.entry import HeadEntry as HeadEntry
     from diffsparse.entry import Execution as Execution
+    from diffsparse.entry import HeadEntry as HeadEntry
+    from diffsparse.grid import TokenGrid as TokenGrid
     from diffsparse.layout import BlockLayout as BlockLayout
     from diffsparse.layout import build_layout as build_layout
-    from diffsparse.schedule import Schedule as Schedule
-    from diffsparse.plan import SparsityPlan as SparsityPlan
-    from diffsparse.plan import Architecture as Architecture
-    from diffsparse.plan import PlanError as PlanError
-    from diffsparse.presets import preset as preset
-    from diffsparse.pipelines import enable_sparse_attention as enable_sparse_attention
+    from diffsparse.order import AxisOrder as AxisOrder
+    from diffsparse.order import CurveOrder as CurveOrder
+    from diffsparse.order import PhaseOrder as PhaseOrder
+    from diffsparse.order import RasterOrder as RasterOrder
+    from diffsparse.order import TileOrder as TileOrder
+    from diffsparse.order import TokenOrder as TokenOrder
+    from diffsparse.order import parse_order as parse_order
+    from diffsparse.pattern import Band as Band
+    from diffsparse.pattern import Bitmap as Bitmap
+    from diffsparse.pattern import Columns as Columns
+    from diffsparse.pattern import Diagonals as Diagonals
+    from diffsparse.pattern import Empty as Empty
+    from diffsparse.pattern import Full as Full
+    from diffsparse.pattern import GridStripes as GridStripes
+    from diffsparse.pattern import Intersection as Intersection
+    from diffsparse.pattern import Pattern as Pattern
+    from diffsparse.pattern import Radial as Radial
+    from diffsparse.pattern import Sink as Sink
+    from diffsparse.pattern import TextColumns as TextColumns
+    from diffsparse.pattern import TextRows as TextRows
+    from diffsparse.pattern import Union as Union
+    from diffsparse.pattern import Window as Window
     from diffsparse.pipelines import disable_sparse_attention as disable_sparse_attention
+    from diffsparse.pipelines import enable_sparse_attention as enable_sparse_attention
+    from diffsparse.pipelines import register_family as register_family
     from diffsparse.pipelines import sparse_attention as sparse_attention
     from diffsparse.pipelines import sparse_attention_summary as sparse_attention_summary
-    from diffsparse.pipelines import register_family as register_family
+    from diffsparse.plan import Architecture as Architecture
+    from diffsparse.plan import PlanError as PlanError
+    from diffsparse.plan import SparsityPlan as SparsityPlan
+    from diffsparse.presets import preset as preset
+    from diffsparse.schedule import Schedule as Schedule
 
 
 def __getattr__(name: str) -> Any:
