@@ -1,0 +1,430 @@
+"""The Triton backend: one forward kernel for any GPU that Triton supports.
+
+A program takes one tile of queries of one head through the head's list of kept key blocks and then, where the head has a
+tail, through the summaries of the blocks that the list leaves out, all in one running softmax. Heads that read the
+sequence in another order than the model's gather their keys by index in a launch of their own, so that the others pay
+nothing for it; on sm90 and newer those others are fed by the tensor memory accelerator (TMA).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from diffsparse.kernels.call import AttentionCall
+from diffsparse.kernels.triton_prepare import kept_bits, summaries
+
+__all__ = ["Config", "choose_config", "launch", "run"]
+
+LOG2_E = math.log2(math.e)
+
+
+@triton.jit
+def _softmax_step(acc, total, top, logits, v, PRECISION: tl.constexpr, MASKED: tl.constexpr):
+    """Take one tile of logits (base 2) and values into the running softmax."""
+    new_top = tl.maximum(top, tl.max(logits, 1))
+    if MASKED:
+        # Nothing attended yet: -inf - -inf is NaN.
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+    else:
+        shift = new_top
+    p = tl.math.exp2(logits - shift[:, None])
+    keep = tl.math.exp2(top - shift)
+    total = total * keep + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision=PRECISION)
+    return acc, total, new_top
+
+
+@triton.jit
+def _kept_blocks(
+    acc,
+    total,
+    top,
+    q,
+    k_base,
+    v_base,
+    k_desc,
+    v_desc,
+    gather_row,
+    start_row,
+    mask_row,
+    col_idx,
+    first,
+    jump_at,
+    jump,
+    count,
+    b,
+    h,
+    stride_ks,
+    stride_vs,
+    qk_scale,
+    text_before,
+    visual_end,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    GATHER: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Attend ``count`` listed blocks from entry ``first`` on, where entries from ``jump_at`` lie ``jump`` further on.
+
+    Without ``MASKED`` every position of every block is taken to be attended.
+    """
+    SUB: tl.constexpr = BLOCK // BLOCK_N
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    for t in range(0, count * SUB):
+        entry = t // SUB
+        if MASKED:
+            entry = tl.where(entry < jump_at, entry, entry + jump)
+        j = tl.load(col_idx + first + entry)
+        start = tl.load(start_row + j)
+        row = start + (t % SUB) * BLOCK_N
+        position = row + offs_n
+        if MASKED:
+            end = tl.load(start_row + j + 1)
+            live = position < end
+        if TMA:
+            k = k_desc.load([b, h, row, 0]).reshape(BLOCK_N, BLOCK_D)
+            v = v_desc.load([b, h, row, 0]).reshape(BLOCK_N, BLOCK_D)
+        else:
+            if GATHER:
+                token = tl.load(gather_row + position, mask=live, other=0).to(tl.int64)
+                k_ptr = k_base + token[:, None] * stride_ks + offs_d[None, :]
+                v_ptr = v_base + token[:, None] * stride_vs + offs_d[None, :]
+            else:
+                k_ptr = k_base + row.to(tl.int64) * stride_ks + offs_n[:, None] * stride_ks + offs_d[None, :]
+                v_ptr = v_base + row.to(tl.int64) * stride_vs + offs_n[:, None] * stride_vs + offs_d[None, :]
+            if MASKED:
+                inside = live[:, None] & (offs_d[None, :] < D)
+                k = tl.load(k_ptr, mask=inside, other=0.0)
+                v = tl.load(v_ptr, mask=inside, other=0.0)
+            elif BLOCK_D == D:
+                k = tl.load(k_ptr)
+                v = tl.load(v_ptr)
+            else:
+                k = tl.load(k_ptr, mask=offs_d[None, :] < D, other=0.0)
+                v = tl.load(v_ptr, mask=offs_d[None, :] < D, other=0.0)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale
+        if MASKED:
+            if HAS_MASK:
+                # Text tokens are where they are in every order, so that positions index the mask.
+                text = live & ((position < text_before) | (position >= visual_end))
+                live = live & (tl.load(mask_row + position, mask=text, other=1) != 0)
+            logits = tl.where(live[None, :], logits, float("-inf"))
+        acc, total, top = _softmax_step(acc, total, top, logits, v, PRECISION, MASKED)
+    return acc, total, top
+
+
+@triton.jit
+def _tail_blocks(
+    acc,
+    total,
+    top,
+    q,
+    mean_k,
+    mean_v,
+    var_k,
+    bits_row,
+    start_row,
+    scale,
+    moments,
+    num_blocks,
+    text_before,
+    visual_end,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    V_TYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TAIL_PRECISION: tl.constexpr,
+):
+    """Attend the summary of every visual block that the row does not keep."""
+    LOG2: tl.constexpr = 1.4426950408889634
+    offs_d = tl.arange(0, BLOCK_D)
+    qs = q.to(tl.float32) * (scale * LOG2)
+    # (q * scale)^2 / 2 in base 2, from qs = q * scale * log2(e).
+    half_square = qs * qs * (0.5 / LOG2)
+    for n0 in tl.range(0, num_blocks, BLOCK_T, num_stages=1):
+        n = n0 + tl.arange(0, BLOCK_T)
+        exists = n < num_blocks
+        start = tl.load(start_row + n, mask=exists, other=0)
+        length = tl.load(start_row + n + 1, mask=exists, other=0) - start
+        word = tl.load(bits_row + n // 32, mask=exists, other=0)
+        dropped = exists & (length > 0) & (start >= text_before) & (start < visual_end) & (((word >> (n % 32)) & 1) == 0)
+        at = n[:, None] * D + offs_d[None, :]
+        inside = exists[:, None] & (offs_d[None, :] < D)
+        mk = tl.load(mean_k + at, mask=inside, other=0.0)
+        mv = tl.load(mean_v + at, mask=inside, other=0.0)
+        logits = tl.dot(qs, tl.trans(mk), input_precision=TAIL_PRECISION)
+        if moments:
+            var = tl.load(var_k + at, mask=inside, other=0.0)
+            logits += tl.dot(half_square, tl.trans(var), input_precision=TAIL_PRECISION)
+        logits += tl.math.log2(tl.maximum(length, 1).to(tl.float32))[None, :]
+        logits = tl.where(dropped[None, :], logits, float("-inf"))
+        acc, total, top = _softmax_step(acc, total, top, logits, mv.to(V_TYPE), PRECISION, True)
+    return acc, total, top
+
+
+@triton.jit
+def _forward_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    q_desc,
+    k_desc,
+    v_desc,
+    out_ptr,
+    lse_ptr,
+    gather_ptr,
+    block_start,
+    head_order,
+    row_ptr,
+    col_idx,
+    head_mode,
+    key_mask,
+    mean_k,
+    mean_v,
+    var_k,
+    bits,
+    scale,
+    seq,
+    num_blocks,
+    bit_words,
+    text_before,
+    visual_end,
+    stride_qb,
+    stride_qs,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_vb,
+    stride_vs,
+    stride_vh,
+    HEADS: tl.constexpr,
+    TEXT_BLOCKS_BEFORE: tl.constexpr,
+    TEXT_BLOCKS_AFTER: tl.constexpr,
+    SOME_PARTIAL: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TAIL_PRECISION: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_TAIL: tl.constexpr,
+    GATHER: tl.constexpr,
+    TMA: tl.constexpr,
+    RETURN_LSE: tl.constexpr,
+):
+    LOG2: tl.constexpr = 1.4426950408889634
+    SUB_M: tl.constexpr = BLOCK // BLOCK_M
+    h = tl.program_id(1)
+    b = tl.program_id(2)
+    mode = head_mode + h * 4
+    if (tl.load(mode + 3) != 0) != GATHER:
+        return
+    i = tl.program_id(0) // SUB_M
+    start_row = block_start + tl.load(head_order + h) * (num_blocks + 1)
+    gather_row = gather_ptr + tl.load(head_order + h).to(tl.int64) * seq
+    row = tl.load(start_row + i) + (tl.program_id(0) % SUB_M) * BLOCK_M
+    end = tl.load(start_row + i + 1)
+    if row >= end:
+        return
+
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    position = row + offs_m
+    live_m = position < end
+    if GATHER:
+        token = tl.load(gather_row + position, mask=live_m, other=0).to(tl.int64)
+    else:
+        token = position.to(tl.int64)
+    inside = live_m[:, None] & (offs_d[None, :] < D)
+    b64 = b.to(tl.int64)
+    out_row = (b64 * seq + token) * HEADS + h
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    if tl.load(mode) == 0:
+        if TMA:
+            q = q_desc.load([b, h, row, 0]).reshape(BLOCK_M, BLOCK_D)
+        else:
+            q_base = q_ptr + b64 * stride_qb + h.to(tl.int64) * stride_qh
+            q = tl.load(q_base + token[:, None] * stride_qs + offs_d[None, :], mask=inside, other=0.0)
+        k_base = k_ptr + b64 * stride_kb + h.to(tl.int64) * stride_kh
+        v_base = v_ptr + b64 * stride_vb + h.to(tl.int64) * stride_vh
+        mask_row = key_mask + b64 * seq if HAS_MASK else key_mask
+        first = tl.load(row_ptr + h * num_blocks + i)
+        listed = tl.load(row_ptr + h * num_blocks + i + 1) - first
+        plain = listed
+        checked = 0
+        if SOME_PARTIAL:
+            if GATHER:
+                plain = 0
+                checked = listed
+            else:
+                # In the model's order short blocks are the last of their segments, and lists are ascending: text, video,
+                # text. All but the last listed block of the video are full.
+                plain = tl.maximum(listed - TEXT_BLOCKS_BEFORE - TEXT_BLOCKS_AFTER - 1, 0)
+                checked = listed - plain
+        if not (SOME_PARTIAL and GATHER):
+            skipped = TEXT_BLOCKS_BEFORE if SOME_PARTIAL else 0
+            acc, total, top = _kept_blocks(
+                acc, total, top, q, k_base, v_base, k_desc, v_desc, gather_row, start_row, mask_row, col_idx,
+                first + skipped, 0, 0, plain, b, h, stride_ks, stride_vs, scale * LOG2, text_before, visual_end,
+                D, BLOCK_D, BLOCK_N, BLOCK, PRECISION, False, False, GATHER, TMA,
+            )  # fmt: skip
+        if SOME_PARTIAL:
+            jump_at = TEXT_BLOCKS_BEFORE
+            acc, total, top = _kept_blocks(
+                acc, total, top, q, k_base, v_base, k_desc, v_desc, gather_row, start_row, mask_row, col_idx,
+                first, jump_at, plain, checked, b, h, stride_ks, stride_vs, scale * LOG2, text_before, visual_end,
+                D, BLOCK_D, BLOCK_N, BLOCK, PRECISION, True, HAS_MASK, GATHER, TMA,
+            )  # fmt: skip
+        if HAS_TAIL:
+            tail = tl.load(mode + 1)
+            if tail != 0:
+                summary = (b64 * HEADS + h) * num_blocks * D
+                bits_row = bits + (h * num_blocks + i).to(tl.int64) * bit_words
+                acc, total, top = _tail_blocks(
+                    acc, total, top, q, mean_k + summary, mean_v + summary, var_k + summary, bits_row, start_row,
+                    scale, tail == 2, num_blocks, text_before, visual_end,
+                    D, BLOCK_D, BLOCK_T, v_ptr.dtype.element_ty, PRECISION, TAIL_PRECISION,
+                )  # fmt: skip
+
+    out = acc / tl.where(total > 0, total, 1.0)[:, None]
+    tl.store(out_ptr + out_row[:, None] * D + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
+    if RETURN_LSE:
+        lse = tl.where(total > 0, (top + tl.math.log2(total)) / LOG2, float("-inf"))
+        tl.store(lse_ptr + out_row, lse, mask=live_m)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes (queries, keys, summaries) and how the kernel is compiled. ``tma``: feed tiles by tensor descriptors."""
+
+    block_m: int
+    block_n: int
+    block_t: int
+    warps: int
+    stages: int
+    tma: bool
+
+
+def choose_config(block: int, head_dim: int, dtype: torch.dtype, capability: tuple[int, int], shared: int) -> Config:
+    """Tiles for a logical block size, by what fits into ``shared`` bytes of a multiprocessor's shared memory."""
+    dim = triton.next_power_of_2(head_dim)
+    tma = capability >= (9, 0) and dtype != torch.float32 and dim == head_dim
+    if dtype == torch.float32:
+        # Full-precision products run on the ordinary units: registers, not shared memory, are the limit.
+        return Config(32, 32, 32, 4, 1, False)
+    if shared < 160 << 10:
+        return Config(64, 32 if dim > 128 else 64, 32, 4, 1 if dim > 128 else 2, tma)
+    if dim > 128:
+        return Config(min(block, 128), 64 if shared >= 200 << 10 else 32, 16, 8, 2, tma)
+    return Config(block, block, 32, 8 if block == 128 else 4, 2 if block == 128 and dim == 128 else 3, tma)
+
+
+def _descriptor(x: torch.Tensor, rows: int) -> Any:
+    """A TMA descriptor of ``[B, S, H, D]`` as ``[B, H, S, D]`` with tiles of ``rows`` tokens of one head, or None.
+
+    TMA wants a base and strides in multiples of 16 bytes.
+    """
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    batch, seq, heads, dim = x.shape
+    strides = [x.stride(0), x.stride(2), x.stride(1), 1]
+    size = x.element_size()
+    # The stride of an axis of length 1 is arbitrary.
+    strides = [s if n > 1 else dim * max(1, 16 // size) for s, n in zip(strides, (batch, heads, seq))] + [1]
+    if x.data_ptr() % 16 or any(s * size % 16 for s in strides[:3]):
+        return None
+    return TensorDescriptor(x, [batch, heads, seq, dim], strides, [1, 1, rows, dim])
+
+
+def _device_limits(device: torch.device) -> tuple[tuple[int, int], int]:
+    """Compute capability and bytes of shared memory that one program may use; ``(0, 0)`` and 64 KiB where unknown."""
+    if device.type != "cuda" or torch.version.hip:
+        return (0, 0), 64 << 10
+    props = torch.cuda.get_device_properties(device)
+    return (props.major, props.minor), props.shared_memory_per_block_optin
+
+
+def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output ``[B, S, H, D]`` in the inputs' dtype, log-sum-exp fp32 ``[B, S, H]`` (empty unless asked for)."""
+    capability, shared = _device_limits(call.q.device)
+    return launch(call, choose_config(call.block_size, call.q.shape[3], call.q.dtype, capability, shared))
+
+
+def launch(call: AttentionCall, config: Config, warmup: bool = False) -> Any:
+    """Run with given tiles. With ``warmup`` only compile, and return the compiled kernels."""
+    q, k, v = call.q, call.k, call.v
+    batch, seq, heads, dim = q.shape
+    n, block = call.num_blocks, call.block_size
+    text_after = seq - call.text_before - call.num_visual
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, seq, heads) if call.return_lse else (0,), dtype=torch.float32, device=q.device)
+    mean_k = mean_v = var_k = bits = None
+    if call.has_tail and not warmup:
+        mean_k, mean_v, var_k = summaries(call)
+        bits = kept_bits(call)
+    elif call.has_tail:
+        mean_k = mean_v = var_k = torch.empty(16, dtype=torch.float32)
+        bits = torch.empty(16, dtype=torch.int32)
+    descs: list[Any] = [None, None, None]
+    if config.tma:
+        descs = [_descriptor(x, r) for x, r in ((q, config.block_m), (k, config.block_n), (v, config.block_n))]
+    tma = all(d is not None for d in descs)
+    mask = None if call.key_mask is None else call.key_mask.view(torch.uint8)
+    partial = mask is not None or any(s % block for s in (call.text_before, call.num_visual, text_after))
+    compiled = []
+    for gathered in (False, True) if call.needs_gather else (False,):
+        use_tma = tma and not gathered
+        args = [q, k, v, *(descs if use_tma else (None, None, None)), out, lse if call.return_lse else None]
+        args += [call.gather, call.block_start, call.head_order, call.row_ptr, call.col_idx, call.head_mode, mask]
+        args += [mean_k, mean_v, var_k, bits, call.scale, seq, n, -(-n // 32)]
+        args += [call.text_before, call.text_before + call.num_visual]
+        for x in (q, k, v):
+            args += [x.stride(0), x.stride(1), x.stride(2)]
+        constants = dict(
+            HEADS=heads,
+            TEXT_BLOCKS_BEFORE=-(-call.text_before // block),
+            TEXT_BLOCKS_AFTER=-(-text_after // block),
+            # A gathered order may have short blocks anywhere (ragged tiles).
+            SOME_PARTIAL=partial or gathered,
+            D=dim,
+            BLOCK_D=triton.next_power_of_2(dim),
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_T=config.block_t,
+            BLOCK=block,
+            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+            TAIL_PRECISION="ieee" if q.dtype == torch.float32 or torch.version.hip else "tf32",
+            HAS_MASK=mask is not None,
+            HAS_TAIL=call.has_tail,
+            GATHER=gathered,
+            TMA=use_tma,
+            RETURN_LSE=call.return_lse,
+            num_warps=config.warps,
+            num_stages=config.stages,
+        )
+        grid = (n * (block // config.block_m), heads, batch)
+        if warmup:
+            compiled.append(_forward_kernel.warmup(*args, grid=grid, **constants))
+        else:
+            _forward_kernel[grid](*args, **constants)
+    return compiled if warmup else (out, lse)
