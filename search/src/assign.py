@@ -63,12 +63,13 @@ def lagrangian(errors: list[np.ndarray], costs: list[np.ndarray], budget: float,
         cheapest = np.where(cost == cost.min(1, keepdims=True), error, np.inf).argmin(1)
         choice, total_error = cheapest, float(error[rows, cheapest].sum())
         total_cost = float(cost[rows, cheapest].sum())
-        spread = float(np.max(np.where(np.isfinite(error), error, 0)))
-        low, high = 0.0, max(spread, 1e-300) / max(budget, 1e-12)
+        high = max(float(error[np.isfinite(error)].max()), 1e-300) / max(budget, 1e-12)
         while at(high)[2] > budget and high < 1e300:
             high *= 16
+        # Useful prices span many orders of magnitude, so the bisection is geometric.
+        low = high * 1e-24
         for _ in range(iterations):
-            price = (low + high) / 2 if low else high / 2**6 if at(high / 2**6)[2] <= budget else high / 2
+            price = (low * high) ** 0.5
             candidate, e, c = at(price)
             bound = max(bound, e + price * (c - budget))
             if c <= budget:

@@ -1,0 +1,299 @@
+"""Reading a model while it runs: block scores of its attention calls, and the effect of perturbing them.
+
+Everything goes through :func:`diffsparse.pipelines.tap_attention`, which hands over every self-attention call. q, k and
+v are scored inside the forward pass and dropped; nothing of the size ``seq x seq`` is held.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from diffsparse.entry import TAILS
+from diffsparse.grid import TokenGrid
+from diffsparse.kernels import sparse_attention
+from diffsparse.layout import BlockLayout
+from diffsparse.order import TokenOrder
+from diffsparse.pipelines import find_transformers, tap_attention
+from diffsparse.search.generate import GenerationSettings
+from diffsparse.search.score import BlockIndex, projection_roots, score_call
+
+__all__ = [
+    "Recording",
+    "StepCounter",
+    "Tracer",
+    "final_latents",
+    "layer_effect",
+    "record",
+    "replaying",
+    "sparse_callback",
+]
+
+DEFAULT_TAIL = TAILS.index("moments")
+
+
+def final_latents(pipe: Any, prompt: str, seed: int, settings: GenerationSettings) -> torch.Tensor:
+    """One generation without decoding: the final latents as fp32 on the CPU."""
+    with torch.no_grad():
+        output = pipe(
+            prompt=prompt,
+            generator=torch.Generator("cpu").manual_seed(seed),
+            output_type="latent",
+            **settings.arguments(pipe),
+        )
+    latents = output.frames if hasattr(output, "frames") else output.images
+    return torch.as_tensor(latents).detach().to("cpu", torch.float32)
+
+
+class StepCounter:
+    """Tells steps and the model calls within a step (guidance branches) apart, from the attention calls alone."""
+
+    def __init__(self) -> None:
+        self.levels: list[float] = []
+        self.calls: list[int] = []
+
+    def update(self, call: Any) -> tuple[int, int]:
+        """Take note of an attention call; returns ``(step, branch)``."""
+        if call.layer_index == 0:
+            if not self.levels or abs(self.levels[-1] - call.noise_level) > 1e-6:
+                self.levels.append(float(call.noise_level))
+                self.calls.append(0)
+            else:
+                self.calls[-1] += 1
+        return len(self.levels) - 1, self.calls[-1]
+
+
+def _output_projection(transformer: torch.nn.Module, layer: str) -> torch.Tensor | None:
+    module = transformer.get_submodule(layer)
+    projection = getattr(module, "to_out", None)
+    linear = projection[0] if isinstance(projection, torch.nn.ModuleList) else projection
+    weight = getattr(linear, "weight", None)
+    return weight if isinstance(weight, torch.Tensor) and weight.ndim == 2 else None
+
+
+@dataclass
+class Tracer:
+    """Scores one branch of every step of a generation.
+
+    ``orders``: the order to score each ``(layer, head)`` in; layers not in it are scored in ``default_order``.
+    ``screen``: at these steps every order of ``screen_orders`` is scored as well, for choosing among them.
+    Results: ``steps[s][layer]`` holds ``error [tails, H, NB, NB]``, ``mass [H, NB, NB]``, ``energy [H]`` as arrays, and
+    ``screened[layer]`` the summed error ``[orders, H]`` at ``screen_density`` kept.
+    """
+
+    pipe: Any
+    block_size: int
+    default_order: TokenOrder
+    seed: int
+    samples: int = 4
+    orders: dict[tuple[str, int], TokenOrder] = field(default_factory=dict)
+    screen_orders: tuple[TokenOrder, ...] = ()
+    screen_steps: tuple[int, ...] = ()
+    screen_density: float = 0.08
+    counter: StepCounter = field(default_factory=StepCounter)
+    steps: dict[int, dict[str, dict[str, np.ndarray]]] = field(default_factory=dict)
+    screened: dict[str, np.ndarray] = field(default_factory=dict)
+    grid: TokenGrid | None = None
+    head_dim: int = 0
+
+    def __post_init__(self) -> None:
+        self._index: dict[tuple[TokenOrder, TokenGrid], BlockIndex] = {}
+        self._roots: dict[str, torch.Tensor] = {}
+        self._generator = torch.Generator().manual_seed(self.seed)
+        self._transformer = next(iter(find_transformers(self.pipe).values()))
+
+    def _blocks(self, order: TokenOrder, call: Any) -> BlockIndex:
+        key = (order, call.grid)
+        if key not in self._index:
+            self._index[key] = BlockIndex.build(call.grid, order, self.block_size, call.q.device)
+        return self._index[key]
+
+    def _score(self, call: Any, order: TokenOrder, heads: list[int]) -> Any:
+        if call.layer not in self._roots:
+            weight = _output_projection(self._transformer, call.layer)
+            self._roots[call.layer] = projection_roots(weight, call.q.shape[2], call.q.shape[3], call.q.device)
+        return score_call(
+            call.q,
+            call.k,
+            call.v,
+            self._blocks(order, call),
+            scale=call.scale,
+            roots=self._roots[call.layer],
+            samples=self.samples,
+            generator=self._generator,
+            key_mask=_key_mask(call),
+            heads=heads,
+        )
+
+    def __call__(self, call: Any) -> None:
+        step, branch = self.counter.update(call)
+        # Guidance branches take turns: their patterns are alike, and both leave their mark on the masks.
+        branches = max(self.counter.calls) + 1
+        self.grid, self.head_dim = call.grid, call.q.shape[3]
+        if branch != (step % branches if step else 0):
+            return
+        heads = call.q.shape[2]
+        groups: dict[TokenOrder, list[int]] = {}
+        for head in range(heads):
+            groups.setdefault(self.orders.get((call.layer, head), self.default_order), []).append(head)
+        result: dict[str, np.ndarray] = {}
+        for order, members in groups.items():
+            scores = self._score(call, order, members)
+            for head, (error, mass, energy) in zip(
+                members, zip(scores.error.unbind(1), scores.mass, scores.energy, strict=True), strict=True
+            ):
+                result[f"error{head}"] = error.cpu().numpy()
+                result[f"mass{head}"] = mass.cpu().numpy().astype(np.float16)
+                result[f"energy{head}"] = energy.cpu().numpy()
+        self.steps.setdefault(step, {})[call.layer] = result
+        if step in self.screen_steps:
+            rows = []
+            for order in self.screen_orders:
+                error = self._score(call, order, list(range(heads))).error[DEFAULT_TAIL].flatten(1)
+                kept = error.topk(int(self.screen_density * error.shape[1]), dim=1).values.sum(1)
+                rows.append(((error.sum(1) - kept) / error.shape[0]).cpu().numpy())
+            self.screened[call.layer] = self.screened.get(call.layer, 0) + np.stack(rows)
+
+
+def _key_mask(call: Any) -> torch.Tensor | None:
+    """The first batch item's valid keys as bool ``[S]``, or None where all are."""
+    kv_len = call.kv_len
+    if kv_len is None:
+        return None
+    if kv_len.dtype == torch.bool:
+        return kv_len[0]  # type: ignore[no-any-return]
+    return torch.arange(call.k.shape[1], device=call.k.device) < kv_len[0]
+
+
+@dataclass
+class Recording:
+    """A dense generation, kept so that it can be taken up again at any step.
+
+    ``outputs``: what the transformers returned, in call order. ``inputs``: arguments of the calls of chosen steps.
+    """
+
+    levels: list[float]
+    outputs: list[tuple[int, Any]]
+    inputs: dict[int, tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]]
+    latents: torch.Tensor
+
+    def first_call(self, step: int) -> int:
+        """Index of a step's first model call."""
+        return next(i for i, (s, _) in enumerate(self.outputs) if s == step)
+
+
+def _tree(value: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        return fn(value)
+    if isinstance(value, dict):
+        items = {k: _tree(v, fn) for k, v in value.items()}
+        return items if type(value) is dict else type(value)(**items)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_tree(v, fn) for v in value)
+    return copy.copy(value)
+
+
+def _clone(value: Any) -> Any:
+    return _tree(value, lambda t: t.detach().clone())
+
+
+def record(
+    pipe: Any, prompt: str, seed: int, settings: GenerationSettings, input_steps: tuple[int, ...], tracer: Tracer | None
+) -> Recording:
+    """Run a dense generation and keep what is needed to take it up again; with a tracer, score it too."""
+    counter = tracer.counter if tracer else StepCounter()
+    outputs: list[tuple[int, Any]] = []
+    inputs: dict[int, tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]] = {}
+    pending: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def before(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        pending.append((args, kwargs))
+
+    def after(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        step = len(counter.levels) - 1
+        arguments = pending.pop()
+        outputs.append((step, _clone(output)))
+        if step in input_steps and step not in inputs:
+            inputs[step] = (module, _clone(arguments[0]), _clone(arguments[1]))
+
+    handles = []
+    for module in find_transformers(pipe).values():
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(module.register_forward_hook(after, with_kwargs=True))
+    try:
+        with tap_attention(pipe, tracer if tracer else _counting(counter)):
+            latents = final_latents(pipe, prompt, seed, settings)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Recording(list(counter.levels), outputs, inputs, latents)
+
+
+def _counting(counter: StepCounter) -> Callable[[Any], None]:
+    def callback(call: Any) -> None:
+        counter.update(call)
+
+    return callback
+
+
+@contextmanager
+def replaying(pipe: Any, recording: Recording, until: int) -> Iterator[None]:
+    """Within, the first ``until`` model calls return what was recorded instead of computing it again."""
+    modules = list(find_transformers(pipe).values())
+    originals = [(m, m.__dict__.get("forward"), m.forward) for m in modules]
+    position = 0
+
+    def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def replayed(*args: Any, **kwargs: Any) -> Any:
+            nonlocal position
+            position += 1
+            return _clone(recording.outputs[position - 1][1]) if position <= until else forward(*args, **kwargs)
+
+        return replayed
+
+    try:
+        for module, _, forward in originals:
+            module.forward = wrap(forward)
+        yield
+    finally:
+        for module, own, _ in originals:
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own
+
+
+def sparse_callback(layouts: Callable[[Any], BlockLayout | None]) -> Callable[[Any], torch.Tensor | None]:
+    """A tap that runs each call with the layout that ``layouts(call)`` gives, dense where it gives None."""
+
+    def callback(call: Any) -> torch.Tensor | None:
+        layout = layouts(call)
+        if layout is None:
+            return None
+        return sparse_attention(call.q, call.k, call.v, layout, scale=call.scale, kv_len=call.kv_len)
+
+    return callback
+
+
+@torch.no_grad()
+def layer_effect(
+    pipe: Any, recording: Recording, step: int, layer: str, layouts: Callable[[Any], BlockLayout | None]
+) -> float:
+    """Squared change of the model's output at a recorded step when this one layer runs sparse."""
+    module, args, kwargs = recording.inputs[step]
+    run = sparse_callback(lambda call: layouts(call) if call.layer == layer else None)
+    with tap_attention(pipe, run):
+        output = module(*_clone(args), **_clone(kwargs))
+    reference = recording.outputs[recording.first_call(step)][1]
+    return float((_sample(output) - _sample(reference)).double().square().sum())
+
+
+def _sample(output: Any) -> torch.Tensor:
+    """A transformer's prediction, whether it came in a tuple or an output object."""
+    return (output[0] if isinstance(output, (tuple, list)) else output.sample).float()
