@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-import pytest
-
 from tests.house.process import run_python
 
 
@@ -24,9 +22,12 @@ def test_an_installed_package_wins_over_our_folder(tmp_path: Path) -> None:
     assert Path(file).is_relative_to(tmp_path)
 
 
-def test_hugging_face_kernels_is_theirs(repo_root: Path) -> None:
+def test_hugging_face_kernels_is_theirs() -> None:
+    """From the root: theirs where it is installed, and no diffusers that believes it is where it is not."""
     spec = importlib.util.find_spec("kernels")
-    if spec is None or spec.origin is None:
-        pytest.skip("Hugging Face's kernels is not installed; the test with a stand-in covers the rest")
-    code = "import kernels, diffsparse.kernels\nprint(kernels.__file__)\nfrom kernels import get_kernel"
-    assert "site-packages" in run_python(code)
+    if spec is not None and spec.origin is not None:
+        code = "import kernels, diffsparse.kernels\nprint(kernels.__file__)\nfrom kernels import get_kernel"
+        assert "site-packages" in run_python(code)
+    else:
+        code = "import diffsparse\nfrom diffusers.utils import is_kernels_available\nprint(is_kernels_available())"
+        assert run_python(code) == "False"
