@@ -1,0 +1,119 @@
+"""Enable and disable."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from diffsparse.kernels.checks import cannot_run
+from diffsparse.pipelines.family import architecture_of, find_transformers
+from diffsparse.pipelines.hooks import attach, detach, is_attached
+from diffsparse.pipelines.resolve import resolve_plans
+from diffsparse.pipelines.state import ModelState, state_of
+from diffsparse.plan import Architecture, PlanError, SparsityPlan
+
+__all__ = ["disable_sparse_attention", "enable_sparse_attention", "sparse_attention"]
+
+logger = logging.getLogger("diffsparse")
+
+
+def enable_sparse_attention(
+    pipe_or_transformer: Any, plan: Any = "auto", *, backend: str = "auto", strict: bool = True
+) -> None:
+    """Compute only the attention blocks that a plan keeps, in every self-attention layer of the denoiser.
+
+    Args:
+        pipe_or_transformer: a diffusers pipeline (both transformers of Wan 2.2 are covered) or a transformer.
+        plan: a ``SparsityPlan``; a folder or Hub id of one; ``"dense"``, ``"window"``, ``"radial"`` or
+            ``"conservative"``; a dict of these by component (``{"transformer": ..., "transformer_2": ...}``; one that is
+            left out stays dense); or ``"auto"``: the plan in the model folder's ``sparse_plan`` if it is for this
+            architecture, else the one cached for it, else the conservative preset. A log line says which.
+        backend: the kernel, ``"auto"`` or one of ``diffsparse.kernels.BACKENDS``, which then runs or raises.
+        strict: refuse a plan for another architecture. With False, layers that the plan and the model do not share run
+            dense and are listed in the summary.
+
+    What cannot run sparse (causal, gradients needed, an unknown mask, ...) runs dense; it is logged once with its reason
+    and counted in ``sparse_attention_summary``. One transformer runs in several threads at once only uncompiled.
+
+    Raises:
+        RuntimeError: already enabled; disable first.
+        UnsupportedModelError: no known transformer.
+        PlanError: the plan cannot be read, or is for another architecture.
+        ValueError: an unknown backend, or a name of no transformer.
+    """
+    transformers = find_transformers(pipe_or_transformer)
+    pipe = None if isinstance(pipe_or_transformer, torch.nn.Module) else pipe_or_transformer
+    if backend != "auto" and (reason := cannot_run(backend)) is not None:
+        raise ValueError(reason)
+    for name, transformer in transformers.items():
+        if is_attached(transformer):
+            raise RuntimeError(f"sparse attention is already enabled on {name}; call disable_sparse_attention first")
+    states: dict[str, ModelState] = {}
+    for name, (chosen, source) in resolve_plans(pipe, transformers, plan).items():
+        architecture = architecture_of(transformers[name])
+        states[name] = ModelState(
+            transformers[name],
+            component=name,
+            pipe=pipe,
+            plan=chosen,
+            source=source,
+            backend=backend,
+            skipped=_fit(chosen, architecture, name, strict),
+        )
+    for name, state in states.items():
+        attach(transformers[name], state)
+
+
+def disable_sparse_attention(pipe_or_transformer: Any) -> None:
+    """Back to dense attention, bit for bit. Does nothing where sparse attention is not enabled."""
+    for transformer in find_transformers(pipe_or_transformer).values():
+        state = state_of(transformer)
+        if state is not None and state.tap is None:
+            detach(transformer)
+
+
+@contextmanager
+def sparse_attention(
+    pipe_or_transformer: Any, plan: Any = "auto", *, backend: str = "auto", strict: bool = True
+) -> Iterator[Any]:
+    """``with sparse_attention(pipe, plan): ...``, dense again afterwards whatever happens inside. Gives the pipeline."""
+    enable_sparse_attention(pipe_or_transformer, plan, backend=backend, strict=strict)
+    try:
+        yield pipe_or_transformer
+    finally:
+        disable_sparse_attention(pipe_or_transformer)
+
+
+def _fit(plan: SparsityPlan, model: Architecture, component: str, strict: bool) -> dict[str, str]:
+    """Layers that must run dense because plan and model do not share them, with the reason."""
+    problems = plan.check_architecture(model)
+    named = [] if plan.is_uniform else list(plan.layers)
+    lacking = [n for n in dict.fromkeys([*named, *plan.schedule.dense_layers]) if n not in model.layers]
+    if lacking and not any(p.startswith("layers:") for p in problems):
+        problems.append(
+            f"the plan names {', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''}, the model has not"
+        )
+    heads = plan.index.shape[2]
+    if not plan.is_uniform and heads != model.heads and not any(p.startswith("heads:") for p in problems):
+        problems.append(f"heads: the plan has {heads!r}, the model {model.heads!r}")
+    if not problems:
+        return {}
+    if strict:
+        raise PlanError(
+            f"the plan is not for this model ({component}, {model.model_class}): {'; '.join(problems)}. "
+            "strict=False runs what fits and leaves the other layers dense"
+        )
+    logger.warning(
+        "%s: the plan is for another model (%s); what does not fit runs dense", component, "; ".join(problems)
+    )
+    skipped = dict.fromkeys(lacking, "the model lacks this layer")
+    if not plan.is_uniform:
+        if heads != model.heads:
+            skipped.update(dict.fromkeys(model.layers, f"the plan has {heads} heads, the model {model.heads}"))
+        else:
+            skipped.update({n: "the plan lacks this layer" for n in model.layers if n not in plan.layers})
+    return skipped

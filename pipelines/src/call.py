@@ -1,0 +1,100 @@
+"""One forward of an enabled transformer: its grid, noise level and phase, and what its layers did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from diffsparse.grid import TokenGrid
+from diffsparse.layout import BlockLayout
+from diffsparse.pipelines.state import ModelState
+
+__all__ = ["Call"]
+
+OUTSIDE = "noise level outside the plan's sparse range"
+UNSEEN = "no attention call was seen (skipped by a cache, or a processor outside diffusers)"
+COMPILED = "compiled"
+
+
+@dataclass(eq=False)
+class Call:
+    """Lives in the thread-local context from the root's pre-hook to its post-hook.
+
+    ``problem``: why nothing of this forward can run sparse (an unknown grid), or None.
+    ``phase``: the plan's phase, or None where the schedule says dense.
+    """
+
+    state: ModelState
+    grid: TokenGrid | None
+    noise_level: float
+    phase: int | None
+    batch: int
+    problem: str | None = None
+    previous: Call | None = None
+    # layer index -> (density executed, work of the dense call, why dense, backend)
+    events: dict[int, list[tuple[float | None, float, str, str]]] = field(default_factory=dict)
+    foreign: set[int] = field(default_factory=set)
+    compiled: frozenset[int] = frozenset()
+
+    def layout(self, index: int, device: torch.device, uniform: bool = False) -> BlockLayout | str:
+        """One layer's layout, or why it runs dense by the plan's word."""
+        if self.phase is None or self.grid is None:
+            return OUTSIDE
+        return self.state.layout(self.grid, self.phase, index, device, uniform)
+
+    def ran_sparse(self, index: int, q: torch.Tensor, density: float, backend: str) -> None:
+        self.events.setdefault(index, []).append((density, _work(q), "", backend))
+
+    def ran_dense(self, index: int, q: torch.Tensor, reason: str, *, issue: bool) -> None:
+        self.events.setdefault(index, []).append((None, _work(q), reason, ""))
+        if issue:
+            self.state.log(f"runs dense: {reason}")
+
+    def finish(self, complete: bool) -> None:
+        """Add this forward to the model's counters."""
+        state = self.state
+        if state.tap is not None:
+            return
+        unseen = False
+        with state.counting() as counts:
+            state.forwards += 1
+            for layer in state.layers:
+                events = self.events.get(layer.index)
+                if events is None and complete:
+                    if layer.index in self.compiled:
+                        events = [self._compiled_event(layer.index)]
+                    else:
+                        counts[layer.index].reasons[UNSEEN] += 1
+                        unseen = True
+                for density, work, reason, backend in events or ():
+                    count = counts[layer.index]
+                    count.work += work
+                    if density is None:
+                        count.dense_calls += 1
+                        count.done += work
+                        count.reasons[reason] += 1
+                    else:
+                        count.sparse_calls += 1
+                        count.done += density * work
+                        count.sparse_density += density
+                        count.backends[backend] += 1
+        if unseen:
+            state.log(f"of some layers {UNSEEN}")
+
+    def _compiled_event(self, index: int) -> tuple[float | None, float, str, str]:
+        """What a compiled layer ran: counters live outside traced code, so it is known from the layouts."""
+        layout = self.state.layers[index].layout
+        work = float(self.batch * self.state.architecture.heads * (self.grid.seq_len**2 if self.grid else 0))
+        if layout is not None:
+            return (layout.density, work, "", COMPILED)
+        reason = self.problem or OUTSIDE
+        if self.problem is None and self.phase is not None and self.grid is not None:
+            found = self.layout(index, torch.device("cpu"))
+            reason = found if isinstance(found, str) else "the layout was not ready when compiled code ran"
+        return (None, work, reason, "")
+
+
+def _work(q: torch.Tensor) -> float:
+    batch, seq, heads, _ = q.shape
+    return float(batch * heads * seq * seq)

@@ -1,0 +1,31 @@
+"""HunyuanVideo: one sequence of video, then text; padded text is masked by a key mask."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffsparse.grid import TokenGrid
+from diffsparse.pipelines.family import Family
+
+
+def _patch_size(config: Any) -> tuple[int, int, int]:
+    return (int(config.patch_size_t), int(config.patch_size), int(config.patch_size))
+
+
+def _grid(config: Any, arguments: Mapping[str, Any]) -> TokenGrid:
+    frames, height, width = arguments["hidden_states"].shape[2:]  # [B, C, T, H, W]
+    t, h, w = _patch_size(config)
+    text = arguments["encoder_hidden_states"].shape[1]
+    return TokenGrid(frames // t, height // h, width // w, text_after=text)
+
+
+HUNYUAN_VIDEO = Family(
+    name="hunyuan_video",
+    classes=("HunyuanVideoTransformer3DModel",),
+    # The token refiner of the text has attention of its own, which stays as it is.
+    layers=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
+    grid=_grid,
+    patch_size=_patch_size,
+    text_position="after",
+)

@@ -1,0 +1,153 @@
+"""The hooks on an enabled model. Module-level functions under one fixed key, for three reasons:
+
+* Dynamo guards on the keys of hooks, so keys that differ from layer to layer would compile every layer anew;
+* a deep copy of a module shares its hooks, so a closure would lead from the copy to the original;
+* they can be pickled by name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from diffsparse.layout import BlockLayout
+from diffsparse.pipelines.call import Call
+from diffsparse.pipelines.context import CTX, EPOCH
+from diffsparse.pipelines.family import UnknownGridError
+from diffsparse.pipelines.noise import noise_level
+from diffsparse.pipelines.patch import install_patch
+from diffsparse.pipelines.state import LAYER_STATE, MODEL_STATE, ModelState
+
+__all__ = ["KEY", "attach", "compiled_layers", "detach", "is_attached"]
+
+KEY = "diffsparse"
+
+
+def attach(transformer: torch.nn.Module, state: ModelState) -> None:
+    """Put a state and its hooks on a transformer and its attention layers."""
+    install_patch()
+    modules = dict(transformer.named_modules())
+    for layer in state.layers:
+        module = modules[layer.name]
+        setattr(module, LAYER_STATE, layer)
+        _add_hooks(module, _before_layer, _after_layer)
+    setattr(transformer, MODEL_STATE, state)
+    _add_hooks(transformer, _before_model, _after_model)
+    EPOCH.bump()
+
+
+def detach(transformer: torch.nn.Module) -> None:
+    """Take everything off again that ``attach`` put on."""
+    for module in transformer.modules():
+        _remove_hooks(module)
+        for name in (LAYER_STATE, MODEL_STATE):
+            module.__dict__.pop(name, None)
+    EPOCH.bump()
+
+
+def is_attached(transformer: torch.nn.Module) -> bool:
+    return MODEL_STATE in transformer.__dict__
+
+
+def _add_hooks(module: torch.nn.Module, before: Any, after: Any) -> None:
+    module._forward_pre_hooks[KEY] = before  # type: ignore[index]
+    module._forward_pre_hooks_with_kwargs[KEY] = True  # type: ignore[index]
+    module._forward_hooks[KEY] = after  # type: ignore[index]
+    module._forward_hooks_with_kwargs[KEY] = True  # type: ignore[index]
+    module._forward_hooks_always_called[KEY] = True  # type: ignore[index]
+
+
+def _remove_hooks(module: torch.nn.Module) -> None:
+    for name in (
+        "_forward_pre_hooks",
+        "_forward_pre_hooks_with_kwargs",
+        "_forward_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_hooks_always_called",
+    ):
+        getattr(module, name).pop(KEY, None)
+
+
+def _before_layer(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+    CTX.layer = module._diffsparse  # type: ignore[assignment]
+
+
+def _after_layer(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    CTX.layer = None
+
+
+def _before_model(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    install_patch()  # a module of diffusers may have been loaded since
+    CTX.layer = None  # a KeyboardInterrupt passes hooks by
+    state: ModelState = getattr(module, MODEL_STATE)
+    call = _read_call(module, state, args, kwargs)
+    call.previous = CTX.call
+    CTX.call = call
+    call.compiled = compiled_layers(module, state)
+    if call.compiled:
+        device = _device_of(args, kwargs)
+        for layer in state.layers:
+            found = None
+            if layer.index in call.compiled and call.problem is None and device is not None:
+                found = call.layout(layer.index, device, uniform=True)
+            layer.layout = found if isinstance(found, BlockLayout) else None
+
+
+def _after_model(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    call = CTX.call
+    if call is None or call.state is not getattr(module, MODEL_STATE, None):
+        return
+    CTX.call = call.previous
+    CTX.layer = None
+    call.finish(complete=output is not None)
+    if call.compiled:
+        for layer in call.state.layers:
+            layer.layout = None
+
+
+def _read_call(module: torch.nn.Module, state: ModelState, args: Any, kwargs: Any) -> Call:
+    """Grid, noise level and phase from the forward's own arguments."""
+    arguments = dict(zip(state.arguments, args), **kwargs)
+    hidden = arguments.get("hidden_states")
+    batch = hidden.shape[0] if isinstance(hidden, torch.Tensor) else 1
+    level = noise_level(state, arguments)
+    grid, problem = None, None
+    try:
+        grid = state.family.grid(module.config, arguments)
+        state.saw_grid(grid)
+    except UnknownGridError as error:
+        problem = f"the token grid is unknown: {error}"
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        problem = f"the token grid is unknown: {type(error).__name__}: {error}"
+    if level is None:
+        problem = problem or "the forward was given no timestep"
+    phase = state.plan.schedule.phase(level) if state.plan is not None and level is not None else None
+    return Call(
+        state=state, grid=grid, noise_level=-1.0 if level is None else level, phase=phase, batch=batch, problem=problem
+    )
+
+
+def _device_of(args: Any, kwargs: Any) -> torch.device | None:
+    return next((x.device for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
+
+
+def compiled_layers(module: torch.nn.Module, state: ModelState) -> frozenset[int]:
+    """Indices of the layers that run inside a compiled module."""
+    compiled: dict[str, bool] = {"": _is_compiled(module)}
+    for layer in state.layers:
+        path, part = "", module
+        for name in layer.name.split("."):
+            parent, path = path, f"{path}.{name}" if path else name
+            part = getattr(part, name)
+            if path not in compiled:
+                compiled[path] = compiled[parent] or _is_compiled(part)
+    return frozenset(layer.index for layer in state.layers if compiled[layer.name])
+
+
+def _is_compiled(module: torch.nn.Module) -> bool:
+    return getattr(module, "_compiled_call_impl", None) is not None

@@ -1,0 +1,230 @@
+"""Where attention leaves diffusers: decides call by call whether the layer that is running computes it sparse.
+
+Traced by ``torch.compile``, so the compiled branch has no counters, no logging, and no Python number that differs from
+layer to layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from diffsparse.kernels import check, sparse_attention
+from diffsparse.kernels.checks import choose_backend
+from diffsparse.layout import BlockLayout
+from diffsparse.pipelines import _diffusers
+from diffsparse.pipelines.call import Call
+from diffsparse.pipelines.context import CTX, EPOCH
+from diffsparse.pipelines.state import LayerState
+
+__all__ = ["install_patch", "routed_dispatch", "routed_sdpa"]
+
+_dispatch = _diffusers.original_dispatch
+_sdpa = _diffusers.original_sdpa
+
+
+def install_patch() -> None:
+    """Put the pass-through functions in place in all modules of diffusers that are loaded by now."""
+    _diffusers.install(routed_dispatch, routed_sdpa)
+
+
+def routed_dispatch(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    attention_kwargs: dict[str, Any] | None = None,
+    *,
+    backend: Any = None,
+    parallel_config: Any = None,
+) -> torch.Tensor:
+    """Stands for diffusers' ``dispatch_attention_fn``: q, k, v are ``[B, S, H, D]``."""
+    if EPOCH.tag == "":  # never: compiled code guards on the tag
+        raise RuntimeError
+    layer = CTX.layer
+    if layer is None:
+        return _dispatch(
+            query,
+            key,
+            value,
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale,
+            enable_gqa,
+            attention_kwargs,
+            backend=backend,
+            parallel_config=parallel_config,
+        )
+    # Whatever runs below is not this layer's attention a second time: the native backend calls F.sdpa.
+    CTX.layer = None
+    reason = _special(query, key, value, dropout_p, is_causal, enable_gqa)
+    if parallel_config is not None:
+        reason = "context parallel"
+    elif attention_kwargs:
+        reason = "extra arguments for the attention backend"
+
+    def dense() -> torch.Tensor:
+        return _dispatch(
+            query,
+            key,
+            value,
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale,
+            enable_gqa,
+            attention_kwargs,
+            backend=backend,
+            parallel_config=parallel_config,
+        )
+
+    out = _route(layer, query, key, value, attn_mask, True, scale, reason, dense)
+    CTX.layer = layer
+    return out
+
+
+def routed_sdpa(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """Stands for ``F.scaled_dot_product_attention`` in diffusers' models: q, k, v are ``[B, H, S, D]``."""
+    if EPOCH.tag == "":
+        raise RuntimeError
+    layer = CTX.layer
+    if layer is None or query.ndim != 4:
+        return _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    CTX.layer = None
+
+    def dense() -> torch.Tensor:
+        out = _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        return out.transpose(1, 2)
+
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    reason = _special(q, k, v, dropout_p, is_causal, enable_gqa)
+    out = _route(layer, q, k, v, attn_mask, False, scale, reason, dense).transpose(1, 2)
+    CTX.layer = layer
+    return out
+
+
+def _special(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float, is_causal: bool, enable_gqa: bool
+) -> str | None:
+    """What makes a call another one than plain self-attention in inference, or None."""
+    if is_causal:
+        return "causal attention"
+    if dropout_p:
+        return "dropout"
+    if k.shape != q.shape or v.shape != q.shape:
+        return "grouped heads" if enable_gqa else "queries and keys differ in shape"
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return "gradients are needed"
+    return None
+
+
+def _key_mask(mask: Any, q: torch.Tensor, two_axes: bool) -> torch.Tensor | None:
+    """A key-padding mask as bool ``[B, S]``, or None where the mask is another one. Reads no values.
+
+    ``two_axes``: a mask ``[B, S]`` is one too (diffusers' dispatch takes it so, torch's function does not).
+    """
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+        return None
+    batch, seq = q.shape[0], q.shape[1]
+    if mask.ndim == 4 and mask.shape[1] == 1 and mask.shape[2] == 1:
+        mask = mask[:, 0, 0]
+    elif mask.ndim != 2 or not two_axes or mask.shape[0] != batch or batch == seq:
+        return None
+    if mask.shape[1] != seq or mask.shape[0] not in (1, batch):
+        return None
+    return mask.expand(batch, seq)
+
+
+def _route(
+    layer: LayerState,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: Any,
+    two_axes: bool,
+    scale: float | None,
+    reason: str | None,
+    dense: Callable[[], torch.Tensor],
+) -> torch.Tensor:
+    """The output ``[B, S, H, D]`` of one attention call inside a layer, sparse or from ``dense``."""
+    key_mask = None
+    if mask is not None:
+        key_mask = _key_mask(mask, q, two_axes)
+        if key_mask is None and reason is None:
+            reason = "a mask that is not a key-padding mask"
+    if torch.compiler.is_compiling():
+        layout = layer.layout
+        if layout is None or reason is not None:
+            return dense()
+        if q.shape[1] != layout.seq_len or q.shape[2] != layout.num_heads:
+            return dense()
+        if key_mask is not None and not layout.grid.text_before + layout.grid.text_after:
+            return dense()
+        return sparse_attention(q, k, v, layout, scale=scale, kv_len=key_mask, backend=layer.backend)
+    call = CTX.call
+    if call is None:  # a layer on its own, outside its model's forward: there is no grid
+        return dense()
+    return _eager(call, layer, q, k, v, mask, key_mask, scale, reason, dense)
+
+
+def _eager(
+    call: Call,
+    layer: LayerState,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: Any,
+    key_mask: torch.Tensor | None,
+    scale: float | None,
+    reason: str | None,
+    dense: Callable[[], torch.Tensor],
+) -> torch.Tensor:
+    index = layer.index
+    if q.shape[1] != k.shape[1]:  # an adapter's or an image's keys beside the self-attention
+        call.foreign.add(index)
+        return dense()
+    if call.state.tap is not None:
+        return call.state.tap.run(call, layer, q, k, v, key_mask, scale, reason, dense)
+    layout = call.layout(index, q.device)
+    if reason is None:
+        reason = call.problem
+    if reason is None and isinstance(layout, BlockLayout):
+        reason = _misfit(layout, q, k, v, key_mask)
+    if reason is not None and (call.problem is not None or isinstance(layout, BlockLayout)):
+        call.ran_dense(index, q, reason, issue=True)
+        return dense()
+    if isinstance(layout, str):
+        call.ran_dense(index, q, layout, issue=False)
+        return dense()
+    out = sparse_attention(q, k, v, layout, scale=scale, kv_len=key_mask, backend=layer.backend)
+    call.ran_sparse(index, q, layout.density, choose_backend(layer.backend, q))
+    return out
+
+
+def _misfit(
+    layout: BlockLayout, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None
+) -> str | None:
+    grid = layout.grid
+    if q.shape[1] != grid.seq_len:
+        return f"{q.shape[1]} tokens, the grid {grid} has {grid.seq_len}"
+    if q.shape[2] != layout.num_heads:
+        return f"{q.shape[2]} heads here, the plan has {layout.num_heads}"
+    if key_mask is not None and not grid.text_before + grid.text_after:
+        return "a key mask over visual tokens"
+    return check(q, k, v, layout, kv_len=key_mask)

@@ -1,0 +1,105 @@
+"""From what the user passed as ``plan`` to one plan per transformer, and where it came from."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffsparse.pipelines.family import architecture_of
+from diffsparse.plan import JSON_NAME, PlanError, SparsityPlan
+from diffsparse.presets import PRESETS, conservative, preset
+
+__all__ = ["PLAN_FOLDER", "cache_folder", "resolve_plans"]
+
+logger = logging.getLogger("diffsparse")
+
+#: Where a model's folder holds its plan.
+PLAN_FOLDER = "sparse_plan"
+
+
+def cache_folder(fingerprint: str) -> Path:
+    """Where the plan of an architecture is kept on this machine: below ``$DIFFSPARSE_CACHE`` or ``~/.cache/diffsparse``."""
+    root = os.environ.get("DIFFSPARSE_CACHE")
+    base = Path(root) if root else Path.home() / ".cache" / "diffsparse"
+    return base / "plans" / fingerprint
+
+
+def resolve_plans(
+    pipe: Any, transformers: Mapping[str, torch.nn.Module], plan: Any
+) -> dict[str, tuple[SparsityPlan, str]]:
+    """``{component: (plan, where it came from)}``; transformers that a dict leaves out stay dense."""
+    if not isinstance(plan, Mapping):
+        return {name: _resolve(pipe, name, transformer, plan) for name, transformer in transformers.items()}
+    if not plan:
+        raise ValueError("the dict of plans is empty")
+    if unknown := [name for name in plan if name not in transformers]:
+        raise ValueError(f"no transformer called {', '.join(map(repr, unknown))}; there are {', '.join(transformers)}")
+    return {name: _resolve(pipe, name, transformers[name], one) for name, one in plan.items() if one is not None}
+
+
+def _resolve(pipe: Any, name: str, transformer: torch.nn.Module, plan: Any) -> tuple[SparsityPlan, str]:
+    if isinstance(plan, SparsityPlan):
+        return plan, _describe(plan)
+    if isinstance(plan, str):
+        if plan == "auto":
+            return _auto(pipe, name, transformer)
+        if plan == "conservative":
+            return conservative(), "preset 'conservative'"
+        if plan in PRESETS:
+            return preset(plan), f"preset {plan!r}"
+    if isinstance(plan, (str, os.PathLike)):
+        return SparsityPlan.from_pretrained(plan), str(plan)
+    raise TypeError(
+        f"plan must be a SparsityPlan, a folder or Hub id, 'auto', 'conservative', {', '.join(map(repr, PRESETS))}, or a "
+        f"dict of these by transformer; got {type(plan).__name__}"
+    )
+
+
+def _describe(plan: SparsityPlan) -> str:
+    name = plan.record.get("preset")
+    return f"preset {name!r}" if isinstance(name, str) else "a SparsityPlan"
+
+
+def _auto(pipe: Any, name: str, transformer: torch.nn.Module) -> tuple[SparsityPlan, str]:
+    fingerprint = architecture_of(transformer).fingerprint
+    passed: list[str] = []
+    places = [(f"shipped with the model in {folder}", folder) for folder in _shipped(pipe, name, transformer)]
+    places.append((f"cached for this architecture in {cache_folder(fingerprint)}", cache_folder(fingerprint)))
+    for why, folder in places:
+        if not (folder / JSON_NAME).is_file():
+            continue
+        try:
+            plan = SparsityPlan.from_pretrained(folder)
+        except PlanError as error:
+            passed.append(str(error))
+            continue
+        if plan.architecture is None or plan.architecture.fingerprint != fingerprint:
+            theirs = plan.architecture.fingerprint if plan.architecture else "none"
+            passed.append(f"{folder} is for another architecture (fingerprint {theirs}, this is {fingerprint})")
+            continue
+        logger.info("%s: plan 'auto' took the plan %s%s", name, why, _passed(passed))
+        return plan, f"auto: {why}"
+    why = f"no plan is shipped or cached for this architecture (fingerprint {fingerprint})"
+    logger.info("%s: plan 'auto' took the conservative preset: %s%s", name, why, _passed(passed))
+    return conservative(), f"auto: conservative preset, {why}"
+
+
+def _passed(passed: list[str]) -> str:
+    return f"; passed over: {'; '.join(passed)}" if passed else ""
+
+
+def _shipped(pipe: Any, name: str, transformer: torch.nn.Module) -> list[Path]:
+    """Folders in which a model could ship its plan, most specific first."""
+    roots: list[Path] = []
+    for source, parent in ((pipe, False), (transformer, True)):
+        path = getattr(source, "name_or_path", None)
+        if isinstance(path, str) and path and Path(path).is_dir():
+            # A transformer lies in a folder of the pipeline's folder.
+            roots += [Path(path), Path(path).parent] if parent else [Path(path)]
+    folders = [folder for root in roots for folder in (root / PLAN_FOLDER / name, root / PLAN_FOLDER)]
+    return list(dict.fromkeys(folders))

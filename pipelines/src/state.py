@@ -1,0 +1,234 @@
+"""What an enabled model carries: on the transformer a :class:`ModelState`, on every attention module a `LayerState`.
+
+Both are plain attributes of the modules, so they are not in the state dict, are copied and pickled with the model, and
+are freed with it. Nothing of them is kept on a class or in the process.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import threading
+import weakref
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from diffsparse.entry import HeadEntry
+from diffsparse.grid import TokenGrid
+from diffsparse.layout import BlockLayout, build_layout
+from diffsparse.pattern import uses_fallback
+from diffsparse.pipelines.family import Family, architecture_of, family_of, layers_of
+from diffsparse.plan import Architecture, SparsityPlan
+
+__all__ = ["LAYER_STATE", "MODEL_STATE", "LayerCounts", "LayerState", "LayoutCache", "ModelState", "state_of"]
+
+logger = logging.getLogger("diffsparse")
+
+#: Names of the attributes.
+MODEL_STATE = "_diffsparse_root"
+LAYER_STATE = "_diffsparse"
+
+# Block lists of long videos are large (0.35 MB a head at 75,600 tokens and density 0.25). What was used last stays.
+MAX_LAYOUT_BYTES = 2 * 2**30
+
+FULL = "every block is kept on this grid"
+DENSE_ENTRIES = "all heads are dense in the plan"
+NOT_IN_PLAN = "dense layer of the plan"
+
+
+@dataclass(eq=False)
+class LayerState:
+    """What one attention module needs to know. ``layout`` is for compiled code, which cannot look it up by name."""
+
+    name: str
+    index: int
+    backend: str = "auto"
+    layout: BlockLayout | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "layout": None}
+
+
+@dataclass
+class LayerCounts:
+    """What one layer did so far. ``work`` and ``done`` are query-key pairs: of dense attention, and as executed."""
+
+    sparse_calls: int = 0
+    dense_calls: int = 0
+    work: float = 0.0
+    done: float = 0.0
+    sparse_density: float = 0.0  # summed over sparse calls
+    reasons: Counter[str] = field(default_factory=Counter)
+    backends: Counter[str] = field(default_factory=Counter)
+
+
+class LayoutCache:
+    """Layouts by the whole grid, the phase and the device; least recently used ones go first."""
+
+    def __init__(self, max_bytes: int = MAX_LAYOUT_BYTES) -> None:
+        self.max_bytes = max_bytes
+        self.groups: OrderedDict[Any, dict[Any, Any]] = OrderedDict()
+        self.lock = threading.RLock()
+
+    def get(self, key: Any, item: Any, build: Callable[[], Any]) -> Any:
+        with self.lock:
+            group = self.groups.get(key)
+            if group is None:
+                group = self.groups[key] = {}
+            elif next(reversed(self.groups)) != key:
+                self.groups.move_to_end(key)
+            if item not in group:
+                group[item] = build()
+                while len(self.groups) > 1 and self.num_bytes() > self.max_bytes:
+                    self.groups.popitem(last=False)
+            return group[item]
+
+    def num_bytes(self) -> int:
+        """Memory of all distinct block lists."""
+        layouts = {id(x): x for group in self.groups.values() for x in group.values() if isinstance(x, BlockLayout)}
+        return sum(x.col_idx.nbytes + x.row_ptr.nbytes + x.gather.nbytes + x.scatter.nbytes for x in layouts.values())
+
+
+class ModelState:
+    """The plan of one transformer (None while only a tap is attached), its layouts and its counters."""
+
+    def __init__(
+        self,
+        transformer: torch.nn.Module,
+        *,
+        component: str = "transformer",
+        pipe: Any = None,
+        plan: SparsityPlan | None = None,
+        source: str = "",
+        backend: str = "auto",
+        skipped: dict[str, str] | None = None,
+        tap: Any = None,
+    ) -> None:
+        self.component = component
+        self.architecture: Architecture = architecture_of(transformer)
+        self.family_class = type(transformer).__name__
+        self.plan = plan
+        self.source = source
+        self.backend = backend
+        self.skipped = skipped or {}
+        self.layers = [LayerState(name, i, backend) for i, name in enumerate(layers_of(transformer))]
+        self.arguments = tuple(p for p in inspect.signature(type(transformer).forward).parameters if p != "self")
+        self.num_train_timesteps = 1000
+        self.counts = [LayerCounts() for _ in self.layers]
+        self.forwards = 0
+        self.grids: Counter[TokenGrid] = Counter()
+        self.fallbacks: dict[TokenGrid, int] = {}
+        self.reasons_logged: set[str] = set()
+        self.family: Family = family_of(transformer)
+        self._fresh(pipe, tap)
+
+    def _fresh(self, pipe: Any = None, tap: Any = None) -> None:
+        """What belongs to this object alone, and is made anew for a copy."""
+        self.layouts = LayoutCache()
+        self.lock = threading.Lock()
+        self.tap = tap
+        # A strong reference would make a deep copy of the transformer copy the whole pipeline.
+        self._pipe = weakref.ref(pipe) if pipe is not None else None
+        self.schedule: tuple[Any, list[float]] | None = None
+        scheduler = self.scheduler
+        if scheduler is not None:
+            self.num_train_timesteps = int(scheduler.config.get("num_train_timesteps", self.num_train_timesteps))
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("layouts", "lock", "tap", "_pipe", "schedule")
+        return {k: v for k, v in self.__dict__.items() if k not in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        from diffsparse.pipelines.patch import install_patch
+
+        self.__dict__.update(state)
+        self._fresh()
+        install_patch()  # it may come out of a pickle, in a process that has enabled nothing yet
+
+    @property
+    def scheduler(self) -> Any:
+        """The pipeline's scheduler at this moment, or None."""
+        pipe = self._pipe() if self._pipe is not None else None
+        scheduler = getattr(pipe, "scheduler", None)
+        return scheduler if hasattr(scheduler, "config") else None
+
+    # -- layouts ---------------------------------------------------------------------------------------------------
+
+    def layout(
+        self, grid: TokenGrid, phase: int, index: int, device: torch.device, uniform: bool = False
+    ) -> BlockLayout | str:
+        """One layer's block lists on a device, or why the layer runs dense here.
+
+        ``uniform``: ``has_tail`` and ``needs_gather`` hold for the whole plan, so that compiled layers share a graph.
+        """
+        return self.layouts.get(
+            (grid, phase, device, uniform), index, lambda: self._build(grid, phase, index, device, uniform)
+        )
+
+    def _build(self, grid: TokenGrid, phase: int, index: int, device: torch.device, uniform: bool) -> BlockLayout | str:
+        assert self.plan is not None
+        name = self.layers[index].name
+        if name in self.skipped:
+            return self.skipped[name]
+        entries = self.plan.layer_entries(phase, name, self.architecture.heads)
+        if entries is None:
+            return NOT_IN_PLAN
+        if all(entry.is_dense for entry in entries):
+            return DENSE_ENTRIES
+        return self.layouts.get(
+            (grid, phase, device, uniform), entries, lambda: self._expand(grid, entries, device, uniform)
+        )
+
+    def _expand(
+        self, grid: TokenGrid, entries: tuple[HeadEntry, ...], device: torch.device, uniform: bool
+    ) -> BlockLayout | str:
+        assert self.plan is not None
+        layout = build_layout(grid, entries, self.plan.block_size)
+        if min(layout.densities) >= 1:
+            return FULL
+        if uniform:
+            layout = replace(
+                layout,
+                has_tail=any(e.execution.tail != "none" for e in self.plan.entries),
+                needs_gather=any(not e.order.is_raster for e in self.plan.entries),
+            )
+        return layout.to(device)
+
+    # -- counting --------------------------------------------------------------------------------------------------
+
+    def saw_grid(self, grid: TokenGrid) -> None:
+        """Count a forward on this grid, and find out whether a bitmap does not fit it."""
+        with self.lock:
+            self.grids[grid] += 1
+            if grid in self.fallbacks or self.plan is None:
+                return
+            plan = self.plan
+            affected = [uses_fallback(e.pattern, grid, e.order, plan.block_size) for e in plan.entries]
+            self.fallbacks[grid] = int(sum(affected[i] for i in plan.index.reshape(-1).tolist()))
+        if count := self.fallbacks[grid]:
+            self.log(f"{count} bitmap heads were measured on another grid than {grid}: their fallback patterns run")
+
+    def log(self, message: str) -> None:
+        """One line per model and message."""
+        with self.lock:
+            if message in self.reasons_logged:
+                return
+            self.reasons_logged.add(message)
+        logger.warning("%s (%s): %s", self.component, self.family_class, message)
+
+    @contextmanager
+    def counting(self) -> Iterator[list[LayerCounts]]:
+        """The counters, held against other threads."""
+        with self.lock:
+            yield self.counts
+
+
+def state_of(transformer: torch.nn.Module) -> ModelState | None:
+    """The state of an enabled (or tapped) transformer, or None."""
+    state = getattr(transformer, MODEL_STATE, None)
+    return state if isinstance(state, ModelState) else None

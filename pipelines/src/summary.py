@@ -1,0 +1,180 @@
+"""What ran sparse, what ran dense, and why."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from diffsparse.pipelines.family import find_transformers
+from diffsparse.pipelines.state import ModelState, state_of
+
+__all__ = ["LayerSummary", "SparseSummary", "TransformerSummary", "sparse_attention_summary"]
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One layer so far. ``density``: mean over its sparse calls; ``total_density``: over all its work, dense included."""
+
+    name: str
+    sparse_calls: int
+    dense_calls: int
+    density: float | None
+    total_density: float | None
+    dense_reasons: dict[str, int]
+    backends: dict[str, int]
+
+
+@dataclass(frozen=True)
+class TransformerSummary:
+    """One transformer so far.
+
+    density: whole-trajectory density, the work-weighted mean over all self-attention calls executed, dense ones at 1;
+        None before the first. call_density: the mean over sparse calls.
+    grids: forwards on each grid. fallbacks: bitmap heads that ran their fallback, on each grid where there were any.
+    skipped: layers that plan and model do not share (``strict=False``).
+    """
+
+    name: str
+    model_class: str
+    plan: str
+    backend: str
+    forwards: int
+    density: float | None
+    call_density: float | None
+    work: float
+    grids: dict[str, int]
+    fallbacks: dict[str, int]
+    skipped: dict[str, str]
+    layers: tuple[LayerSummary, ...]
+
+    @property
+    def sparse_calls(self) -> int:
+        return sum(layer.sparse_calls for layer in self.layers)
+
+    @property
+    def dense_calls(self) -> int:
+        return sum(layer.dense_calls for layer in self.layers)
+
+    @property
+    def dense_reasons(self) -> dict[str, int]:
+        """Why calls ran dense, over all layers, most frequent first."""
+        total: dict[str, int] = {}
+        for layer in self.layers:
+            for reason, count in layer.dense_reasons.items():
+                total[reason] = total.get(reason, 0) + count
+        return dict(sorted(total.items(), key=lambda item: -item[1]))
+
+    @property
+    def backends(self) -> dict[str, int]:
+        """Sparse calls by the kernel that ran them."""
+        total: dict[str, int] = {}
+        for layer in self.layers:
+            for name, count in layer.backends.items():
+                total[name] = total.get(name, 0) + count
+        return total
+
+
+@dataclass(frozen=True)
+class SparseSummary:
+    """All transformers of a pipeline that are enabled."""
+
+    transformers: dict[str, TransformerSummary]
+
+    @property
+    def enabled(self) -> bool:
+        return bool(self.transformers)
+
+    @property
+    def density(self) -> float | None:
+        """Whole-trajectory density so far, over all transformers; None before the first call."""
+        ran = [t for t in self.transformers.values() if t.density is not None]
+        work = sum(t.work for t in ran)
+        return sum((t.density or 0.0) * t.work for t in ran) / work if work else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        result: dict[str, Any] = {"enabled": self.enabled, "density": self.density, "transformers": {}}
+        for name, t in self.transformers.items():
+            totals = {
+                "sparse_calls": t.sparse_calls,
+                "dense_calls": t.dense_calls,
+                "dense_reasons": t.dense_reasons,
+                "backends": t.backends,
+            }
+            result["transformers"][name] = {**asdict(t), "layers": [asdict(x) for x in t.layers], **totals}
+        return result
+
+    def __str__(self) -> str:
+        if not self.enabled:
+            return "sparse attention is not enabled"
+        lines = []
+        for t in self.transformers.values():
+            lines.append(f"{t.name} ({t.model_class}): {t.plan}; backend {t.backend}")
+            lines.append(
+                f"  {t.forwards} forwards: {t.sparse_calls} sparse attention calls (mean density "
+                f"{_figure(t.call_density)}), {t.dense_calls} dense; whole-trajectory density {_figure(t.density)}"
+            )
+            for title, counts in (
+                ("ran on", t.backends),
+                ("dense because", t.dense_reasons),
+                ("grids", t.grids),
+                ("bitmaps that ran their fallback", t.fallbacks),
+            ):
+                if counts:
+                    lines.append(f"  {title}: " + ", ".join(f"{key} ({count})" for key, count in counts.items()))
+            lines += [f"  skipped {name}: {why}" for name, why in t.skipped.items()]
+            lines.append(f"  {'layer':<40} {'sparse':>7} {'dense':>7} {'density':>8} {'total':>8}")
+            for x in t.layers:
+                lines.append(
+                    f"  {x.name:<40} {x.sparse_calls:>7} {x.dense_calls:>7} {_figure(x.density):>8} "
+                    f"{_figure(x.total_density):>8}"
+                )
+        return "\n".join(lines)
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def sparse_attention_summary(pipe_or_transformer: Any) -> SparseSummary:
+    """Plan, calls, densities, kernels, grids and reasons for dense attention, since sparse attention was enabled."""
+    result = {}
+    for name, transformer in find_transformers(pipe_or_transformer).items():
+        state = state_of(transformer)
+        if state is not None and state.tap is None:
+            result[name] = _summarise(name, state)
+    return SparseSummary(result)
+
+
+def _summarise(name: str, state: ModelState) -> TransformerSummary:
+    with state.counting() as counts:
+        layers = tuple(
+            LayerSummary(
+                name=layer.name,
+                sparse_calls=c.sparse_calls,
+                dense_calls=c.dense_calls,
+                density=c.sparse_density / c.sparse_calls if c.sparse_calls else None,
+                total_density=c.done / c.work if c.work else None,
+                dense_reasons=dict(c.reasons),
+                backends=dict(c.backends),
+            )
+            for layer, c in zip(state.layers, counts)
+        )
+        work = sum(c.work for c in counts)
+        done = sum(c.done for c in counts)
+        sparse = sum(c.sparse_calls for c in counts)
+        sparse_density = sum(c.sparse_density for c in counts)
+        return TransformerSummary(
+            name=name,
+            model_class=state.family_class,
+            plan=state.source,
+            backend=state.backend,
+            forwards=state.forwards,
+            density=done / work if work else None,
+            call_density=sparse_density / sparse if sparse else None,
+            work=work,
+            grids={str(grid): count for grid, count in state.grids.items()},
+            fallbacks={str(grid): count for grid, count in state.fallbacks.items() if count},
+            skipped=dict(state.skipped),
+            layers=layers,
+        )

@@ -1,0 +1,119 @@
+"""A tap on self-attention: sees q, k and v of every call, and may answer in the model's place. For the search."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from diffsparse.grid import TokenGrid
+from diffsparse.pipelines.family import find_transformers
+from diffsparse.pipelines.hooks import attach, compiled_layers, detach, is_attached
+from diffsparse.pipelines.state import LayerState, ModelState
+
+if TYPE_CHECKING:
+    from diffsparse.pipelines.call import Call
+
+__all__ = ["AttentionCall", "tap_attention"]
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """One self-attention call as the kernel would get it (after rotary embedding and q/k norm).
+
+    layer, layer_index: the module's path, and its place in ``Architecture.layers``.
+    q, k, v: ``[B, S, H, D]``, possibly not contiguous.
+    noise_level: of this forward, in [0, 1].
+    scale: factor of the logits, or None for ``D ** -0.5``.
+    kv_len: bool key mask ``[B, S]``, or None.
+    dense: runs the model's own attention; ``[B, S, H, D]``.
+    transformer: the component, ``transformer`` or ``transformer_2``.
+    """
+
+    layer: str
+    layer_index: int
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    grid: TokenGrid
+    noise_level: float
+    scale: float | None
+    kv_len: torch.Tensor | None
+    dense: Callable[[], torch.Tensor]
+    transformer: str = "transformer"
+
+
+@dataclass(frozen=True, eq=False)
+class Tap:
+    """A callback in the place of a plan."""
+
+    callback: Callable[[AttentionCall], torch.Tensor | None]
+
+    def run(
+        self,
+        call: Call,
+        layer: LayerState,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        key_mask: torch.Tensor | None,
+        scale: float | None,
+        reason: str | None,
+        dense: Callable[[], torch.Tensor],
+    ) -> torch.Tensor:
+        if call.problem is not None or call.grid is None:
+            raise ValueError(f"{call.state.component}: {call.problem}")
+        if reason is None and q.shape[1] != call.grid.seq_len:
+            reason = f"{q.shape[1]} tokens, the grid {call.grid} has {call.grid.seq_len}"
+        if reason is not None:
+            call.state.log(f"the tap does not see {layer.name}: {reason}")
+            return dense()
+        answer = self.callback(
+            AttentionCall(
+                layer=layer.name,
+                layer_index=layer.index,
+                q=q,
+                k=k,
+                v=v,
+                grid=call.grid,
+                noise_level=call.noise_level,
+                scale=scale,
+                kv_len=key_mask,
+                dense=dense,
+                transformer=call.state.component,
+            )
+        )
+        if answer is None:
+            return dense()
+        if answer.shape != q.shape:
+            raise ValueError(f"the tap on {layer.name} returned {tuple(answer.shape)}, expected {tuple(q.shape)}")
+        return answer
+
+
+@contextmanager
+def tap_attention(pipe_or_transformer: Any, callback: Callable[[AttentionCall], torch.Tensor | None]) -> Iterator[None]:
+    """Show every self-attention call to ``callback``, and use what it returns; None stands for dense attention.
+
+    Calls that are not plain self-attention (causal, an unknown mask, other keys than queries) run dense and are not
+    shown. Raises RuntimeError where sparse attention is enabled, another tap is attached or the model is compiled, and
+    ValueError where a forward does not tell its grid.
+    """
+    transformers = find_transformers(pipe_or_transformer)
+    pipe = None if isinstance(pipe_or_transformer, torch.nn.Module) else pipe_or_transformer
+    for name, transformer in transformers.items():
+        if is_attached(transformer):
+            raise RuntimeError(f"{name}: sparse attention or another tap is attached; disable it first")
+    states = {name: ModelState(t, component=name, pipe=pipe, tap=Tap(callback)) for name, t in transformers.items()}
+    for name, transformer in transformers.items():
+        if compiled_layers(transformer, states[name]):
+            raise RuntimeError(f"{name} is compiled: a tap cannot look into compiled code")
+    try:
+        for name, transformer in transformers.items():
+            attach(transformer, states[name])
+        yield
+    finally:
+        for transformer in transformers.values():
+            detach(transformer)
