@@ -44,7 +44,7 @@ def lagrangian(errors: list[np.ndarray], costs: list[np.ndarray], budget: float,
     _check(errors, costs, budget)
     width = max(len(e) for e in errors)
     error = np.full((len(errors), width), np.inf)
-    cost = np.full((len(errors), width), np.inf)
+    cost = np.zeros((len(errors), width))  # finite: a price of zero times infinity would be NaN
     for i, (e, c) in enumerate(zip(errors, costs, strict=True)):
         error[i, : len(e)], cost[i, : len(c)] = e, c
     rows = np.arange(len(errors))
@@ -53,14 +53,15 @@ def lagrangian(errors: list[np.ndarray], costs: list[np.ndarray], budget: float,
         # Equal prices go to the cheaper option, so that a high enough price always fits the budget.
         total = error + price * cost
         best = total.min(1, keepdims=True)
-        tied = np.where(total <= best * (1 + 1e-12), cost, np.inf)
+        tied = np.where(total <= best + 1e-12 * np.abs(best), cost, np.inf)
         choice = tied.argmin(1)
         return choice, float(error[rows, choice].sum()), float(cost[rows, choice].sum())
 
     choice, total_error, total_cost = at(0.0)
     bound = total_error
     if total_cost > budget:
-        cheapest = np.where(cost == cost.min(1, keepdims=True), error, np.inf).argmin(1)
+        real = np.where(np.isfinite(error), cost, np.inf)
+        cheapest = np.where(real == real.min(1, keepdims=True), error, np.inf).argmin(1)
         choice, total_error = cheapest, float(error[rows, cheapest].sum())
         total_cost = float(cost[rows, cheapest].sum())
         high = max(float(error[np.isfinite(error)].max()), 1e-300) / max(budget, 1e-12)

@@ -1,0 +1,190 @@
+"""What each head may choose in each phase: entries with a predicted error and a cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from diffsparse.entry import TAILS, Execution, HeadEntry
+from diffsparse.grid import TokenGrid
+from diffsparse.layout import TAIL_COST
+from diffsparse.order import TokenOrder
+from diffsparse.pattern import Bitmap, Empty, Full, Pattern
+from diffsparse.search.candidates import BITMAP_DENSITIES, families, top_columns
+
+__all__ = ["FamilyTable", "HeadScores", "Option", "head_options", "is_stable", "ranking"]
+
+COLUMN_COUNTS = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One choice for one head in one phase.
+
+    ``error``: predicted squared error of the final latent. ``density``: kept share of the visual block pairs' work.
+    """
+
+    error: float
+    density: float
+    tail: str
+    kind: str
+    pattern: Pattern | None = None
+
+
+@dataclass(frozen=True)
+class HeadScores:
+    """Weighted scores of one head in one phase.
+
+    ``error``: float ``[prompts, tails, NB, NB]``, in units of the final latent's squared error. ``energy``: the same
+    for leaving the head out.
+    """
+
+    error: np.ndarray
+    energy: float
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Scores over all prompts, ``[tails, NB, NB]``."""
+        return self.error.mean(0)
+
+
+class FamilyTable:
+    """Resolution-free patterns and their block masks on one grid and order."""
+
+    def __init__(self, grid: TokenGrid, order: TokenOrder, block_size: int) -> None:
+        self.grid, self.order, self.block_size = grid, order, block_size
+        lengths = order.partition(grid, block_size).lengths.astype(np.float64)
+        self.weight = np.outer(lengths, lengths) / grid.num_visual**2
+        self.patterns: list[Pattern] = []
+        self.masks: list[np.ndarray] = []
+        for pattern in families(grid):
+            self._add(pattern)
+        self.density = [float((self.weight * mask).sum()) for mask in self.masks]
+
+    def _add(self, pattern: Pattern) -> None:
+        mask = pattern.block_mask(self.grid, self.order, self.block_size)
+        if not any(np.array_equal(mask, known) for known in self.masks):
+            self.patterns.append(pattern)
+            self.masks.append(mask)
+
+
+def ranking(scores: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Block pairs by error saved per unit of work, best first: indices into the flat ``[NB * NB]`` matrix."""
+    return np.argsort(-(scores / weight).reshape(-1), kind="stable")
+
+
+def _curve(rank: np.ndarray, scores: np.ndarray, kept: list[int]) -> np.ndarray:
+    """Error left when the first ``kept`` pairs of a ranking are computed, for each number in ``kept``."""
+    saved = np.concatenate([[0.0], np.cumsum(scores.reshape(-1)[rank])])
+    return np.maximum(saved[-1] - saved[kept], 0.0)
+
+
+def _counts(rank: np.ndarray, weight: np.ndarray) -> list[int]:
+    work = np.cumsum(weight.reshape(-1)[rank])
+    return [int(np.searchsorted(work, d, side="right")) for d in BITMAP_DENSITIES]
+
+
+def _crossed(scores: HeadScores, tail: int, weight: np.ndarray, kept: list[int]) -> np.ndarray:
+    """Error on each prompt of masks ranked on all the others, mean over prompts: ``[len(kept)]``."""
+    prompts = scores.error.shape[0]
+    if prompts == 1:
+        return _curve(ranking(scores.error[0, tail], weight), scores.error[0, tail], kept)
+    total = scores.error[:, tail].sum(0)
+    curves = []
+    for p in range(prompts):
+        others = ranking(total - scores.error[p, tail], weight)
+        curves.append(_curve(others, scores.error[p, tail], kept))
+    return np.mean(curves, 0)
+
+
+def is_stable(scores: HeadScores, weight: np.ndarray, bound: float) -> bool:
+    """Does the head's mask carry over between prompts?
+
+    True where masks of equal work made from other prompts leave at most ``bound`` times the error that a prompt's own
+    best mask leaves, at a share of 8% with the moments tail. With one prompt there is nothing to compare.
+    """
+    prompts = scores.error.shape[0]
+    if prompts == 1:
+        return True
+    tail = TAILS.index("moments")
+    kept = [int(0.08 * weight.size)]
+    own = np.mean([_curve(ranking(e[tail], weight), e[tail], kept)[0] for e in scores.error])
+    crossed = _crossed(scores, tail, weight, kept)[0]
+    everything = float(scores.mean[tail].sum())
+    # A head whose whole error is next to nothing cannot fail to carry over.
+    return bool(crossed <= bound * own or everything <= 1e-9 * scores.energy)
+
+
+def head_options(scores: HeadScores, table: FamilyTable, *, bitmaps: bool) -> list[Option]:
+    """All options of one head: dense, skip, bitmaps by tail error at every budget, and the families, with each tail."""
+    options = [Option(0.0, 1.0, "none", "dense"), Option(scores.energy, 0.0, "none", "skip")]
+    mean = scores.mean
+    for t, tail in enumerate(TAILS):
+        flat_total = float(mean[t].sum())
+        for pattern, mask, density in zip(table.patterns, table.masks, table.density, strict=True):
+            if isinstance(pattern, Empty) and tail == "none":
+                continue  # the same as skip
+            options.append(Option(flat_total - float(mean[t][mask].sum()), density, tail, "family", pattern))
+        columns = mean[t].sum(0)
+        for count in COLUMN_COUNTS:
+            if count < len(columns) // 4:
+                pattern = top_columns(columns, table.grid, table.order, table.block_size, count)
+                mask = pattern.block_mask(table.grid, table.order, table.block_size)
+                error = flat_total - float(mean[t][mask].sum())
+                options.append(Option(error, float((table.weight * mask).sum()), tail, "family", pattern))
+        if bitmaps:
+            rank = ranking(mean[t], table.weight)
+            kept = _counts(rank, table.weight)
+            for density, count, error in zip(
+                BITMAP_DENSITIES, kept, _crossed(scores, t, table.weight, kept), strict=True
+            ):
+                if count:
+                    options.append(Option(float(error), density, tail, "bitmap"))
+    return options
+
+
+def prune(options: list[Option], cost: Callable[[Option], float]) -> tuple[list[Option], np.ndarray, np.ndarray]:
+    """Options that no other one beats in both error and cost, with their errors and costs, cheapest first."""
+    order = sorted(options, key=lambda o: (cost(o), o.error))
+    kept: list[Option] = []
+    for option in order:
+        if not kept or option.error < kept[-1].error:
+            kept.append(option)
+    return kept, np.array([o.error for o in kept]), np.array([cost(o) for o in kept])
+
+
+def work_density(option: Option, grid: TokenGrid, blocks: int) -> float:
+    """Executed work of a head's call over all query-key pairs, text and tail counted."""
+    if option.kind == "skip":
+        return 0.0
+    visual = grid.num_visual**2 / grid.seq_len**2
+    tail = TAIL_COST[option.tail] * blocks / grid.seq_len if option.kind != "dense" else 0.0
+    return min(1.0, 1.0 - visual + option.density * visual + tail)
+
+
+def head_entry(option: Option, scores: HeadScores, table: FamilyTable) -> HeadEntry:
+    """The plan entry of a chosen option; a bitmap gets the best family of about its density as its fallback."""
+    if option.kind == "dense":
+        return HeadEntry()
+    if option.kind == "skip":
+        return HeadEntry(pattern=Empty(), execution=Execution(mode="skip"))
+    execution = Execution(tail=option.tail)
+    if option.kind == "family":
+        assert option.pattern is not None
+        return HeadEntry(table.order, option.pattern, execution=execution)
+    t = TAILS.index(option.tail)
+    mean = scores.mean[t]
+    rank = ranking(mean, table.weight)
+    count = _counts(rank, table.weight)[BITMAP_DENSITIES.index(option.density)]
+    mask = np.zeros(mean.size, bool)
+    mask[rank[:count]] = True
+    mask = mask.reshape(mean.shape)
+    near = [i for i, d in enumerate(table.density) if d <= 1.25 * option.density + 1e-3]
+    best = max(near, key=lambda i: float(mean[table.masks[i]].sum()))
+    fallback = table.patterns[best]
+    if isinstance(fallback, Empty) and option.tail == "none":
+        fallback = Full()  # nothing at all would be attended elsewhere
+    pattern = Bitmap.from_mask(mask, table.grid, table.order, table.block_size, fallback)
+    return HeadEntry(table.order, pattern, execution=execution)
