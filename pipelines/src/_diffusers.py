@@ -11,17 +11,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
 
 import torch
 import torch.nn.functional
 from diffusers.models import attention_dispatch
 
-__all__ = ["install", "original_dispatch", "original_sdpa", "replaced_forward"]
+__all__ = ["install", "original_dispatch", "replaced_forward"]
 
-#: The functions that run dense attention.
+#: The function that runs dense attention.
 original_dispatch: Callable[..., torch.Tensor] = attention_dispatch.dispatch_attention_fn
-original_sdpa: Callable[..., torch.Tensor] = torch.nn.functional.scaled_dot_product_attention
 
 _MODELS = "diffusers.models."
 _CALLS_SDPA = ("diffusers.models.attention_processor", "diffusers.models.transformers.")

@@ -29,15 +29,15 @@ def enable_sparse_attention(
     Args:
         pipe_or_transformer: a diffusers pipeline (both transformers of Wan 2.2 are covered) or a transformer.
         plan: a ``SparsityPlan``; a folder or Hub id of one; ``"dense"``, ``"window"``, ``"radial"`` or
-            ``"conservative"``; a dict of these by component (``{"transformer": ..., "transformer_2": ...}``; one that is
-            left out stays dense); or ``"auto"``: the plan in the model folder's ``sparse_plan`` if it is for this
+            ``"conservative"``; a dict of these by component (``{"transformer": ..., "transformer_2": ...}``; one that
+            is left out stays dense); or ``"auto"``: the plan in the model folder's ``sparse_plan`` if it is for this
             architecture, else the one cached for it, else the conservative preset. A log line says which.
         backend: the kernel, ``"auto"`` or one of ``diffsparse.kernels.BACKENDS``, which then runs or raises.
         strict: refuse a plan for another architecture. With False, layers that the plan and the model do not share run
             dense and are listed in the summary.
 
-    What cannot run sparse (causal, gradients needed, an unknown mask, ...) runs dense; it is logged once with its reason
-    and counted in ``sparse_attention_summary``. One transformer runs in several threads at once only uncompiled.
+    What cannot run sparse (causal, gradients needed, an unknown mask, ...) runs dense; it is logged once with its
+    reason and counted in ``sparse_attention_summary``. One transformer runs in several threads at once only uncompiled.
 
     Raises:
         RuntimeError: already enabled; disable first.
@@ -80,7 +80,7 @@ def disable_sparse_attention(pipe_or_transformer: Any) -> None:
 def sparse_attention(
     pipe_or_transformer: Any, plan: Any = "auto", *, backend: str = "auto", strict: bool = True
 ) -> Iterator[Any]:
-    """``with sparse_attention(pipe, plan): ...``, dense again afterwards whatever happens inside. Gives the pipeline."""
+    """``with sparse_attention(pipe, plan): ...``, dense again afterwards in any case. Gives the pipeline."""
     enable_sparse_attention(pipe_or_transformer, plan, backend=backend, strict=strict)
     try:
         yield pipe_or_transformer

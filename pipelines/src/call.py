@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
+from types import FrameType
 
 import torch
 
@@ -14,6 +16,7 @@ __all__ = ["Call"]
 
 OUTSIDE = "noise level outside the plan's sparse range"
 UNSEEN = "no attention call was seen (skipped by a cache, or a processor outside diffusers)"
+FOREIGN = "queries and keys had different lengths"
 COMPILED = "compiled"
 
 
@@ -32,10 +35,26 @@ class Call:
     batch: int
     problem: str | None = None
     previous: Call | None = None
+    frame: FrameType | None = None
     # layer index -> (density executed, work of the dense call, why dense, backend)
     events: dict[int, list[tuple[float | None, float, str, str]]] = field(default_factory=dict)
     foreign: set[int] = field(default_factory=set)
     compiled: frozenset[int] = frozenset()
+
+    def is_running(self) -> bool:
+        """Whether the forward is still on the stack.
+
+        A KeyboardInterrupt passes hooks by, and leaves the context as it was: without this, another model that runs
+        next in this thread could be taken for a layer of ours.
+        """
+        if self.frame is None:  # compiled
+            return True
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            if frame is self.frame:
+                return True
+            frame = frame.f_back
+        return False
 
     def layout(self, index: int, device: torch.device, uniform: bool = False) -> BlockLayout | str:
         """One layer's layout, or why it runs dense by the plan's word."""
@@ -56,7 +75,7 @@ class Call:
         state = self.state
         if state.tap is not None:
             return
-        unseen = False
+        unseen = ""
         with state.counting() as counts:
             state.forwards += 1
             for layer in state.layers:
@@ -65,8 +84,8 @@ class Call:
                     if layer.index in self.compiled:
                         events = [self._compiled_event(layer.index)]
                     else:
-                        counts[layer.index].reasons[UNSEEN] += 1
-                        unseen = True
+                        unseen = FOREIGN if layer.index in self.foreign else UNSEEN
+                        counts[layer.index].reasons[unseen] += 1
                 for density, work, reason, backend in events or ():
                     count = counts[layer.index]
                     count.work += work
@@ -80,7 +99,7 @@ class Call:
                         count.sparse_density += density
                         count.backends[backend] += 1
         if unseen:
-            state.log(f"of some layers {UNSEEN}")
+            state.log(f"in some layers {unseen}")
 
     def _compiled_event(self, index: int) -> tuple[float | None, float, str, str]:
         """What a compiled layer ran: counters live outside traced code, so it is known from the layouts."""

@@ -47,8 +47,8 @@ class Family:
     name: what messages call it.
     classes: names of transformer classes; subclasses belong to them too.
     layers: paths of the self-attention modules, with ``*`` for a number: ``blocks.*.attn1``.
-    grid: ``(config, arguments) -> TokenGrid`` from the model's configuration and the forward's arguments by name; raises
-        :class:`UnknownGridError` where it cannot tell.
+    grid: ``(config, arguments) -> TokenGrid`` from the model's configuration and the forward's arguments by name;
+        raises :class:`UnknownGridError` where it cannot tell.
     patch_size: ``config -> (t, h, w)``, latent pixels per token.
     text_position: ``none``, ``before`` or ``after``: where text tokens stand in the self-attention sequence.
     timestep_scale: the unit of the forward's ``timestep``: ``train`` (0 to num_train_timesteps) or ``unit`` (0 to 1).
@@ -114,6 +114,13 @@ def family_of(transformer: torch.nn.Module) -> Family:
     return found[1]
 
 
+def family_by_class(name: str) -> Family:
+    """The family of a transformer class. Raises :class:`UnsupportedModelError` where there is none."""
+    if name not in _FAMILIES:
+        raise _unsupported(f"{name} has no family")
+    return _FAMILIES[name]
+
+
 def layers_of(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """The self-attention modules by path, in the order of the model."""
     family = family_of(transformer)
@@ -121,8 +128,8 @@ def layers_of(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
     layers = {name: m for name, m in transformer.named_modules() if any(p.fullmatch(name) for p in paths)}
     if not layers:
         raise UnsupportedModelError(
-            f"{type(transformer).__name__} has no module at {' or '.join(family.layers)}, where its family {family.name!r} "
-            "has its self-attention"
+            f"{type(transformer).__name__} has no module at {' or '.join(family.layers)}, where its family "
+            f"{family.name!r} has its self-attention"
         )
     return layers
 
@@ -162,7 +169,10 @@ def find_transformers(pipe: Any) -> dict[str, torch.nn.Module]:
     if not isinstance(components, Mapping):
         raise TypeError(f"expected a diffusers pipeline or a transformer, got {type(pipe).__name__}")
     modules = {name: unwrap(m) for name, m in components.items() if isinstance(m, torch.nn.Module)}
-    found = {name: m for name, m in modules.items() if _lookup(m) is not None}
+    found: dict[str, torch.nn.Module] = {}
+    for name, module in modules.items():
+        if _lookup(module) is not None and not any(module is other for other in found.values()):
+            found[name] = module
     if not found:
         others = [type(m).__name__ for name, m in modules.items() if "transformer" in name or name == "unet"]
         what = f"its {' and '.join(others)} has no family" if others else "it has no transformer"

@@ -7,11 +7,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 
 from diffsparse.layout import BlockLayout
+from diffsparse.pipelines._diffusers import replaced_forward
 from diffsparse.pipelines.call import Call
 from diffsparse.pipelines.context import CTX, EPOCH
 from diffsparse.pipelines.family import UnknownGridError
@@ -78,36 +80,41 @@ def _after_layer(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -
 
 
 def _before_model(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
-    if torch.compiler.is_compiling():
-        return
+    _begin(module, args, kwargs)
+    if not torch.compiler.is_compiling() and CTX.call is not None:
+        CTX.call.frame = sys._getframe(1)
+
+
+@torch.compiler.disable
+def _begin(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
     install_patch()  # a module of diffusers may have been loaded since
-    CTX.layer = None  # a KeyboardInterrupt passes hooks by
+    CTX.layer = None
     state: ModelState = getattr(module, MODEL_STATE)
     call = _read_call(module, state, args, kwargs)
-    call.previous = CTX.call
-    CTX.call = call
+    call.previous = CTX.call if CTX.call is not None and CTX.call.is_running() else None
     call.compiled = compiled_layers(module, state)
-    if call.compiled:
-        device = _device_of(args, kwargs)
-        for layer in state.layers:
-            found = None
-            if layer.index in call.compiled and call.problem is None and device is not None:
-                found = call.layout(layer.index, device, uniform=True)
-            layer.layout = found if isinstance(found, BlockLayout) else None
+    # For compiled code, wherever there is any: of a wrapper around the whole model nothing can be seen from here.
+    device = _device_of(args, kwargs)
+    for layer in state.layers:
+        layout: BlockLayout | str | None = None
+        if call.problem is None and device is not None:
+            layout = call.layout(layer.index, device, uniform=bool(call.compiled))
+        layer.layout = layout if isinstance(layout, BlockLayout) else None
+    CTX.call = call
 
 
+@torch.compiler.disable
 def _after_model(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-    if torch.compiler.is_compiling():
-        return
     call = CTX.call
     if call is None or call.state is not getattr(module, MODEL_STATE, None):
         return
     CTX.call = call.previous
     CTX.layer = None
+    if not call.compiled and not call.events and not any(replaced_forward(m) for m in module.modules()):
+        call.compiled = frozenset(range(len(call.state.layers)))
     call.finish(complete=output is not None)
-    if call.compiled:
-        for layer in call.state.layers:
-            layer.layout = None
+    for layer in call.state.layers:
+        layer.layout = None
 
 
 def _read_call(module: torch.nn.Module, state: ModelState, args: Any, kwargs: Any) -> Call:

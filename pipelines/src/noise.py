@@ -48,7 +48,7 @@ def _from_schedule(state: ModelState, timestep: torch.Tensor) -> float | None:
         or not (timestep.numel() == 1 or all(stride == 0 for stride in timestep.stride()))
     ):
         return None
-    position, rest = divmod(timestep.storage_offset() - timesteps.storage_offset(), timesteps.stride(0) or 1)
+    position, rest = divmod(int(timestep.storage_offset() - timesteps.storage_offset()), int(timesteps.stride(0)) or 1)
     if rest or not 0 <= position < len(timesteps):
         return None
     known = state.schedule

@@ -22,7 +22,11 @@ from diffsparse.pipelines.state import LayerState
 __all__ = ["install_patch", "routed_dispatch", "routed_sdpa"]
 
 _dispatch = _diffusers.original_dispatch
-_sdpa = _diffusers.original_sdpa
+
+
+def _sdpa(*args: Any, **kwargs: Any) -> torch.Tensor:
+    # Looked up at each call: some users put a kernel of their own in its place.
+    return torch.nn.functional.scaled_dot_product_attention(*args, **kwargs)
 
 
 def install_patch() -> None:
@@ -178,7 +182,7 @@ def _route(
             return dense()
         return sparse_attention(q, k, v, layout, scale=scale, kv_len=key_mask, backend=layer.backend)
     call = CTX.call
-    if call is None:  # a layer on its own, outside its model's forward: there is no grid
+    if call is None or not call.is_running():  # a layer on its own, outside its model's forward: there is no grid
         return dense()
     return _eager(call, layer, q, k, v, mask, key_mask, scale, reason, dense)
 

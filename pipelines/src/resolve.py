@@ -23,7 +23,7 @@ PLAN_FOLDER = "sparse_plan"
 
 
 def cache_folder(fingerprint: str) -> Path:
-    """Where the plan of an architecture is kept on this machine: below ``$DIFFSPARSE_CACHE`` or ``~/.cache/diffsparse``."""
+    """Where this machine keeps an architecture's plan, below ``$DIFFSPARSE_CACHE`` or ``~/.cache/diffsparse``."""
     root = os.environ.get("DIFFSPARSE_CACHE")
     base = Path(root) if root else Path.home() / ".cache" / "diffsparse"
     return base / "plans" / fingerprint
@@ -55,8 +55,8 @@ def _resolve(pipe: Any, name: str, transformer: torch.nn.Module, plan: Any) -> t
     if isinstance(plan, (str, os.PathLike)):
         return SparsityPlan.from_pretrained(plan), str(plan)
     raise TypeError(
-        f"plan must be a SparsityPlan, a folder or Hub id, 'auto', 'conservative', {', '.join(map(repr, PRESETS))}, or a "
-        f"dict of these by transformer; got {type(plan).__name__}"
+        f"plan must be a SparsityPlan, a folder or Hub id, 'auto', 'conservative', {', '.join(map(repr, PRESETS))}, or "
+        f"a dict of these by transformer; got {type(plan).__name__}"
     )
 
 

@@ -22,7 +22,7 @@ from diffsparse.entry import HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.layout import BlockLayout, build_layout
 from diffsparse.pattern import uses_fallback
-from diffsparse.pipelines.family import Family, architecture_of, family_of, layers_of
+from diffsparse.pipelines.family import Family, architecture_of, family_by_class, layers_of
 from diffsparse.plan import Architecture, SparsityPlan
 
 __all__ = ["LAYER_STATE", "MODEL_STATE", "LayerCounts", "LayerState", "LayoutCache", "ModelState", "state_of"]
@@ -124,7 +124,6 @@ class ModelState:
         self.grids: Counter[TokenGrid] = Counter()
         self.fallbacks: dict[TokenGrid, int] = {}
         self.reasons_logged: set[str] = set()
-        self.family: Family = family_of(transformer)
         self._fresh(pipe, tap)
 
     def _fresh(self, pipe: Any = None, tap: Any = None) -> None:
@@ -149,6 +148,11 @@ class ModelState:
         self.__dict__.update(state)
         self._fresh()
         install_patch()  # it may come out of a pickle, in a process that has enabled nothing yet
+
+    @property
+    def family(self) -> Family:
+        """Looked up by class, so that a state can be pickled whatever functions the family has."""
+        return family_by_class(self.architecture.model_class)
 
     @property
     def scheduler(self) -> Any:

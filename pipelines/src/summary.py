@@ -13,7 +13,7 @@ __all__ = ["LayerSummary", "SparseSummary", "TransformerSummary", "sparse_attent
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One layer so far. ``density``: mean over its sparse calls; ``total_density``: over all its work, dense included."""
+    """One layer so far. ``density``: of its sparse calls, their mean; ``total_density``: of all its calls."""
 
     name: str
     sparse_calls: int
