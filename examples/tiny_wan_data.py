@@ -1,8 +1,8 @@
 """Synthetic captioned clips: moving coloured shapes over panning, muted textures.
 
-A :class:`Scene` is what a caption says ("a red circle and a blue square over yellow stripes, panning left"); everything
-else (positions, speeds, sizes, the texture's period) is drawn from a seed. :func:`render` turns scenes into clips in one
-batch on any device. Sprites are saturated (or white) and textures muted, so that the colours of the sprites can be read
+A :class:`Scene` is what a caption says ("a red circle and a blue square over yellow stripes, panning left");
+everything else (positions, speeds, sizes, the texture's period) is drawn from a seed. :func:`render` turns scenes into
+clips in one batch on any device. Sprites are saturated (or white) and textures muted, so that the colours of the sprites can be read
 back from the pixels: ``check_colours.py`` does so.
 """
 
@@ -54,8 +54,7 @@ class Sprite:
     shape: str
 
     def __str__(self) -> str:
-        article = "an" if self.colour[0] in "aeiou" else "a"
-        return f"{article} {self.colour} {self.shape}"
+        return f"{_article(self.colour)} {self.colour} {self.shape}"
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Scene:
         """For example ``a red circle and a blue square over yellow stripes, panning left``."""
         *first, last = map(str, self.sprites)
         listed = f"{', '.join(first)} and {last}" if first else last
-        article = "a " if self.texture == "gradient" else ""
+        article = f"{_article(self.background)} " if self.texture == "gradient" else ""
         return f"{listed} over {article}{self.background} {self.texture}, panning {self.pan}"
 
     @property
@@ -86,6 +85,10 @@ class Scene:
         so that no held-out caption is a training caption said in another order."""
         key = "|".join([*sorted(map(str, self.sprites)), self.background, self.texture, self.pan])
         return hashlib.sha256(key.encode()).digest()[0] % HELDOUT_ONE_IN == 0
+
+
+def _article(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"
 
 
 def captioned_colours(caption: str) -> frozenset[str]:
@@ -199,7 +202,7 @@ def _textures(
 
 
 def _texture_level(texture: str, along: torch.Tensor, across: torch.Tensor) -> torch.Tensor:
-    """A texture's brightness in [0, 1] at coordinates counted in periods. Edges are soft: an autoencoder must hold them."""
+    """A texture's brightness in [0, 1] at coordinates counted in periods. Edges are soft, as an autoencoder must hold them."""
     turn = 2 * math.pi
     if texture == "stripes":
         wave = torch.sin(turn * along)
