@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,19 @@ def room_of(item: Import) -> str | None:
 
 def place(path: Path, item: Import) -> str:
     return f"{path.relative_to(ROOT)}:{item.line} imports {item.module}"
+
+
+def there(item: Import) -> bool:
+    parent, _, name = item.module.rpartition(".")
+    try:
+        return not parent or find_spec(item.module) is not None or hasattr(import_module(parent), name)
+    except (
+        ModuleNotFoundError
+    ):  # find_spec imports the parent, which is a module without submodules or not there at all
+        try:
+            return hasattr(import_module(parent), name)
+        except ModuleNotFoundError:
+            return False
 
 
 @pytest.mark.parametrize("package", SOURCES)
@@ -74,6 +89,13 @@ def test_rooms_are_imported_by_their_full_name() -> None:
         for path, item in all_imports(package)
         if item.module.split(".")[0] in ("pipelines", "search") or item.inside("kernels.src")
     ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("package", SOURCES)
+def test_what_is_imported_from_this_package_exists(package: str) -> None:
+    """Imports inside functions too, which no import of the module would try."""
+    wrong = [place(path, item) for path, item in all_imports(package) if item.inside("diffsparse") and not there(item)]
     assert not wrong
 
 
