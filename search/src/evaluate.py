@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from diffsparse import pipelines
-from diffsparse.grid import TokenGrid
+from diffsparse.pipelines.call import OUTSIDE
+from diffsparse.pipelines.state import DENSE_ENTRIES, NOT_IN_PLAN
 from diffsparse.plan import SparsityPlan
 from diffsparse.search import metrics
 from diffsparse.search.errors import BadInput
@@ -25,6 +26,8 @@ from diffsparse.search.statistics import Mean, mean_of
 
 __all__ = ["ClipReport", "DenseSet", "EvalReport", "NoiseFloor", "compare", "evaluate", "generate_dense", "paired"]
 
+#: Reasons for dense calls that are the plan's own.
+PLANNED = (OUTSIDE, DENSE_ENTRIES, NOT_IN_PLAN)
 #: Steps of the generation that is thrown away before times are taken (kernels compile, memory is fetched).
 WARM_UP_STEPS = 2
 
@@ -43,15 +46,13 @@ class DenseSet:
     """Dense clips to compare plans with.
 
     ``clips``: by (prompt, seed), in the order of generation. ``other_seed_psnr``: mean PSNR between two dense clips of
-    the same prompt and different seeds, the distance that "a different clip" has. ``grid``: of the first self-attention
-    call, text included.
+    the same prompt and different seeds, the distance that "a different clip" has.
     """
 
     clips: dict[tuple[str, int], Clip]
     settings: GenerationSettings
     other_seed_psnr: float | None
     noise_floor: NoiseFloor | None
-    grid: TokenGrid | None
 
     @property
     def noise_levels(self) -> tuple[float, ...]:
@@ -218,17 +219,9 @@ def _other_dense_kernel(device: torch.device) -> Iterator[str]:
         yield f"torch SDPA, {backend.name.lower()}"
 
 
-def _first_grid(pipe: Any, prompt: str, settings: GenerationSettings) -> TokenGrid | None:
-    """A short dense generation that warms everything up; the grid that its self-attention had."""
-    grids: list[TokenGrid] = []
-
-    def look(call: Any) -> None:
-        if not grids and call.grid is not None:
-            grids.append(call.grid)
-
-    with pipelines.tap_attention(pipe, look):
-        generate_clip(pipe, prompt, 0, replace(settings, num_inference_steps=WARM_UP_STEPS))
-    return grids[0] if grids else None
+def _warm_up(pipe: Any, prompt: str, settings: GenerationSettings) -> None:
+    """A short generation that nobody looks at: kernels are compiled, memory is fetched, layouts are built."""
+    generate_clip(pipe, prompt, 0, replace(settings, num_inference_steps=WARM_UP_STEPS))
 
 
 def generate_dense(
@@ -250,7 +243,7 @@ def generate_dense(
     seeds = check_seeds(seeds)
     if not prompts:
         raise BadInput("there is no prompt to generate")
-    grid = _first_grid(pipe, prompts[0], settings)
+    _warm_up(pipe, prompts[0], settings)
     made = generate_clips(pipe, prompts, seeds, settings, label="dense", progress=progress)
     clips = {(c.prompt, c.seed): c for c in made}
     pairs = [(clips[p, a], clips[p, b]) for p in prompts for a, b in combinations(seeds, 2)]
@@ -262,7 +255,7 @@ def generate_dense(
         with _other_dense_kernel(pipe.device) as kernel:
             again = generate_clip(pipe, prompts[0], seeds[0], settings).frames
         floor = NoiseFloor(kernel, metrics.psnr(again, made[0].frames), metrics.ssim(again, made[0].frames))
-    return DenseSet(clips, settings, apart.mean if apart else None, floor, grid)
+    return DenseSet(clips, settings, apart.mean if apart else None, floor)
 
 
 # -- sparse ------------------------------------------------------------------------------------------------------------
@@ -299,11 +292,12 @@ def compare(
     first = next(iter(dense.clips.values()))
     with pipelines.sparse_attention(pipe, plan, backend=backend):
         if warm_up:
-            generate_clip(pipe, first.prompt, 0, replace(dense.settings, num_inference_steps=WARM_UP_STEPS))
+            _warm_up(pipe, first.prompt, dense.settings)
+        before = _work(pipelines.sparse_attention_summary(pipe))
         label = name or _plan_name(plan)
         with tqdm(dense.clips, desc=f"sparse ({label})", unit="clip", disable=not progress, leave=False) as bar:
             sparse.extend(generate_clip(pipe, prompt, seed, dense.settings) for prompt, seed in bar)
-        attention = _as_dict(pipelines.sparse_attention_summary(pipe))
+        summary = pipelines.sparse_attention_summary(pipe)
     if reason := metrics.ssim_missing():
         notes.append(reason)
     model = metrics.load_lpips(pipe.device) if lpips else None
@@ -313,7 +307,9 @@ def compare(
         _clip_report(twin, clip, dense.other_seed_psnr, model)
         for twin, clip in zip(dense.clips.values(), sparse, strict=True)
     ]
-    call, trajectory = _densities(pipe, plan, dense)
+    call, trajectory = _work(summary).since(before)
+    if reasons := _why_dense(summary):
+        notes.append(reasons)
     return EvalReport(
         plan=label,
         clips=reports,
@@ -322,15 +318,51 @@ def compare(
         trajectory_density=trajectory,
         other_seed_psnr=dense.other_seed_psnr,
         noise_floor=dense.noise_floor,
-        attention=attention,
+        attention=summary.to_dict(),
         notes=notes,
         environment=environment(pipe.device),
         sparse_clips=sparse,
     )
 
 
-def _as_dict(summary: Any) -> dict[str, Any]:
-    return summary.to_dict()  # type: ignore[no-any-return]
+def _why_dense(summary: pipelines.SparseSummary) -> str | None:
+    """What ran dense though the plan has it sparse, in one line."""
+    reasons: dict[str, int] = {}
+    for transformer in summary.transformers.values():
+        for reason, count in transformer.dense_reasons.items():
+            if reason in PLANNED:
+                continue
+            reasons[reason] = reasons.get(reason, 0) + count
+    if not reasons:
+        return None
+    return "calls that ran dense (warm-up included): " + "; ".join(f"{n} x {reason}" for reason, n in reasons.items())
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Sums over all self-attention calls since sparse attention was enabled, by what the calls really ran."""
+
+    work: float  # of all calls, as dense ones
+    done: float
+    sparse_calls: int
+    sparse_density: float  # summed over the sparse calls
+
+    def since(self, before: _Work) -> tuple[float | None, float | None]:
+        """``(call density, whole-trajectory density)`` of the calls after ``before``."""
+        work, calls = self.work - before.work, self.sparse_calls - before.sparse_calls
+        call = (self.sparse_density - before.sparse_density) / calls if calls else None
+        return call, (self.done - before.done) / work if work else None
+
+
+def _work(summary: pipelines.SparseSummary) -> _Work:
+    ran = list(summary.transformers.values())
+    layers = [layer for t in ran for layer in t.layers]
+    return _Work(
+        work=math.fsum(t.work for t in ran),
+        done=math.fsum((t.density or 0.0) * t.work for t in ran),
+        sparse_calls=sum(layer.sparse_calls for layer in layers),
+        sparse_density=math.fsum((layer.density or 0.0) * layer.sparse_calls for layer in layers),
+    )
 
 
 def _clip_report(dense: Clip, sparse: Clip, other_seed: float | None, model: Any) -> ClipReport:
@@ -350,19 +382,6 @@ def _clip_report(dense: Clip, sparse: Clip, other_seed: float | None, model: Any
         dense_defects=metrics.find_defects(dense.frames),
         sparse_defects=metrics.find_defects(sparse.frames, dense.frames),
     )
-
-
-def _densities(pipe: Any, plan: SparsityPlan | str, dense: DenseSet) -> tuple[float | None, float | None]:
-    """Density of the mean sparse call, and of the whole trajectory, by the plan's own arithmetic."""
-    if not isinstance(plan, SparsityPlan) or dense.grid is None:
-        return None, None
-    architecture = pipelines.architecture_of(pipelines.find_transformers(pipe)[0])
-    layers, heads = architecture.layers, architecture.heads
-    phases = [p for p in plan.schedule.phases(dense.noise_levels) if p is not None]
-    calls = plan.call_densities(dense.grid, layers, heads)
-    sparse_layers = [i for i, layer in enumerate(layers) if plan.layer_entries(0, layer, heads) is not None]
-    call = float(calls[phases][:, sparse_layers].mean()) if phases and sparse_layers else None
-    return call, plan.trajectory_density(dense.grid, dense.noise_levels, layers, heads)
 
 
 def evaluate(

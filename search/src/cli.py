@@ -1,0 +1,404 @@
+"""The command ``diffsparse``. Everything heavy is imported inside the commands, so that ``--help`` comes at once."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from diffsparse.search.errors import BadInput
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="diffsparse",
+    help="Sparse attention for diffusion transformers: search a plan, check it, look at it.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+bench_app = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(bench_app, name="bench")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from diffsparse import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _app(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A diffusers pipeline: a local folder or a Hub id.")]
+Plan = Annotated[
+    str,
+    typer.Argument(metavar="PLAN", help="A plan's folder, a Hub repository, or dense, window, radial or conservative."),
+]
+Prompts = Annotated[str, typer.Option("--prompts", metavar="FILE", help="A text file with one prompt a line.")]
+Height = Annotated[int | None, typer.Option("--height", help="In pixels.")]
+Width = Annotated[int | None, typer.Option("--width", help="In pixels.")]
+Frames = Annotated[int | None, typer.Option("--num-frames", help="Frames of a clip.")]
+Steps = Annotated[int | None, typer.Option("--steps", help="Denoising steps.")]
+Guidance = Annotated[float | None, typer.Option("--guidance-scale", help="Classifier-free guidance.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto (bfloat16 on a GPU), float32, bfloat16 or float16.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and everything else to stderr.")]
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+
+
+@contextmanager
+def _answers(as_json: bool) -> Iterator[Callable[[dict[str, Any], str], None]]:
+    """Gives ``print(data, text)``: the one thing that reaches stdout. Whatever libraries print goes to stderr."""
+    stdout = sys.stdout
+
+    def answer(data: dict[str, Any], text: str) -> None:
+        print(json.dumps(data, allow_nan=False, ensure_ascii=False) if as_json else text, file=stdout, flush=True)
+
+    with redirect_stdout(sys.stderr):
+        yield answer
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _stop(text: str, code: int) -> NoReturn:
+    _say(" ".join(text.split()))
+    raise SystemExit(code)
+
+
+def _interruptible(resume: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Ctrl-C ends a command with one line that says how to go on."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def wrapped(*args: Any, **kwargs: Any) -> None:
+            try:
+                command(*args, **kwargs)
+            except KeyboardInterrupt:
+                _stop(f"interrupted: {resume}", INTERRUPTED)
+
+        return wrapped
+
+    return decorate
+
+
+def _quiet_libraries() -> None:
+    """Errors of the libraries only: our own messages are the interface."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def _settings(
+    pipe: Any,
+    record: dict[str, Any],
+    height: int | None,
+    width: int | None,
+    num_frames: int | None,
+    steps: int | None,
+    guidance_scale: float | None,
+) -> Any:
+    """What was asked for; else what the plan was searched with; else 20 steps, guidance 5, the pipeline's own size."""
+    from diffsparse.search.generate import GenerationSettings
+    from diffsparse.search.load import check_shape
+
+    known = record.get("calibration", {})
+
+    def pick(asked: Any, name: str, default: Any) -> Any:
+        value = known.get(name) if asked is None and isinstance(known, dict) else asked
+        return default if value is None else value
+
+    settings = GenerationSettings(
+        num_inference_steps=pick(steps, "steps", 20),
+        guidance_scale=pick(guidance_scale, "guidance_scale", 5.0),
+        height=pick(height, "height", None),
+        width=pick(width, "width", None),
+        num_frames=pick(num_frames, "num_frames", None),
+    )
+    check_shape(pipe, settings.height, settings.width, settings.num_frames)
+    settings.arguments(pipe)
+    return settings
+
+
+def _check_numbers(**values: int | float | None) -> None:
+    """``steps``, ``seed`` and the like, before anything is loaded."""
+    for name, value in values.items():
+        option = "--" + name.replace("_", "-")
+        least = 0 if name in ("seed", "first_seed", "guidance_scale") else 1
+        if value is not None and not value >= least:
+            raise BadInput(f"{option} {value}: it must be at least {least}")
+
+
+def _check_share(option: str, value: float | None) -> None:
+    if value is not None and not 0 < value <= 1:
+        raise BadInput(f"{option} {value}: it is a share of dense attention, above 0 and at most 1, for example 0.4")
+
+
+@app.command("search")
+@_interruptible("what was found is kept; run the same command again to go on from there")
+def search_command(
+    model: Model,
+    prompts: Prompts,
+    out: Annotated[str, typer.Option("--out", metavar="DIR", help="Where the plan and the search's record go.")],
+    budget: Annotated[
+        float | None, typer.Option("--budget", help="Share of the dense attention time to use.  [default: 0.4]")
+    ] = None,
+    density: Annotated[
+        float | None, typer.Option("--density", help="Whole-trajectory density to use, instead of --budget.")
+    ] = None,
+    height: Height = None,
+    width: Width = None,
+    num_frames: Frames = None,
+    steps: Steps = None,
+    guidance_scale: Guidance = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the noise and of every random choice.")] = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Search a sparsity plan for a model, measured on a few prompts and on this machine.
+
+    It prints how long it will take before it starts. Killed or interrupted, the same command goes on where it was.
+
+    \b
+    Example:
+      diffsparse search Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompts prompts.txt --out plan --budget 0.4
+    """
+    with _answers(as_json) as answer:
+        if budget is not None and density is not None:
+            raise BadInput(f"--budget {budget} and --density {density}: give one of the two")
+        _check_share("--budget", budget)
+        _check_share("--density", density)
+        _check_numbers(height=height, width=width, num_frames=num_frames, steps=steps, seed=seed)
+        _check_numbers(guidance_scale=guidance_scale)
+        from diffsparse.search import load
+
+        found = load.read_prompts(prompts)
+        load.check_model_name(model)
+        place = load.choose_device(device)
+        precision = load.choose_dtype(dtype, place)
+        folder = load.check_output(out)
+        from diffsparse.search.search import SearchConfig, run_search
+        from diffsparse.search.store import StoreMismatch
+
+        _quiet_libraries()
+        pipe = load.load_pipeline(model, device=place, dtype=precision)
+        settings = _settings(pipe, {}, height, width, num_frames, steps, guidance_scale)
+        config = SearchConfig(
+            budget=None if density is not None else (0.4 if budget is None else budget),
+            density=density,
+            height=settings.height,
+            width=settings.width,
+            num_frames=settings.num_frames,
+            steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale,
+            seed=seed,
+        )
+        try:
+            plan = run_search(pipe, found, config, folder, say=_say)
+        except StoreMismatch as error:
+            raise BadInput(str(error)) from None
+        from diffsparse.search.show import describe, plan_table
+
+        answer(
+            {"plan": str(folder), **describe(plan)},
+            f"{plan_table(plan)}\n\nThe plan is in {folder}. Check it on prompts that the search did not see:\n"
+            f"  diffsparse eval {model} {folder} --prompts FILE",
+        )
+
+
+@app.command("eval")
+@_interruptible("nothing was written; run the command again, with fewer prompts if it takes too long")
+def eval_command(
+    model: Model,
+    plan: Plan,
+    prompts: Prompts,
+    seeds: Annotated[int, typer.Option("--seeds", help="Clips of each prompt, each with a seed of its own.")] = 2,
+    first_seed: Annotated[int, typer.Option("--first-seed", help="The first of the seeds.")] = 1000,
+    height: Height = None,
+    width: Width = None,
+    num_frames: Frames = None,
+    steps: Steps = None,
+    guidance_scale: Guidance = None,
+    lpips: Annotated[bool, typer.Option("--lpips/--no-lpips", help="LPIPS too, where it is installed.")] = True,
+    backend: Annotated[str, typer.Option("--backend", help="Attention backend: auto, or a name of `env`.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    out: Annotated[
+        str | None, typer.Option("--out", metavar="DIR", help="Write eval.json, a contact sheet and videos there.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare a plan with dense attention, clip by clip, with the same seeds.
+
+    Sizes, steps and guidance are those that the plan was searched with, unless given. Exit code 1 where a clip is
+    black, flat, frozen or not a number.
+
+    \b
+    Example:
+      diffsparse eval Wan-AI/Wan2.1-T2V-1.3B-Diffusers plan --prompts held_out.txt --seeds 2 --out report
+    """
+    with _answers(as_json) as answer:
+        _check_numbers(seeds=seeds, first_seed=first_seed, steps=steps)
+        _check_numbers(height=height, width=width, num_frames=num_frames, guidance_scale=guidance_scale)
+        from diffsparse.search import load
+
+        found = load.read_prompts(prompts)
+        load.check_model_name(model)
+        chosen = load.load_plan(plan)
+        place = load.choose_device(device)
+        precision = load.choose_dtype(dtype, place)
+        load.check_backend(backend)
+        folder = load.check_output(out) if out else None
+        _quiet_libraries()
+        pipe = load.load_pipeline(model, device=place, dtype=precision)
+        load.check_plan_fits(chosen, pipe)
+        settings = _settings(pipe, chosen.record, height, width, num_frames, steps, guidance_scale)
+        from diffsparse.search.evaluate import compare, generate_dense
+
+        _say(f"{len(found)} prompts x {seeds} seeds: {len(found) * seeds} clips dense, then as many sparse")
+        dense = generate_dense(pipe, found, range(first_seed, first_seed + seeds), settings)
+        report = compare(pipe, chosen, dense, backend=backend, name=plan, lpips=lpips)
+        data = report.to_dict()
+        text = report.table()
+        if folder is not None:
+            from diffsparse.search.report import write_report
+
+            data["files"] = [str(p) for p in write_report(folder, report, dense)]
+            text += "\n\nwritten: " + ", ".join(data["files"])
+        answer(data, text)
+        if not report.passed:
+            _stop(f"failed: {report.broken[0]}" + (f", and {n} more" if (n := len(report.broken) - 1) else ""), FAILED)
+
+
+@app.command("show")
+@_interruptible("nothing was written")
+def show_command(
+    plan: Plan,
+    grid: Annotated[
+        str | None, typer.Option("--grid", metavar="T,H,W", help="Latent tokens to show the plan on.")
+    ] = None,
+    png: Annotated[str | None, typer.Option("--png", metavar="FILE", help="Draw every layer and head.")] = None,
+    phase: Annotated[int | None, typer.Option("--phase", help="Draw this phase only, counted from 0.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a plan does, layer by layer, and draw it.
+
+    \b
+    Example:
+      diffsparse show plan --grid 21,30,52 --png plan.png
+    """
+    with _answers(as_json) as answer:
+        from diffsparse.search import load
+        from diffsparse.search.show import describe, draw, grid_of, parse_grid, plan_table
+
+        chosen = load.load_plan(plan)
+        folder = None if plan in load.NAMED_PLANS else plan
+        on = parse_grid(grid) if grid else grid_of(chosen, folder)
+        if phase is not None and not 0 <= phase < chosen.schedule.num_phases:
+            raise BadInput(f"--phase {phase}: the plan has phases 0 to {chosen.schedule.num_phases - 1}")
+        data, text = describe(chosen, on), plan_table(chosen, on)
+        if png is not None:
+            data["png"] = str(draw(chosen, on, png, folder=folder, phase=phase))
+            text += f"\n\nwritten: {png}"
+        answer(data, text)
+
+
+@bench_app.command("kernels")
+@_interruptible("nothing was written")
+def bench_kernels_command(
+    grid: Annotated[str, typer.Option("--grid", metavar="T,H,W", help="Latent tokens of one call.")] = "5,32,32",
+    heads: Annotated[int, typer.Option("--heads")] = 4,
+    head_dim: Annotated[int, typer.Option("--head-dim")] = 64,
+    density: Annotated[str, typer.Option("--density", help="Kept blocks, a list.")] = "0.1,0.3,0.5,0.7,1.0",
+    block_size: Annotated[int, typer.Option("--block-size", help="64 or 128.")] = 64,
+    tail: Annotated[str, typer.Option("--tail", help="none, mean or moments.")] = "moments",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Time every attention backend against the fastest dense attention of torch.
+
+    \b
+    Example:
+      diffsparse bench kernels --grid 21,30,52 --heads 12 --head-dim 128 --device cuda
+    """
+    with _answers(as_json) as answer:
+        _check_numbers(heads=heads, head_dim=head_dim)
+        from diffsparse.search import load
+        from diffsparse.search.bench import bench_kernels, bench_table, parse_densities
+        from diffsparse.search.show import parse_grid
+
+        place = load.choose_device(device)
+        result = bench_kernels(
+            parse_grid(grid),
+            heads=heads,
+            head_dim=head_dim,
+            densities=parse_densities(density),
+            block_size=block_size,
+            tail=tail,
+            device=place,
+            dtype=load.choose_dtype(dtype, place),
+        )
+        answer(result, bench_table(result))
+
+
+@app.command("env")
+def env_command(as_json: Json = False) -> None:
+    """Versions, devices and attention backends, to paste into an issue.
+
+    \b
+    Example:
+      diffsparse env
+    """
+    with _answers(as_json) as answer:
+        from diffsparse.search.environment import full_environment
+        from diffsparse.search.tables import environment_table
+
+        found = full_environment()
+        answer(found, environment_table(found))
+
+
+# Typer carries its own copy of click in some versions and uses the package in others; the base class is the same one.
+_ClickException: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """The console script. Exit codes: 0; 1: an evaluation failed; 2: input that cannot work; 130: Ctrl-C."""
+    try:
+        code = app(arguments, prog_name="diffsparse", standalone_mode=False)
+    except BadInput as error:
+        _stop(f"error: {error}", BAD_INPUT)
+    except _ClickException as error:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "diffsparse"
+        message = error.format_message()  # type: ignore[attr-defined]
+        if type(error).__name__ == "NoArgsIsHelpError":  # the message is the help
+            _say(message)
+            raise SystemExit(BAD_INPUT) from None
+        _stop(f"error: {message.rstrip('.')}; see `{command} --help`", BAD_INPUT)
+    except typer.Abort:
+        _stop("interrupted", INTERRUPTED)
+    raise SystemExit(code if isinstance(code, int) else 0)

@@ -1,0 +1,63 @@
+"""An evaluation's files: figures, contact sheet, side-by-side videos."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from diffsparse.search.evaluate import ClipReport, DenseSet, EvalReport
+from diffsparse.search.sheet import contact_sheet, side_by_side_frames
+from diffsparse.search.tables import shorten
+
+__all__ = ["can_write_videos", "write_report", "write_video"]
+
+FPS = 8
+MAX_ROWS = 12
+
+
+def can_write_videos() -> bool:
+    """Whether imageio and its ffmpeg are here (the extra ``viz``)."""
+    return find_spec("imageio") is not None and find_spec("imageio_ffmpeg") is not None
+
+
+def write_video(
+    dense: torch.Tensor, sparse: torch.Tensor, file: Path, labels: tuple[str, str] = ("dense", "sparse"), fps: int = FPS
+) -> Path:
+    """The two clips side by side as an mp4."""
+    from diffusers.utils import export_to_video
+
+    frames = [frame / 255.0 for frame in side_by_side_frames(dense, sparse, labels)]
+    export_to_video(frames, str(file), fps=fps, quality=8)
+    return file
+
+
+def _caption(clip: ClipReport) -> str:
+    text = f"{shorten(clip.prompt, 90)}   seed {clip.seed}   PSNR {clip.psnr:.1f} dB"
+    if clip.above_other_seed is not None:
+        text += f" ({clip.above_other_seed:+.1f} over another seed)"
+    return text
+
+
+def write_report(folder: Path, report: EvalReport, dense: DenseSet, *, videos: bool = True) -> list[Path]:
+    """``eval.json``, ``contact_sheet.png`` and ``clip_NN.mp4``; returns what was written.
+
+    Videos need the extra ``viz`` and more than one frame; without, they are left out.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [folder / "eval.json", folder / "contact_sheet.png"]
+    written[0].write_text(json.dumps(report.to_dict(), indent=1, allow_nan=False, ensure_ascii=False) + "\n", "utf-8")
+    pairs = list(zip(report.clips, dense.clips.values(), report.sparse_clips, strict=True))
+    rows = [(_caption(clip), a.frames, b.frames) for clip, a, b in pairs[:MAX_ROWS]]
+    speed = f", {report.loop_speedup:.2f}x faster" if report.loop_speedup else ""
+    contact_sheet(rows, title=f"Dense and sparse with the same seeds ({report.plan}{speed})").save(written[1])
+    if not videos or not can_write_videos():
+        return written
+    for i, (clip, a, b) in enumerate(pairs):
+        if a.frames.shape[0] < 2:
+            continue
+        labels = (f"dense {clip.dense_loop_seconds:.1f} s", f"sparse {clip.sparse_loop_seconds:.1f} s")
+        written.append(write_video(a.frames, b.frames, folder / f"clip_{i:02d}.mp4", labels))
+    return written

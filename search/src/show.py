@@ -1,0 +1,232 @@
+"""What a plan does, as data, as a text table and as a picture."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffsparse.entry import HeadEntry
+from diffsparse.grid import TokenGrid
+from diffsparse.layout import build_layout
+from diffsparse.order import TokenOrder, parse_order
+from diffsparse.pattern import Bitmap, Intersection, Pattern, Union
+from diffsparse.plan import SparsityPlan
+from diffsparse.search.errors import BadInput
+from diffsparse.search.tables import text_table
+
+__all__ = ["PooledAttention", "describe", "draw", "family", "grid_of", "parse_grid", "plan_table", "tail_of"]
+
+ATTENTION_NAME = "attention.safetensors"
+
+
+def parse_grid(text: str) -> TokenGrid:
+    """``T,H,W`` of the command line."""
+    try:
+        return TokenGrid.parse(text)
+    except ValueError as error:
+        raise BadInput(f"--grid: {error}") from None
+
+
+def _kinds(pattern: Pattern) -> str:
+    if isinstance(pattern, (Union, Intersection)):
+        sign = "|" if isinstance(pattern, Union) else "&"
+        return sign.join(dict.fromkeys(_kinds(part) for part in pattern.parts))
+    return pattern.kind
+
+
+def family(entry: HeadEntry) -> str:
+    """What kind of entry this is, in a word or two."""
+    if entry.execution.mode == "skip":
+        return "skip"
+    return "dense" if entry.is_dense else _kinds(entry.pattern)
+
+
+def tail_of(entry: HeadEntry) -> str:
+    """The tail that runs: ``none`` where nothing is dropped."""
+    return "none" if entry.is_dense or entry.execution.mode == "skip" else entry.execution.tail
+
+
+class PooledAttention:
+    """The search's pooled attention, which lies beside a plan and which no kernel reads.
+
+    ``pooled``: float ``[phases, layers, heads, m, m]``, one row a bin of queries; the bins are runs of about equally
+    many blocks of ``block_size`` tokens on ``grid``, in the order ``orders[layer][head]``.
+    """
+
+    def __init__(
+        self, pooled: np.ndarray, orders: dict[str, list[TokenOrder]], grid: TokenGrid, block_size: int
+    ) -> None:
+        self.pooled, self.orders, self.grid, self.block_size = pooled, orders, grid, block_size
+
+    @classmethod
+    def beside(cls, folder: str | Path | None) -> PooledAttention | None:
+        """What is in a plan's folder, or None. Raises :class:`BadInput` where it cannot be read."""
+        file = Path(folder) / ATTENTION_NAME if folder is not None else None
+        if file is None or not file.is_file():
+            return None
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(file, framework="numpy") as stored:
+                about = stored.metadata() or {}
+                pooled = stored.get_tensor("pooled").astype(np.float32)
+            orders = {layer: [parse_order(o) for o in row] for layer, row in json.loads(about["orders"]).items()}
+            return cls(pooled, orders, TokenGrid.parse(about["grid"]), int(about["block_size"]))
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise BadInput(f"{file} cannot be read ({error}); delete it to draw the plan without it") from None
+
+
+def grid_of(plan: SparsityPlan, folder: str | Path | None = None) -> TokenGrid | None:
+    """The grid that a plan was searched on, where that is known."""
+    attention = PooledAttention.beside(folder)
+    if attention is not None:
+        return attention.grid
+    recorded = (plan.record.get("calibration") or {}).get("grid")
+    if isinstance(recorded, str):
+        return _read_grid(recorded)
+    if isinstance(recorded, list):
+        return TokenGrid(*recorded)
+    return next((e.pattern.grid for e in plan.entries if isinstance(e.pattern, Bitmap)), None)
+
+
+def _read_grid(text: str) -> TokenGrid | None:
+    """What ``str(grid)`` wrote, text included: ``5x32x32``, ``226+13x30x45``, ``33x45x80+256``."""
+    match = re.fullmatch(r"(?:(\d+)\+)?(\d+)x(\d+)x(\d+)(?:\+(\d+))?", text)
+    if match is None:
+        return None
+    before, frames, height, width, after = (int(g or 0) for g in match.groups())
+    return TokenGrid(frames, height, width, text_before=before, text_after=after)
+
+
+def _entry_densities(plan: SparsityPlan, grid: TokenGrid | None) -> list[float | None]:
+    if grid is None:
+        return [None] * len(plan.entries)
+    return [build_layout(grid, [entry], plan.block_size).density for entry in plan.entries]
+
+
+def describe(plan: SparsityPlan, grid: TokenGrid | None = None) -> dict[str, Any]:
+    """A plan as JSON values: schedule; families, tails and mean density on ``grid`` of each phase and layer."""
+    densities = _entry_densities(plan, grid)
+    schedule = plan.schedule
+    rows: list[dict[str, Any]] = []
+    for phase in range(schedule.num_phases):
+        for i, layer in enumerate(plan.layers):
+            chosen = plan.index[phase, i].tolist()
+            dense = layer in schedule.dense_layers
+            entries = [HeadEntry() if dense else plan.entries[j] for j in chosen]
+            values = [1.0 if dense else densities[j] for j in chosen]
+            rows.append(
+                {
+                    "phase": phase,
+                    "layer": layer,
+                    "families": dict(Counter(family(e) for e in entries).most_common()),
+                    "tails": dict(Counter(tail_of(e) for e in entries).most_common()),
+                    "orders": dict(Counter(str(e.order) for e in entries).most_common()),
+                    "density": None if grid is None else float(np.mean([v for v in values if v is not None])),
+                }
+            )
+    call: list[float] = [r["density"] for r in rows if r["density"] is not None]
+    a = plan.architecture
+    return {
+        "architecture": None
+        if a is None
+        else {
+            "model_class": a.model_class,
+            "layers": len(a.layers),
+            "heads": a.heads,
+            "head_dim": a.head_dim,
+            "fingerprint": a.fingerprint,
+        },
+        "block_size": plan.block_size,
+        "schedule": {
+            "sparse_below": schedule.sparse_below,
+            "dense_below": schedule.dense_below,
+            "phase_bounds": list(schedule.phase_bounds),
+            "dense_layers": list(schedule.dense_layers),
+        },
+        "grid": None if grid is None else str(grid),
+        "call_density": float(np.mean(call)) if call else None,
+        "entries": len(plan.entries),
+        "layers": rows,
+        "record": plan.record,
+    }
+
+
+def _counts(counts: dict[str, int], total: int) -> str:
+    if len(counts) == 1 and total > 1:
+        return next(iter(counts))
+    return ", ".join(f"{n} {name}" for name, n in counts.items()) if total > 1 else next(iter(counts))
+
+
+def plan_table(plan: SparsityPlan, grid: TokenGrid | None = None) -> str:
+    """:func:`describe` for readers."""
+    data = describe(plan, grid)
+    a, s = data["architecture"], plan.schedule
+    head = [
+        ["model", "any" if a is None else f"{a['model_class']}, {a['layers']} layers, {a['heads']} heads of "
+         f"{a['head_dim']} ({a['fingerprint']})"],
+        ["blocks", f"{plan.block_size} tokens"],
+        ["dense", f"above noise level {s.sparse_below:g}"
+         + (f", at {s.dense_below:g} and below" if s.dense_below else "")
+         + (f", layers {', '.join(s.dense_layers)}" if s.dense_layers else "")],
+        ["phases", ", ".join(_phase_names(plan))],
+        ["grid", str(grid) if grid is not None else "not known; --grid T,H,W gives densities"],
+    ]  # fmt: skip
+    if data["call_density"] is not None:
+        head.append(["call density", f"{data['call_density']:.3f} (mean of sparse calls, tails counted)"])
+    rows: list[dict[str, Any]] = []
+    for row in data["layers"]:
+        total = sum(row["families"].values())
+        rows.append(
+            [
+                str(row["phase"]),
+                "all" if row["layer"] == "*" else row["layer"],
+                _counts(row["families"], total),
+                _counts(row["tails"], total),
+                _counts(row["orders"], total),
+                "-" if row["density"] is None else f"{row['density']:.3f}",
+            ]
+        )
+    table = text_table(rows, header=["phase", "layer", "families (heads)", "tails", "orders", "density"], right=[0, 5])
+    return f"{text_table(head)}\n\n{table}"
+
+
+def _phase_names(plan: SparsityPlan) -> list[str]:
+    s = plan.schedule
+    bounds = [s.sparse_below, *s.phase_bounds, s.dense_below]
+    return [f"{i}: {high:g} to {low:g}" for i, (high, low) in enumerate(zip(bounds, bounds[1:], strict=False))]
+
+
+def draw(
+    plan: SparsityPlan,
+    grid: TokenGrid | None,
+    file: str | Path,
+    *,
+    folder: str | Path | None = None,
+    phase: int | None = None,
+) -> Path:
+    """Write the sheet of every layer's and head's pattern as a PNG; over its measured attention where that is known."""
+    from diffsparse.search.sheet import plan_sheet
+
+    if grid is None:
+        raise BadInput("the grid to draw the plan on is not known; give --grid T,H,W, for example --grid 21,30,52")
+    attention = PooledAttention.beside(folder)
+    # What was measured on another grid, or for other layers, says nothing here.
+    if attention is not None and (attention.grid.shape != grid.shape or attention.pooled.shape[:3] != plan.index.shape):
+        attention = None
+    phases = range(plan.schedule.num_phases) if phase is None else [phase]
+    picture = plan_sheet(plan, grid, attention, phases=list(phases), phase_names=_phase_names(plan))
+    path = Path(file)
+    if path.suffix.lower() != ".png":
+        raise BadInput(f"--png {str(file)!r}: the name must end in .png")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+    except OSError as error:
+        raise BadInput(f"cannot write {str(file)!r}: {error.strerror}; choose another --png") from None
+    return path
