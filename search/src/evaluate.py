@@ -189,11 +189,11 @@ class EvalReport:
             }
         )
 
-    def table(self) -> str:
-        """The same for readers, in plain text."""
+    def table(self, clips: bool = True) -> str:
+        """The same for readers, in plain text; ``clips`` lists them one by one."""
         from diffsparse.search.tables import eval_table
 
-        return eval_table(self)
+        return eval_table(self, clips)
 
 
 def _finite(value: Any) -> Any:

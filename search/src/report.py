@@ -35,9 +35,11 @@ def write_video(
 
 
 def _caption(clip: ClipReport) -> str:
-    text = f"{shorten(clip.prompt, 90)}   seed {clip.seed}   PSNR {clip.psnr:.1f} dB"
+    text = f"{shorten(clip.prompt, 110)}\nseed {clip.seed}:  PSNR {clip.psnr:.1f} dB"
     if clip.above_other_seed is not None:
-        text += f" ({clip.above_other_seed:+.1f} over another seed)"
+        text += f", {clip.above_other_seed:+.1f} dB over another seed"
+    if clip.ssim is not None:
+        text += f",  SSIM {clip.ssim:.3f}"
     return text
 
 

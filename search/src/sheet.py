@@ -26,7 +26,7 @@ INK = (28, 32, 38)
 FAINT = (120, 126, 134)
 RED = (196, 54, 46)
 #: The attention scale, dark to bright, as OKLab (lightness, a, b): equal steps look equally far apart.
-RAMP = ((0.20, 0.010, -0.055), (0.38, 0.075, -0.115), (0.55, 0.150, -0.045), (0.72, 0.130, 0.085), (0.95, 0.005, 0.095))
+RAMP = ((0.20, 0.010, -0.055), (0.38, 0.075, -0.115), (0.55, 0.150, -0.045), (0.72, 0.130, 0.085), (0.87, 0.020, 0.165))
 DECADES = 3.0  # of attention shown
 MAX_BINS = 80
 MAX_WIDTH = 5000
@@ -205,7 +205,8 @@ def plan_sheet(
         x0 = left + column * (block + between)
         mean = float(np.mean([densities[i] for i in plan.index[phase].reshape(-1).tolist()]))
         title = f"phase {names[phase]}   density {mean:.3f}"
-        pen.text((x0, 66), _fit(pen, title, max(block, 60), 14), INK, _font(14))
+        room = width - x0 - 24 if column == len(phases) - 1 else block + between - 12
+        pen.text((x0, 66), _fit(pen, title, room, 14), INK, _font(14))
         for row, layer in enumerate(plan.layers):
             y = top + row * (pixels + pad_y)
             for head in range(heads):
@@ -218,7 +219,7 @@ def plan_sheet(
                 sheet.paste(_cell(share, pooled, pixels), (x, y))
                 pen.rectangle((x - 1, y - 1, x + pixels, y + pixels), outline=(200, 203, 208))
                 if entry.execution.mode == "skip":
-                    pen.line((x, y, x + pixels - 1, y + pixels - 1), RED, 2)
+                    pen.line((x, y + pixels - 1, x + pixels - 1, y), RED, 2)
                 if captions:
                     tail = tail_of(entry)
                     value = 1.0 if forced else densities[i]
@@ -281,7 +282,10 @@ def contact_sheet(
     gain: float = 8.0,
     title: str = "dense above, sparse below",
 ) -> Image.Image:
-    """One block of three strips for each ``(caption, dense clip, sparse clip)``: dense, sparse, their difference."""
+    """One block of three strips for each ``(caption, dense clip, sparse clip)``: dense, sparse, their difference.
+
+    A caption's further lines are printed small. ``gain`` amplifies the difference.
+    """
     if not rows:
         raise ValueError("a contact sheet needs at least one clip")
     strips = []
@@ -297,18 +301,21 @@ def contact_sheet(
                 ],
             )
         )
-    gap, label, caption_height, top = 4, 92, 30, 64
+    gap, label, top = 4, 92, 60
+    caption_height = 6 + 19 * max(len(caption.splitlines()) for caption, _, _ in rows)
     inner = max(sum(f.width + gap for f in block[0]) for _, block in strips)
     width = label + inner + 20
     total = top + sum(caption_height + sum(strip[0].height + gap for strip in block) + 18 for _, block in strips)
     sheet = Image.new("RGB", (width, total), PAPER)
     pen = ImageDraw.Draw(sheet)
     pen.text((20, 14), _fit(pen, title, width - 40, 20), INK, _font(20))
-    y = top - 12
+    y = top
     for caption, block in strips:
-        pen.text((label, y + 6), _fit(pen, caption, inner, 14), INK, _font(14))
+        lines = caption.splitlines()
+        for i, line in enumerate(lines):
+            pen.text((label, y + 19 * i), _fit(pen, line, inner, 14 - i), FAINT if i else INK, _font(14 - i))
         y += caption_height
-        for name, strip in zip(("dense", "sparse", f"difference\n× {gain:g}"), block, strict=True):
+        for name, strip in zip(("dense", "sparse", f"difference\nx {gain:g}"), block, strict=True):
             pen.multiline_text((20, y + strip[0].height // 2 - 9), name, FAINT, _font(13), spacing=2)
             x = label
             for frame in strip:

@@ -49,8 +49,8 @@ def _mean(value: Mean | None, form: str, unit: str = "", plus: str = "") -> str:
     return text
 
 
-def eval_table(report: EvalReport) -> str:
-    """The figures of a comparison, and its clips one a line."""
+def eval_table(report: EvalReport, clips: bool = True) -> str:
+    """The figures of a comparison, and its ``clips`` one a line."""
     n = len(report.clips)
     worst = report.worst
     above = _number(worst.above_other_seed, "+.1f", " dB above another seed")
@@ -83,7 +83,7 @@ def eval_table(report: EvalReport) -> str:
     rows.append(["worst clip", f"{_number(worst.psnr)} dB ({above}): seed {worst.seed}, {shorten(worst.prompt, 60)!r}"])
     device = report.environment.get("device", "")
     rows.append(["machine", f"{device}, {report.environment.get('threads')} threads"])
-    clips = text_table(
+    listing = text_table(
         [
             [
                 _number(c.psnr),
@@ -100,7 +100,7 @@ def eval_table(report: EvalReport) -> str:
         header=["PSNR", "over seed", "SSIM", "LPIPS", "dense s", "sparse s", "seed", "prompt"],
         right=range(7),
     )
-    parts = [text_table(rows), clips]
+    parts = [text_table(rows), listing] if clips else [text_table(rows)]
     if report.broken:
         parts.append("\n".join(f"BROKEN: {line}" for line in report.broken))
     if report.notes:
