@@ -117,7 +117,7 @@ def to_uint8(clips: torch.Tensor) -> torch.Tensor:
 
 
 def contact_sheet(clips: torch.Tensor, columns: int = 2, shown: int = 5, gap: int = 4) -> Image.Image:
-    """``shown`` frames of each clip of ``[clips, 3, frames, height, width]`` in a row, ``columns`` clips side by side."""
+    """``shown`` frames of each clip ``[clips, 3, frames, height, width]`` in a row, ``columns`` clips abreast."""
     count, _, frames, height, width = clips.shape
     picked = [round(i * (frames - 1) / (shown - 1)) for i in range(shown)]
     strips = to_uint8(clips[:, :, picked]).permute(0, 3, 2, 4, 1).reshape(count, height, shown * width, 3)
@@ -202,7 +202,7 @@ def main() -> None:
     from diffusers import WanPipeline
 
     cuda = torch.cuda.is_available()
-    pipe = WanPipeline.from_pretrained(args.model, torch_dtype=torch.bfloat16 if cuda else torch.float32)
+    pipe = WanPipeline.from_pretrained(args.model, dtype=torch.bfloat16 if cuda else torch.float32)
     pipe.to("cuda" if cuda else "cpu")
     pipe.set_progress_bar_config(disable=True)
     options = {name: getattr(args, name) for name in ("captions", "steps", "guidance", "seed")}

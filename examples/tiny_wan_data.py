@@ -2,8 +2,8 @@
 
 A :class:`Scene` is what a caption says ("a red circle and a blue square over yellow stripes, panning left");
 everything else (positions, speeds, sizes, the texture's period) is drawn from a seed. :func:`render` turns scenes into
-clips in one batch on any device. Sprites are saturated (or white) and textures muted, so that the colours of the sprites can be read
-back from the pixels: ``check_colours.py`` does so.
+clips in one batch on any device. Sprites are saturated (or white) and textures muted, so that the colours of the
+sprites can be read back from the pixels: ``check_colours.py`` does so.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ def _textures(
 
 
 def _texture_level(texture: str, along: torch.Tensor, across: torch.Tensor) -> torch.Tensor:
-    """A texture's brightness in [0, 1] at coordinates counted in periods. Edges are soft, as an autoencoder must hold them."""
+    """Brightness in [0, 1] at coordinates counted in periods. Edges are soft, for the autoencoder's sake."""
     turn = 2 * math.pi
     if texture == "stripes":
         wave = torch.sin(turn * along)

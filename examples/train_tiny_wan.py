@@ -596,7 +596,7 @@ class Trainer:
     def run(self, start_from: Path | None = None) -> None:
         """Both stages, from the checkpoint or from a finished folder's weights if there are any."""
         if start_from is not None and self.state["step"] == 0:
-            begun = WanPipeline.from_pretrained(start_from, torch_dtype=torch.float32)
+            begun = WanPipeline.from_pretrained(start_from, dtype=torch.float32)
             self.vae.load_state_dict(begun.vae.state_dict())
             self.denoiser.transformer.load_state_dict(begun.transformer.state_dict())
             self.denoiser.text_encoder.load_state_dict(begun.text_encoder.float().state_dict())

@@ -63,7 +63,7 @@ def test_clips_of_any_size(size: tuple[int, int, int]) -> None:
     frames, height, width = size
     clips = data.render(data.sample_scenes(2, 0), 0, frames=frames, height=height, width=width)
     assert clips.shape == (2, 3, frames, height, width)
-    assert clips.dtype == torch.float32 and 0 <= clips.min() and clips.max() <= 1
+    assert clips.dtype == torch.float32 and clips.min() >= 0 and clips.max() <= 1
 
 
 def test_things_move() -> None:
@@ -154,7 +154,7 @@ def test_the_model_reconstructs_held_out_clips() -> None:
     from diffusers import AutoencoderKLWan
 
     vae = AutoencoderKLWan.from_pretrained(MODEL / "vae")
-    clips = data.render(data.sample_scenes(2, "reconstruction", heldout=True), 0, frames=9)
+    clips = data.render(data.sample_scenes(2, "reconstruction", heldout=True), 0, frames=5)
     assert check_colours.psnr(check_colours.reconstruct(vae, clips), clips).mean() >= 29
 
 
