@@ -40,9 +40,9 @@ class BlockLayout:
     col_idx: int32 ``[nnz]``.
     head_mode: int32 ``[H, 4]``: skip (0 or 1), tail (index in ``entry.TAILS``), numerics (index in ``entry.NUMERICS``),
         gathered (1 where the head's order is not the model's own).
-    has_tail, needs_gather: whether any head has a tail, or an order other than the model's. Kept beside the tensors so
-        that nobody has to read them back from a device; a plan may set them to what holds for all its layers, so that
-        compiled code sees one value.
+    has_tail, needs_gather, numerics: whether any head has a tail or an order other than the model's, and the numerics in
+        use. Kept beside the tensors so that nobody has to read them back from a device; a plan may set them to what
+        holds for all its layers, so that compiled code sees one value.
     """
 
     grid: TokenGrid
@@ -58,6 +58,7 @@ class BlockLayout:
     densities: tuple[float, ...]
     has_tail: bool
     needs_gather: bool
+    numerics: tuple[str, ...]
 
     @property
     def num_heads(self) -> int:
@@ -142,7 +143,8 @@ def build_layout(
 ) -> BlockLayout:
     """Evaluate one layer's entries (one per head) on a grid.
 
-    ``masks`` replaces the entries' patterns by given block masks (bool ``[num_blocks, num_blocks]`` with text).
+    ``masks`` replaces the entries' patterns by given block masks (bool ``[num_blocks, num_blocks]`` with text, whose
+    rows and columns are kept whatever the masks say).
     """
     if not entries:
         raise ValueError("a layout needs at least one head entry")
@@ -179,6 +181,13 @@ def build_layout(
             mask = np.asarray(masks[h], bool)
             if mask.shape != (rows, rows):
                 raise ValueError(f"head {h}: the mask has shape {mask.shape}, the order has {rows} blocks")
+            # Text is always exact, and kernels rely on finding it in every list.
+            before, after = (-(-t // block_size) for t in (grid.text_before, grid.text_after))
+            if before or after:
+                mask = mask.copy()
+                for text in (slice(0, before), slice(rows - after, rows)):
+                    mask[text] = True
+                    mask[:, text] = True
         else:
             key = (entry.order, entry.pattern)
             if key not in cache:
@@ -219,4 +228,5 @@ def build_layout(
         densities=tuple(densities),
         has_tail=any(e.execution.tail != "none" for e in entries),
         needs_gather=any(not e.order.is_raster for e in entries),
+        numerics=tuple(n for n in NUMERICS if any(e.execution.numerics == n for e in entries)),
     )

@@ -82,7 +82,7 @@ def kv_len_error(kv_len: torch.Tensor | None, seq: int, text_before: int, num_vi
     if high > seq:
         return f"kv_len goes up to {high}, the sequence has {seq} tokens"
     if low < visual_end:
-        return f"kv_len goes down to {low}, which masks out visual tokens (they end at {visual_end}); only text may be masked"
+        return f"kv_len goes down to {low}, but visual tokens end at {visual_end}; only text may be masked out"
     return None
 
 
@@ -124,7 +124,7 @@ def _triton(q: torch.Tensor | None) -> str | None:
     if q.dtype not in _DTYPES:
         return f"the triton backend takes float32, float16 or bfloat16, got {q.dtype}"
     if not 16 <= q.shape[3] <= _MAX_HEAD_DIM or q.shape[3] % 8:
-        return f"the triton backend takes a head_dim that is a multiple of 8 from 16 to {_MAX_HEAD_DIM}, got {q.shape[3]}"
+        return f"the triton backend takes head_dim 16 to {_MAX_HEAD_DIM} in multiples of 8, got {q.shape[3]}"
     return None
 
 
@@ -150,8 +150,8 @@ def _log_once(message: str) -> None:
 def choose_backend(backend: str, q: torch.Tensor) -> str:
     """The backend that runs tensors like ``q``.
 
-    Asked for by name it is that one, or ValueError with the reason. Under ``"auto"`` backends of the tensors' device are
-    tried best first, and each one passed over is logged once with its reason.
+    Asked for by name it is that one, or ValueError with the reason. Under ``"auto"`` backends of the tensors' device
+    are tried best first, and each one passed over is logged once with its reason.
     """
     if backend != "auto":
         if (reason := cannot_run(backend, q)) is not None:

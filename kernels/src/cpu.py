@@ -1,8 +1,8 @@
 """The CPU backend: gather a few rows' kept blocks, multiply, softmax, multiply.
 
-Query blocks are taken in chunks small enough for their logits to stay in cache, rows with similar numbers of kept blocks
-together. A tail costs nothing of its own: summaries lie behind the blocks in the same table, so that a row's list simply
-goes on with them, and one softmax covers both. Heads that keep every block go to torch's own attention.
+Query blocks are taken in chunks small enough for their logits to stay in cache, rows with similar numbers of kept
+blocks together. A tail needs no pass of its own: summaries lie behind the blocks in the same table, so that a row's list
+simply goes on with them, and one softmax covers both. Heads that keep every block go to torch's own attention.
 """
 
 from __future__ import annotations
@@ -189,8 +189,8 @@ def _table(
         tables.append(table)
     variance = None
     if head.tail_bias is not None:
-        blocks = (t[: n * block].view(n, block, dim) for t in tables)
-        mean_k, mean_v, variance = summarize(*blocks, head.length, moments=head.moments)
+        key_blocks, value_blocks = (t[: n * block].view(n, block, dim) for t in tables)
+        mean_k, mean_v, variance = summarize(key_blocks, value_blocks, head.length, moments=head.moments)
         for table, mean in zip(tables, (mean_k, mean_v)):
             table[(n + 1) * block : (n + 1) * block + n] = mean
     keys, values = (t.view(total, block * dim) for t in tables)

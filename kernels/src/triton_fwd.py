@@ -1,7 +1,7 @@
 """The Triton backend: one forward kernel for any GPU that Triton supports.
 
-A program takes one tile of queries of one head through the head's list of kept key blocks and then, where the head has a
-tail, through the summaries of the blocks that the list leaves out, all in one running softmax. Heads that read the
+A program takes one tile of queries of one head through the head's list of kept key blocks and then, where the head has
+a tail, through the summaries of the blocks that the list leaves out, all in one running softmax. Heads that read the
 sequence in another order than the model's gather their keys by index in a launch of their own, so that the others pay
 nothing for it; on sm90 and newer those others are fed by the tensor memory accelerator (TMA).
 """
@@ -160,7 +160,8 @@ def _tail_blocks(
         start = tl.load(start_row + n, mask=exists, other=0)
         length = tl.load(start_row + n + 1, mask=exists, other=0) - start
         word = tl.load(bits_row + n // 32, mask=exists, other=0)
-        dropped = exists & (length > 0) & (start >= text_before) & (start < visual_end) & (((word >> (n % 32)) & 1) == 0)
+        visual = (length > 0) & (start >= text_before) & (start < visual_end)
+        dropped = exists & visual & (((word >> (n % 32)) & 1) == 0)
         at = n[:, None] * D + offs_d[None, :]
         inside = exists[:, None] & (offs_d[None, :] < D)
         mk = tl.load(mean_k + at, mask=inside, other=0.0)
@@ -277,8 +278,8 @@ def _forward_kernel(
                 plain = 0
                 checked = listed
             else:
-                # In the model's order short blocks are the last of their segments, and lists are ascending: text, video,
-                # text. All but the last listed block of the video are full.
+                # In the model's order short blocks are the last of their segments, and lists are ascending: text,
+                # video, text. All but the last listed block of the video are full.
                 plain = tl.maximum(listed - TEXT_BLOCKS_BEFORE - TEXT_BLOCKS_AFTER - 1, 0)
                 checked = listed - plain
         if not (SOME_PARTIAL and GATHER):
@@ -315,7 +316,7 @@ def _forward_kernel(
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes (queries, keys, summaries) and how the kernel is compiled. ``tma``: feed tiles by tensor descriptors."""
+    """Tile sizes (queries, keys, summaries) and how the kernel is compiled; ``tma``: feed it by tensor descriptors."""
 
     block_m: int
     block_n: int
@@ -333,9 +334,12 @@ def choose_config(block: int, head_dim: int, dtype: torch.dtype, capability: tup
         # Full-precision products run on the ordinary units: registers, not shared memory, are the limit.
         return Config(32, 32, 32, 4, 1, False)
     if shared < 160 << 10:
-        return Config(64, 32 if dim > 128 else 64, 32, 4, 1 if dim > 128 else 2, tma)
+        if dim > 128:
+            return Config(32, 32, 16, 4, 1, tma)
+        small = shared < 96 << 10 and dim > 64
+        return Config(64, 32 if small else 64, 16 if small else 32, 4, 1 if small else 2, tma)
     if dim > 128:
-        return Config(min(block, 128), 64 if shared >= 200 << 10 else 32, 16, 8, 2, tma)
+        return Config(64, 64 if shared >= 200 << 10 else 32, 16, 8, 2, tma)
     return Config(block, block, 32, 8 if block == 128 else 4, 2 if block == 128 and dim == 128 else 3, tma)
 
 
@@ -360,7 +364,7 @@ def _device_limits(device: torch.device) -> tuple[tuple[int, int], int]:
     """Compute capability and bytes of shared memory that one program may use; ``(0, 0)`` and 64 KiB where unknown."""
     if device.type != "cuda" or torch.version.hip:
         return (0, 0), 64 << 10
-    props = torch.cuda.get_device_properties(device)
+    props: Any = torch.cuda.get_device_properties(device)
     return (props.major, props.minor), props.shared_memory_per_block_optin
 
 
