@@ -83,7 +83,7 @@ def sparse_attention(
         ValueError: on any argument that does not fit, with the value received and what is allowed.
         NotImplementedError: in backward.
     """
-    if (reason := input_error(q, k, v, layout, kv_len=kv_len, numerics=numerics)) is not None:
+    if (reason := input_error(q, k, v, layout, scale=scale, kv_len=kv_len, numerics=numerics)) is not None:
         raise ValueError(reason)
     out, lse = sparse_attention_op(
         q,

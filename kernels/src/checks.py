@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 import os
 from collections.abc import Callable
 from functools import lru_cache
@@ -30,6 +31,7 @@ def input_error(
     v: torch.Tensor,
     layout: BlockLayout,
     *,
+    scale: float | None = None,
     kv_len: torch.Tensor | None = None,
     numerics: str = "auto",
 ) -> str | None:
@@ -54,6 +56,8 @@ def input_error(
         return f"q has {heads} heads, the layout has {layout.num_heads}"
     if layout.device != q.device:
         return f"q is on {q.device}, the layout on {layout.device}: use layout.to({str(q.device)!r})"
+    if scale is not None and not 0 < scale < math.inf:
+        return f"scale must be positive and finite, got {scale}"
     if kv_len is not None:
         if kv_len.device != q.device:
             return f"kv_len must be on the device of q, {q.device}, got {kv_len.device}"
@@ -170,6 +174,7 @@ def check(
     v: torch.Tensor,
     layout: BlockLayout,
     *,
+    scale: float | None = None,
     kv_len: torch.Tensor | None = None,
     numerics: str = "auto",
     backend: str = "auto",
@@ -179,7 +184,7 @@ def check(
 
     With ``raise_error`` the reason is raised as a ValueError instead of being returned.
     """
-    reason = input_error(q, k, v, layout, kv_len=kv_len, numerics=numerics)
+    reason = input_error(q, k, v, layout, scale=scale, kv_len=kv_len, numerics=numerics)
     if reason is None:
         reason = kv_len_error(kv_len, layout.seq_len, layout.grid.text_before, layout.grid.num_visual)
     if reason is None and backend != "auto":

@@ -1,8 +1,8 @@
 """The CPU backend: gather a few rows' kept blocks, multiply, softmax, multiply.
 
 Query blocks are taken in chunks small enough for their logits to stay in cache, rows with similar numbers of kept
-blocks together. A tail needs no pass of its own: summaries lie behind the blocks in the same table, so that a row's list
-simply goes on with them, and one softmax covers both. Heads that keep every block go to torch's own attention.
+blocks together. A tail needs no pass of its own: summaries lie behind the blocks in the same table, so that a row's
+list simply goes on with them, and one softmax covers both. Heads that keep every block go to torch's own attention.
 """
 
 from __future__ import annotations

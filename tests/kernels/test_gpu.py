@@ -1,0 +1,169 @@
+"""The Triton backend on a real GPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from diffsparse.grid import TokenGrid
+from diffsparse.kernels import sparse_attention
+from diffsparse.kernels.call import make_call
+from diffsparse.kernels.summaries import summarize
+from diffsparse.layout import build_layout
+from diffsparse.order import TileOrder
+from tests.kernels.cases import MIXED, assert_like_torch, head, inputs, random_layout
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison_empty")]
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+GRIDS = (
+    TokenGrid(3, 13, 11),
+    TokenGrid(2, 16, 16),
+    TokenGrid(2, 9, 16, text_before=5, text_after=77),
+    TokenGrid(1, 16, 24, text_after=128),
+)
+
+
+def names(values: object) -> str:
+    return str(values).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize("block_size", [64, 128])
+@pytest.mark.parametrize("grid", GRIDS, ids=names)
+def test_error_is_within_twice_torchs(grid: TokenGrid, block_size: int, dtype: torch.dtype) -> None:
+    layout = random_layout(grid, MIXED, block_size, 0.3, diagonal=True)
+    q, k, v = inputs(grid, len(MIXED), 64, batch=2, dtype=dtype, device="cuda")
+    lengths = [grid.seq_len, grid.seq_len - grid.text_after]
+    kv_len = torch.tensor(lengths, dtype=torch.int32, device="cuda") if grid.text_after else None
+    out, lse = sparse_attention(q, k, v, layout.to("cuda"), kv_len=kv_len, backend="triton", return_lse=True)
+    assert_like_torch(out, lse, q, k, v, layout.to("cuda"), kv_len)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize("dim", [16, 32, 64, 72, 80, 88, 96, 128, 160, 256])
+def test_head_dims(dim: int, dtype: torch.dtype) -> None:
+    grid = TokenGrid(2, 12, 20, text_after=33)
+    entries = [head(), head(tail="moments"), head(TileOrder(1, 8, 8), "moments")]
+    for block_size in (64, 128):
+        layout = random_layout(grid, entries, block_size, 0.4, diagonal=True).to("cuda")
+        q, k, v = inputs(grid, len(entries), dim, dtype=dtype, device="cuda")
+        out, lse = sparse_attention(q, k, v, layout, backend="triton", return_lse=True)
+        assert_like_torch(out, lse, q, k, v, layout)
+
+
+@pytest.mark.parametrize("density", [0.0, 1.0])
+def test_empty_and_full_lists(density: float) -> None:
+    grid = TokenGrid(2, 13, 17)
+    layout = random_layout(grid, MIXED, 64, density).to("cuda")
+    q, k, v = inputs(grid, len(MIXED), 128, device="cuda")
+    out, lse = sparse_attention(q, k, v, layout, backend="triton", return_lse=True)
+    want, want_lse = sparse_attention(q, k, v, layout, backend="reference", return_lse=True)
+    torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse, want_lse, atol=1e-5, rtol=1e-5)
+
+
+def test_strides_as_models_have_them() -> None:
+    """One fused projection, heads before tokens, and slices: each with and without tensor descriptors' alignment."""
+    grid = TokenGrid(2, 16, 16)
+    layout = random_layout(grid, MIXED, 64, 0.3, diagonal=True).to("cuda")
+    heads, dim, seq = len(MIXED), 64, grid.seq_len
+    fused = torch.randn(2, seq, 3, heads, dim, device="cuda", dtype=torch.bfloat16)
+    swapped = torch.randn(3, 2, heads, seq, dim, device="cuda", dtype=torch.bfloat16).transpose(2, 3)
+    odd = torch.randn(3, 2, seq, heads * dim + 4, device="cuda", dtype=torch.bfloat16)[..., 1 : 1 + heads * dim]
+    for q, k, v in (fused.unbind(2), swapped.unbind(0), odd.unflatten(-1, (heads, dim)).unbind(0)):
+        out = sparse_attention(q, k, v, layout, backend="triton")
+        want = sparse_attention(q.contiguous(), k.contiguous(), v.contiguous(), layout, backend="triton")
+        torch.testing.assert_close(out, want, atol=1e-2, rtol=1e-2)
+
+
+def test_tiles_fed_by_descriptors_and_by_pointers_agree() -> None:
+    from dataclasses import replace
+
+    from diffsparse.kernels.triton_fwd import _device_limits, choose_config, launch
+
+    grid = TokenGrid(3, 16, 16, text_after=50)
+    layout = random_layout(grid, MIXED, 128, 0.3, diagonal=True).to("cuda")
+    q, k, v = inputs(grid, len(MIXED), 128, batch=2, dtype=torch.bfloat16, device="cuda")
+    config = choose_config(128, 128, q.dtype, *_device_limits(q.device))
+    call = make_call(q, k, v, layout, return_lse=True)
+    out, lse = launch(call, replace(config, tma=True) if torch.cuda.get_device_capability() >= (9, 0) else config)
+    other, other_lse = launch(call, replace(config, tma=False))
+    torch.testing.assert_close(out, other, atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(lse, other_lse, atol=1e-4, rtol=1e-4)
+
+
+def test_runs_are_bitwise_equal_and_items_independent() -> None:
+    grid = TokenGrid(4, 24, 30, text_before=3, text_after=70)
+    layout = random_layout(grid, MIXED, 64, 0.3).to("cuda")
+    q, k, v = inputs(grid, len(MIXED), 128, batch=3, dtype=torch.bfloat16, device="cuda")
+    first = sparse_attention(q, k, v, layout, backend="triton", return_lse=True)
+    for _ in range(20):
+        again = sparse_attention(q, k, v, layout, backend="triton", return_lse=True)
+        assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    for b in range(3):
+        alone = sparse_attention(q[b : b + 1], k[b : b + 1], v[b : b + 1], layout, backend="triton")
+        assert torch.equal(alone[0], first[0][b])
+
+
+def test_summaries_and_bits() -> None:
+    from diffsparse.kernels.triton_prepare import kept_bits, summaries
+
+    grid = TokenGrid(3, 16, 16)
+    entries = [head(tail="moments")] * 2
+    layout = random_layout(grid, entries, 64, 0.4)
+    q, k, v = inputs(grid, 2, 88, device="cuda")
+    call = make_call(q, k, v, layout.to("cuda"))
+    got = summaries(call)
+    n = layout.max_blocks
+    length = torch.full((n,), 64, device="cuda")
+    for h in range(2):
+        want = summarize(k[0, :, h].reshape(n, 64, 88), v[0, :, h].reshape(n, 64, 88), length, moments=True)
+        for x, y in zip(got, want):
+            assert y is not None
+            torch.testing.assert_close(x[0, h], y, atol=1e-5, rtol=1e-5)
+    words = kept_bits(call).cpu().view(2, n, -1)
+    j = torch.arange(n)
+    for h in range(2):
+        assert torch.equal((words[h][:, j // 32] >> (j % 32)) & 1 == 1, layout.mask(h))
+
+
+def test_more_than_2_to_the_31_elements() -> None:
+    if torch.cuda.mem_get_info()[0] < 40 << 30:
+        pytest.skip("needs 40 GB of GPU memory")
+    grid, heads, dim, block = TokenGrid(64, 32, 64), 130, 128, 128
+    n = grid.seq_len // block
+    near = np.abs(np.subtract.outer(np.arange(n), np.arange(n))) <= 1
+    q, k, v = (
+        torch.randn(1, 512, heads, dim, device="cuda", dtype=torch.bfloat16).repeat(1, grid.seq_len // 512, 1, 1)
+        for _ in range(3)
+    )
+    assert q.numel() > 2**31
+    for entry in (head(), head(TileOrder(1, 8, 16))):
+        # One head in another order is enough to send all of them through gathers.
+        layout = build_layout(grid, [entry] * heads, block, masks=[near] * heads)
+        out = sparse_attention(q, k, v, layout.to("cuda"), backend="triton")
+        # The last block of the last head, worked out apart.
+        gather = layout.gather[0].long()
+        rows, cols = gather[-block:].cuda(), gather[-2 * block :].cuda()
+        for h in (0, heads - 1):
+            want = F.scaled_dot_product_attention(q[:, rows, h].float(), k[:, cols, h].float(), v[:, cols, h].float())
+            torch.testing.assert_close(out[:, rows, h].float(), want, atol=1e-2, rtol=1e-2)
+        del out
+
+
+def test_poison_in_dropped_keys_stays_out() -> None:
+    """What a row does not keep it does not read, short blocks' neighbours included."""
+    grid = TokenGrid(1, 8, 24, text_after=40)  # 192 visual tokens, then a short block of text
+    n = 4
+    mask = np.eye(n, dtype=bool)
+    layout = build_layout(grid, [head()], 64, masks=[mask]).to("cuda")
+    q, k, v = inputs(grid, 1, 64, device="cuda", dtype=torch.bfloat16)
+    want = sparse_attention(q, k, v, layout, backend="triton")
+    k, v = k.clone(), v.clone()
+    k[:, 64:128] = float("nan")
+    v[:, 64:128] = float("nan")
+    out = sparse_attention(q, k, v, layout, backend="triton")
+    assert torch.equal(out[:, :64], want[:, :64]) and torch.equal(out[:, 128:192], want[:, 128:192])
