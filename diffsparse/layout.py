@@ -40,8 +40,8 @@ class BlockLayout:
     col_idx: int32 ``[nnz]``.
     head_mode: int32 ``[H, 4]``: skip (0 or 1), tail (index in ``entry.TAILS``), numerics (index in ``entry.NUMERICS``),
         gathered (1 where the head's order is not the model's own).
-    has_tail, needs_gather, numerics: whether any head has a tail or an order other than the model's, and the numerics in
-        use. Kept beside the tensors so that nobody has to read them back from a device; a plan may set them to what
+    has_tail, needs_gather, numerics: whether any head has a tail or an order other than the model's, and the numerics
+        in use. Kept beside the tensors so that nobody has to read them back from a device; a plan may set them to what
         holds for all its layers, so that compiled code sees one value.
     """
 
