@@ -15,8 +15,8 @@ from diffsparse.pipelines.state import ModelState
 __all__ = ["Call"]
 
 OUTSIDE = "noise level outside the plan's sparse range"
-UNSEEN = "no attention call was seen (skipped by a cache, or a processor outside diffusers)"
-FOREIGN = "queries and keys had different lengths"
+UNSEEN = "no attention call was seen (a processor from outside diffusers?)"
+FOREIGN = "queries and keys had different lengths only"
 COMPILED = "compiled"
 
 
@@ -70,8 +70,11 @@ class Call:
         if issue:
             self.state.log(f"runs dense: {reason}")
 
-    def finish(self, complete: bool) -> None:
-        """Add this forward to the model's counters."""
+    def finish(self, complete: bool, cached: bool) -> None:
+        """Add this forward to the model's counters.
+
+        ``complete``: it raised no error. ``cached``: diffusers' hooks are on the model, and may have skipped layers.
+        """
         state = self.state
         if state.tap is not None:
             return
@@ -85,7 +88,7 @@ class Call:
                         events = [self._compiled_event(layer.index)]
                     else:
                         unseen = FOREIGN if layer.index in self.foreign else UNSEEN
-                        counts[layer.index].reasons[unseen] += 1
+                        counts[layer.index].unseen += 1
                 for density, work, reason, backend in events or ():
                     count = counts[layer.index]
                     count.work += work
@@ -98,8 +101,8 @@ class Call:
                         count.done += density * work
                         count.sparse_density += density
                         count.backends[backend] += 1
-        if unseen:
-            state.log(f"in some layers {unseen}")
+        if unseen and not cached:
+            state.log(f"some layers run dense: {unseen}")
 
     def _compiled_event(self, index: int) -> tuple[float | None, float, str, str]:
         """What a compiled layer ran: counters live outside traced code, so it is known from the layouts."""

@@ -110,9 +110,10 @@ def _after_model(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -
         return
     CTX.call = call.previous
     CTX.layer = None
-    if not call.compiled and not call.events and not any(replaced_forward(m) for m in module.modules()):
-        call.compiled = frozenset(range(len(call.state.layers)))
-    call.finish(complete=output is not None)
+    cached = len(call.events) < len(call.state.layers) and any(replaced_forward(m) for m in module.modules())
+    if not call.compiled and not call.events and not call.foreign and not cached:
+        call.compiled = frozenset(range(len(call.state.layers)))  # by a wrapper around the whole model
+    call.finish(complete=output is not None, cached=cached)
     for layer in call.state.layers:
         layer.layout = None
 

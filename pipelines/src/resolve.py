@@ -98,7 +98,7 @@ def _shipped(pipe: Any, name: str, transformer: torch.nn.Module) -> list[Path]:
     roots: list[Path] = []
     for source, parent in ((pipe, False), (transformer, True)):
         path = getattr(source, "name_or_path", None)
-        if isinstance(path, str) and path and Path(path).is_dir():
+        if isinstance(path, (str, os.PathLike)) and str(path) and Path(path).is_dir():
             # A transformer lies in a folder of the pipeline's folder.
             roots += [Path(path), Path(path).parent] if parent else [Path(path)]
     folders = [folder for root in roots for folder in (root / PLAN_FOLDER / name, root / PLAN_FOLDER)]

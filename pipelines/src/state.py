@@ -63,6 +63,7 @@ class LayerCounts:
     work: float = 0.0
     done: float = 0.0
     sparse_density: float = 0.0  # summed over sparse calls
+    unseen: int = 0  # forwards in which the layer made no attention call
     reasons: Counter[str] = field(default_factory=Counter)
     backends: Counter[str] = field(default_factory=Counter)
 

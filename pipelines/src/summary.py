@@ -13,7 +13,11 @@ __all__ = ["LayerSummary", "SparseSummary", "TransformerSummary", "sparse_attent
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One layer so far. ``density``: of its sparse calls, their mean; ``total_density``: of all its calls."""
+    """One layer so far.
+
+    density: mean over its sparse calls. total_density: over all its calls. unseen_calls: forwards in which it made no
+    attention call that can be seen: a cache skipped it, or its processor is from outside diffusers.
+    """
 
     name: str
     sparse_calls: int
@@ -22,6 +26,7 @@ class LayerSummary:
     total_density: float | None
     dense_reasons: dict[str, int]
     backends: dict[str, int]
+    unseen_calls: int
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,8 @@ class SparseSummary:
             ):
                 if counts:
                     lines.append(f"  {title}: " + ", ".join(f"{key} ({count})" for key, count in counts.items()))
+            if unseen := sum(layer.unseen_calls for layer in t.layers):
+                lines.append(f"  no attention call seen (skipped by a cache, or a foreign processor): {unseen}")
             lines += [f"  skipped {name}: {why}" for name, why in t.skipped.items()]
             lines.append(f"  {'layer':<40} {'sparse':>7} {'dense':>7} {'density':>8} {'total':>8}")
             for x in t.layers:
@@ -157,6 +164,7 @@ def _summarise(name: str, state: ModelState) -> TransformerSummary:
                 total_density=c.done / c.work if c.work else None,
                 dense_reasons=dict(c.reasons),
                 backends=dict(c.backends),
+                unseen_calls=c.unseen,
             )
             for layer, c in zip(state.layers, counts)
         )

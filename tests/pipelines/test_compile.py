@@ -1,0 +1,121 @@
+"""Compiled transformers: one graph for all layers, and no stale graph after enabling or disabling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from diffsparse.pipelines import (
+    disable_sparse_attention,
+    enable_sparse_attention,
+    sparse_attention,
+    sparse_attention_summary,
+    tap_attention,
+)
+from diffsparse.presets import preset
+from tests.pipelines.models import CASES, mixed_plan, run, wan, wan_inputs
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def _counter(backend: str) -> Any:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    return CompileCounterWithBackend(backend)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_repeated_blocks(backend: str) -> None:
+    layers = 12
+    model = wan(layers=layers)
+    inputs = wan_inputs(3, 7, 9)
+    late = wan_inputs(3, 7, 9, timestep=990)
+    dense = run(model, inputs)
+    plan = preset("window", tail="none")
+    with sparse_attention(model, plan):
+        sparse = run(model, inputs)
+    counter = _counter(backend)
+    model.compile_repeated_blocks(fullgraph=True, backend=counter)
+    torch.testing.assert_close(run(model, inputs), dense, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 1
+    enable_sparse_attention(model, plan)
+    torch.testing.assert_close(run(model, inputs), sparse, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 2  # one graph for twelve layers
+    run(model, late)
+    assert counter.frame_count == 3  # the dense steps
+    torch.testing.assert_close(run(model, inputs), sparse, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 3
+    found = sparse_attention_summary(model).transformers["transformer"]
+    assert (found.sparse_calls, found.dense_calls) == (2 * layers, layers)
+    assert found.density == pytest.approx((2 * found.call_density + 1) / 3)
+    disable_sparse_attention(model)
+    torch.testing.assert_close(run(model, inputs), dense, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_differ_share_graphs() -> None:
+    model = wan(layers=12)
+    inputs = wan_inputs(3, 7, 9)
+    plan = mixed_plan(model)
+    with sparse_attention(model, plan):
+        sparse = run(model, inputs)
+    counter = _counter("aot_eager")
+    model.compile_repeated_blocks(fullgraph=True, backend=counter)
+    enable_sparse_attention(model, plan)
+    torch.testing.assert_close(run(model, inputs), sparse, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count <= 3
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_whole_model(wrapped: bool) -> None:
+    model = wan(layers=4)
+    inputs = wan_inputs(3, 7, 9)
+    dense = run(model, inputs)
+    with sparse_attention(model, "window"):
+        sparse = run(model, inputs)
+    if wrapped:
+        compiled: Any = torch.compile(model, backend="aot_eager")
+    else:
+        model.compile(backend="aot_eager")
+        compiled = model
+    torch.testing.assert_close(run(compiled, inputs), dense, rtol=1e-4, atol=1e-5)
+    enable_sparse_attention(compiled, "window")
+    torch.testing.assert_close(run(compiled, inputs), sparse, rtol=1e-4, atol=1e-5)
+    assert sparse_attention_summary(compiled).transformers["transformer"].sparse_calls == 4
+    disable_sparse_attention(compiled)
+    torch.testing.assert_close(run(compiled, inputs), dense, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["hunyuan", "flux"])
+def test_families_with_text(name: str) -> None:
+    case = CASES[name]
+    model = case.build()
+    inputs = case.inputs(*case.shapes[0])
+    plan = mixed_plan(model)
+    with sparse_attention(model, plan):
+        sparse = run(model, inputs)
+    model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    enable_sparse_attention(model, plan)
+    torch.testing.assert_close(run(model, inputs), sparse, rtol=1e-4, atol=1e-5)
+    other = case.inputs(*case.shapes[1])
+    compiled = run(model, other)
+    disable_sparse_attention(model)
+    eager = case.build()
+    with sparse_attention(eager, plan):
+        torch.testing.assert_close(compiled, run(eager, other), rtol=1e-4, atol=1e-5)
+
+
+def test_a_tap_refuses_compiled_models() -> None:
+    model = wan()
+    model.compile_repeated_blocks(backend="eager")
+    with pytest.raises(RuntimeError, match="compiled"), tap_attention(model, lambda call: None):
+        pass

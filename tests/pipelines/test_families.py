@@ -1,0 +1,206 @@
+"""Every family: which layers, which grid, and that a plan does what it says."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from diffsparse.pipelines import (
+    AttentionCall,
+    architecture_of,
+    disable_sparse_attention,
+    enable_sparse_attention,
+    sparse_attention,
+    sparse_attention_summary,
+    tap_attention,
+)
+from diffsparse.plan import SparsityPlan
+from diffsparse.presets import preset
+from tests.pipelines.models import CASES, Case, dense_plan, masked_attention, mixed_plan, run
+
+every_family = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+
+
+@every_family
+def test_layers_and_grid(case: Case) -> None:
+    model = case.build()
+    architecture = architecture_of(model)
+    assert architecture.layers == case.layers
+    assert architecture.heads == 3 and architecture.head_dim == 16
+    calls: list[AttentionCall] = []
+    dense = run(model, inputs := case.inputs(*case.shapes[0], timestep=250))
+    with tap_attention(model, calls.append):
+        assert torch.equal(run(model, inputs), dense)
+    assert sorted(call.layer for call in calls) == sorted(case.layers)
+    for call in calls:
+        assert architecture.layers[call.layer_index] == call.layer
+        assert call.grid == case.grid(case.shapes[0])
+        assert call.q.shape == call.k.shape == call.v.shape
+        assert call.q.shape[1:] == (call.grid.seq_len, 3, 16)
+        assert call.noise_level == pytest.approx(0.25)
+        assert (call.kv_len is not None) == (case is CASES["hunyuan"])
+
+
+@every_family
+@pytest.mark.parametrize("named", [True, False])
+def test_all_dense_plan_is_bitwise_dense(case: Case, named: bool) -> None:
+    model = case.build()
+    inputs = case.inputs(*case.shapes[0])
+    dense = run(model, inputs)
+    with sparse_attention(model, dense_plan(model) if named else preset("dense")):
+        assert torch.equal(run(model, inputs), dense)
+        summary = sparse_attention_summary(model).transformers["transformer"]
+    assert summary.density == 1.0 and summary.sparse_calls == 0 and summary.dense_calls == len(case.layers)
+
+
+@every_family
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_plan_equals_masked_attention(case: Case, backend: str) -> None:
+    """Two resolutions with as many tokens, in turn: a layout found by its token count would be the wrong one."""
+    model = case.build()
+    plan = mixed_plan(model)
+    batches = [case.inputs(*shape) for shape in case.shapes]
+    dense = [run(model, inputs) for inputs in batches]
+    with tap_attention(model, masked_attention(plan)):
+        expected = [run(model, inputs) for inputs in batches]
+    enable_sparse_attention(model, plan, backend=backend)
+    for i in (0, 1, 0, 1):
+        torch.testing.assert_close(run(model, batches[i]), expected[i], rtol=1e-4, atol=1e-5)
+        assert (expected[i] - dense[i]).abs().max() > 1e-3
+    summary = sparse_attention_summary(model).transformers["transformer"]
+    assert summary.sparse_calls == 4 * len(case.layers) and summary.dense_calls == 0
+    assert summary.grids == {str(case.grid(shape)): 2 for shape in case.shapes}
+    disable_sparse_attention(model)
+    for inputs, output in zip(batches, dense):
+        assert torch.equal(run(model, inputs), output)
+
+
+@every_family
+def test_density_is_what_the_plan_says(case: Case) -> None:
+    model = case.build()
+    plan = mixed_plan(model)
+    grid = case.grid(case.shapes[0])
+    expected = plan.call_densities(grid)
+    with sparse_attention(model, plan):
+        run(model, case.inputs(*case.shapes[0]))
+        summary = sparse_attention_summary(model)
+    layers = summary.transformers["transformer"].layers
+    assert [layer.density for layer in layers] == pytest.approx(expected[0].tolist())
+    assert summary.density == pytest.approx(expected.mean())
+    assert 0 < summary.density < 1
+
+
+@every_family
+def test_disable_leaves_nothing(case: Case) -> None:
+    model = case.build()
+    before = _traces(model)
+    keys = list(model.state_dict())
+    enable_sparse_attention(model, mixed_plan(model))
+    assert _traces(model) != before
+    assert list(model.state_dict()) == keys
+    disable_sparse_attention(model)
+    assert _traces(model) == before
+
+
+def _traces(model: torch.nn.Module) -> list[tuple[str, list[str], int, int, str]]:
+    return [
+        (
+            name,
+            sorted(m.__dict__),
+            len(m._forward_hooks) + len(m._forward_hooks_with_kwargs) + len(m._forward_hooks_always_called),
+            len(m._forward_pre_hooks) + len(m._forward_pre_hooks_with_kwargs),
+            str(type(getattr(m, "processor", None))),
+        )
+        for name, m in model.named_modules()
+    ]
+
+
+@every_family
+def test_deepcopy_is_independent(case: Case) -> None:
+    model = case.build()
+    inputs = case.inputs(*case.shapes[0])
+    dense = run(model, inputs)
+    enable_sparse_attention(model, mixed_plan(model))
+    sparse = run(model, inputs)
+    twin = copy.deepcopy(model)
+    disable_sparse_attention(model)
+    assert torch.equal(run(model, inputs), dense)
+    assert torch.equal(run(twin, inputs), sparse)
+    assert sparse_attention_summary(twin).transformers["transformer"].forwards == 2
+    assert not sparse_attention_summary(model).enabled
+    disable_sparse_attention(twin)
+    assert torch.equal(run(twin, inputs), dense)
+
+
+@every_family
+def test_only_the_familys_layers_are_touched(case: Case) -> None:
+    """A plan that skips every head zeroes self-attention alone: cross-attention and text refiners go on."""
+    from diffsparse.entry import Execution, HeadEntry
+
+    model = case.build()
+    seen: set[str] = set()
+    handles = [
+        m.register_forward_hook(lambda *_, name=n: seen.add(name))
+        for n, m in model.named_modules()
+        if hasattr(m, "processor") and n not in case.layers
+    ]
+    with sparse_attention(model, SparsityPlan.uniform(HeadEntry(execution=Execution("skip")))):
+        run(model, case.inputs(*case.shapes[0]))
+        summary = sparse_attention_summary(model).transformers["transformer"]
+    for handle in handles:
+        handle.remove()
+    assert summary.sparse_calls == len(case.layers) and summary.density == 0
+    if case is CASES["wan"]:
+        assert seen == {"blocks.0.attn2", "blocks.1.attn2"}
+
+
+def test_fused_projections_and_attention_backend() -> None:
+    for name in ("wan", "cogvideox", "flux"):
+        case = CASES[name]
+        model = case.build()
+        plan = mixed_plan(model)
+        inputs = case.inputs(*case.shapes[0])
+        with sparse_attention(model, plan):
+            expected = run(model, inputs)
+        model.fuse_qkv_projections()
+        enable_sparse_attention(model, plan)
+        torch.testing.assert_close(run(model, inputs), expected, rtol=1e-4, atol=1e-5)
+        model.unfuse_qkv_projections()
+        torch.testing.assert_close(run(model, inputs), expected, rtol=1e-4, atol=1e-5)
+        disable_sparse_attention(model)
+
+
+def test_attention_backend_before_and_after(_native_afterwards: None) -> None:
+    for name in ("wan", "flux"):
+        case = CASES[name]
+        model = case.build()
+        plan = mixed_plan(model)
+        inputs = case.inputs(*case.shapes[0])
+        with sparse_attention(model, plan):
+            expected = run(model, inputs)
+        model.set_attention_backend("native")
+        enable_sparse_attention(model, plan)
+        assert torch.equal(run(model, inputs), expected)
+        model.set_attention_backend("_native_math")  # cross-attention uses it too, so not bitwise
+        torch.testing.assert_close(run(model, inputs), expected, rtol=1e-4, atol=1e-5)
+        assert sparse_attention_summary(model).transformers["transformer"].dense_calls == 0
+
+
+@pytest.fixture
+def _native_afterwards() -> Iterator[None]:
+    yield
+    CASES["wan"].build().set_attention_backend("native")  # diffusers keeps the last one for the whole process
+
+
+def test_fused_after_enabling() -> None:
+    case = CASES["cogvideox"]  # installs one shared processor of another class
+    model = case.build()
+    inputs = case.inputs(*case.shapes[0])
+    enable_sparse_attention(model, mixed_plan(model))
+    expected = run(model, inputs)
+    model.fuse_qkv_projections()
+    torch.testing.assert_close(run(model, inputs), expected, rtol=1e-4, atol=1e-5)
+    assert sparse_attention_summary(model).transformers["transformer"].dense_calls == 0
