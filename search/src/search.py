@@ -68,7 +68,8 @@ class SearchConfig:
     ``budget``: share of the dense run's self-attention time over the whole trajectory. ``density``: whole-trajectory
     density. ``steps``: denoising steps of the generations that the plan is tuned for (it runs with any number).
     ``trace_steps``: steps of the generations that are measured. ``trace_prompts``: how many of the prompts are traced.
-    ``samples``: queries sampled of every query block. Sizes are in pixels; None is the pipeline's default.
+    ``samples``: queries sampled of every query block. ``dense_steps`` fixes the number of dense first steps, which the
+    search chooses otherwise. Sizes are in pixels; None is the pipeline's default.
     """
 
     budget: float | None = 0.4
@@ -83,6 +84,7 @@ class SearchConfig:
     trace_steps: int = 8
     trace_prompts: int = 2
     samples: int = 4
+    dense_steps: int | None = None
 
     def __post_init__(self) -> None:
         if (self.budget is None) == (self.density is None):
@@ -93,6 +95,8 @@ class SearchConfig:
         for name in ("steps", "trace_steps", "trace_prompts", "samples"):
             if getattr(self, name) < 1:
                 raise BadInput(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.dense_steps is not None and not 0 <= self.dense_steps < self.steps:
+            raise BadInput(f"dense_steps lies between 0 and {self.steps - 1}, got {self.dense_steps}")
 
     def settings(self, steps: int) -> GenerationSettings:
         return GenerationSettings(steps, self.guidance_scale, self.height, self.width, self.num_frames)
@@ -400,7 +404,7 @@ def run_search(
                 "version": diffsparse.__version__,
                 "architecture": search.architecture.fingerprint,
                 "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
-                **{k: v for k, v in asdict(config).items() if k not in ("budget", "density", "steps")},
+                **{k: v for k, v in asdict(config).items() if k not in ("budget", "density", "steps", "dense_steps")},
             }
         )
         if resumed:
@@ -520,7 +524,7 @@ def _assign(
 
     unstable: set[tuple[str, int]] = set()
     curve = []
-    for dense in range(0, n):
+    for dense in range(n) if config.dense_steps is None else [config.dense_steps]:
         room = wanted * total - dense * len(layers) * heads
         if room <= 0:
             break
