@@ -33,7 +33,9 @@ def text_table(rows: Sequence[Sequence[str]], header: Sequence[str] | None = Non
 
 def shorten(text: str, width: int) -> str:
     """One line of at most ``width`` characters."""
-    return textwrap.shorten(text, width, placeholder="…") or text[: width - 1] + "…"
+    text = " ".join(text.split())
+    short = textwrap.shorten(text, width, placeholder="…")
+    return short if len(short) > 1 or len(text) <= 1 else text[: width - 1] + "…"
 
 
 def _number(value: float | None, form: str = ".2f", unit: str = "") -> str:
