@@ -1,0 +1,253 @@
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffsparse.codec import decode_entry, encode_entry
+from diffsparse.entry import Execution, HeadEntry
+from diffsparse.grid import TokenGrid
+from diffsparse.order import AxisOrder, RasterOrder, TileOrder
+from diffsparse.pattern import Bitmap, Full, Sink, Window
+from diffsparse.plan import Architecture, PlanError, SparsityPlan
+from diffsparse.presets import conservative, preset
+from diffsparse.schedule import Schedule
+from tests.vocabulary.strategies import orders
+from tests.vocabulary.test_patterns import token_rules
+
+GOLDEN = Path(__file__).parent / "golden"
+GRID = TokenGrid(2, 9, 9)
+ARCHITECTURE = Architecture("SomeTransformer", ("blocks.0.attn1", "blocks.1.attn1"), 2, 64, (1, 2, 2), "after")
+
+
+def example_plan() -> SparsityPlan:
+    mask = np.arange(64).reshape(8, 8) % 3 == 0
+    order = TileOrder(1, 8, 8)
+    bitmap = HeadEntry(
+        order, Bitmap.from_mask(mask, GRID, order, 64, Window((1, 0.5, 0.5))), execution=Execution(tail="moments")
+    )
+    window = HeadEntry(AxisOrder("HWF"), Window((3, 0.2, None)) | Sink(1), execution=Execution(tail="mean"))
+    skip = HeadEntry(execution=Execution(mode="skip"))
+    return SparsityPlan.from_table(
+        {
+            "blocks.0.attn1": [[bitmap, window], [skip, window]],
+            "blocks.1.attn1": [[window, HeadEntry()], [bitmap, bitmap]],
+        },
+        schedule=Schedule(sparse_below=0.9, phase_bounds=(0.5,)),
+        architecture=ARCHITECTURE,
+        record={"model": {"id": "someone/model"}, "quality": {"psnr": 41.5}},
+    )
+
+
+def changed(**changes) -> bytes:
+    data = json.loads(example_plan().to_files()["sparse_plan.json"])
+    data.update(changes)
+    return json.dumps(data).encode()
+
+
+def arrays():
+    from safetensors.numpy import load
+
+    return load(example_plan().to_files()["sparse_plan.safetensors"])
+
+
+def test_a_plan_round_trips_to_the_same_bytes(tmp_path):
+    plan = example_plan()
+    plan.save_pretrained(tmp_path)
+    again = SparsityPlan.from_pretrained(tmp_path)
+    assert again.to_files() == plan.to_files()
+    assert again.entries == plan.entries
+    assert again.architecture == ARCHITECTURE
+    assert "someone/model" in (tmp_path / "README.md").read_text()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "sparse_plan.json", "sparse_plan.safetensors"]
+    assert SparsityPlan.from_pretrained(tmp_path / "sparse_plan.json").to_files() == plan.to_files()
+
+
+@pytest.mark.parametrize("version", [1])
+def test_plans_of_every_format_version_still_read(version):
+    """The folder was written by the first release of that version and is never written again."""
+    plan = SparsityPlan.from_pretrained(GOLDEN / f"v{version}")
+    assert plan.entries == example_plan().entries
+    assert np.array_equal(plan.index, example_plan().index)
+    assert plan.schedule == Schedule(sparse_below=0.9, phase_bounds=(0.5,))
+    layout = plan.layout(0, "blocks.0.attn1", 2, GRID)
+    assert np.array_equal(layout.mask(0).numpy(), np.arange(64).reshape(8, 8) % 3 == 0)
+
+
+@given(orders, token_rules, st.sampled_from(["none", "mean", "moments"]), st.sampled_from(["exact", "skip"]))
+@settings(max_examples=80, deadline=None)
+def test_entries_round_trip(order, pattern, tail, mode):
+    entry = HeadEntry(order, pattern, execution=Execution(mode, tail))
+    held: dict[str, np.ndarray] = {}
+    assert decode_entry(json.loads(json.dumps(encode_entry(entry, held))), held) == entry
+
+
+@given(st.binary(max_size=60))
+def test_noise_is_refused_with_one_line(content):
+    with pytest.raises(PlanError) as caught:
+        SparsityPlan.from_json(content)
+    assert "\n" not in str(caught.value)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 40))
+@settings(max_examples=60, deadline=None)
+def test_a_truncated_or_cut_plan_is_refused_or_reads_the_same(position, length):
+    whole = example_plan().to_files()["sparse_plan.json"]
+    position %= len(whole)
+    with pytest.raises(PlanError):
+        SparsityPlan.from_json(whole[:position], arrays())
+    cut = whole[:position] + whole[position + length :]
+    try:
+        SparsityPlan.from_json(cut, arrays())
+    except PlanError as error:
+        assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": "other"}, "not a sparsity plan"),
+        ({"format_version": 2}, "newer than 1"),
+        ({"format_version": "1"}, "format_version must be an integer"),
+        ({"gain": 3}, "does not know: gain"),
+        ({"block_size": 50}, "block_size must be one of"),
+        ({"block_size": None}, "block_size"),
+        ({"layers": ["blocks.0.attn1"]}, "phases and 1 layers"),
+        ({"layers": ["a", "b"]}, "which its architecture lacks"),
+        ({"layers": ["blocks.0.attn1"] * 2}, "named twice"),
+        ({"index": [["0 9", "0 0"], ["0 0", "0 0"]]}, "one of the plan's"),
+        ({"index": "0"}, "malformed|index"),
+        ({"index": [["0", "0 0"], ["0 0", "0 0"]]}, "malformed|index"),
+        ({"entries": []}, "one of the plan's 0"),
+        ({"entries": {}}, "entries must be a list"),
+        ({"entries": [{"pattern": {"kind": "spiral"}}]}, "unknown pattern kind 'spiral'"),
+        ({"entries": [{"pattern": {"kind": "window", "size": [1, 1, 1], "speed": 2}}]}, "does not know: speed"),
+        ({"entries": [{"pattern": {"kind": "window"}}]}, "lacks size"),
+        ({"entries": [{"order": "spiral"}]}, "unknown token order"),
+        ({"entries": [{"execution": {"tail": "long"}}]}, "tail must be one of"),
+        ({"schedule": {"sparse_below": 2}}, r"noise levels lie in \[0, 1\]"),
+        ({"schedule": {"phase_bounds": [0.2, 0.4]}}, "descend"),
+        ({"schedule": {"steps": 3}}, "does not know: steps"),
+        ({"architecture": {"model_class": "X"}}, "list of layers"),
+        ({"architecture": 5}, "architecture must be an object"),
+        ({"record": []}, "record an object"),
+    ],
+)
+def test_damaged_plans_say_what_is_wrong(changes, message):
+    with pytest.raises(PlanError, match=message):
+        SparsityPlan.from_json(changed(**changes), arrays())
+
+
+def test_an_edited_architecture_does_not_match_its_fingerprint():
+    data = json.loads(example_plan().to_files()["sparse_plan.json"])
+    data["architecture"]["heads"] = 2.0
+    data["architecture"]["head_dim"] = 32
+    with pytest.raises(PlanError, match="fingerprint"):
+        SparsityPlan.from_json(json.dumps(data).encode(), arrays())
+
+
+def test_twice_the_same_key_and_nan_are_refused():
+    text = example_plan().to_files()["sparse_plan.json"].decode()
+    with pytest.raises(PlanError, match="stands twice"):
+        SparsityPlan.from_json(text.replace('"block_size"', '"format": 1, "block_size"', 1).encode(), arrays())
+    with pytest.raises(PlanError, match="NaN"):
+        SparsityPlan.from_json(text.replace("0.9", "NaN", 1).encode(), arrays())
+
+
+def test_keys_that_a_newer_writer_calls_ignorable_only_warn():
+    with pytest.warns(UserWarning, match="ignores: colour"):
+        plan = SparsityPlan.from_json(changed(colour="blue", ignorable=["colour"]), arrays())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert SparsityPlan.from_json(plan.to_files()["sparse_plan.json"], arrays()).entries == plan.entries
+
+
+def test_missing_and_broken_files_are_named(tmp_path):
+    with pytest.raises(PlanError, match=r"no sparse_plan\.json"):
+        SparsityPlan.from_pretrained(tmp_path)
+    example_plan().save_pretrained(tmp_path)
+    (tmp_path / "sparse_plan.safetensors").write_bytes(b"\x00" * 9)
+    with pytest.raises(PlanError, match="cannot be read"):
+        SparsityPlan.from_pretrained(tmp_path)
+    (tmp_path / "sparse_plan.safetensors").unlink()
+    with pytest.raises(PlanError, match="bitmap_0"):
+        SparsityPlan.from_pretrained(tmp_path)
+
+
+def test_another_models_plan_names_the_differences():
+    other = Architecture("SomeTransformer", ("blocks.0.attn1",), 4, 64, (1, 2, 2), "after")
+    lines = example_plan().check_architecture(other)
+    assert len(lines) == 2
+    assert "blocks.1.attn1" in lines[0]
+    assert "heads: the plan has 2, the model 4" in lines[1]
+    assert example_plan().check_architecture(ARCHITECTURE) == []
+    assert ARCHITECTURE.fingerprint == "a3638f7185136d1a"  # on every platform and Python
+
+
+def test_entries_by_phase_layer_and_head():
+    plan = example_plan()
+    assert str(plan.layer_entries(1, "blocks.0.attn1", 2)[0]) == "skip"
+    assert plan.layer_entries(0, "blocks.7.attn1", 2) is None
+    with pytest.raises(PlanError, match="2 heads, the model has 3"):
+        plan.layer_entries(0, "blocks.0.attn1", 3)
+    assert preset("window").layer_entries(0, "anything", 3) == preset("window").entries * 3
+    assert preset("window", dense_layers=("first",)).layer_entries(0, "first", 3) is None
+
+
+def test_trajectory_density_counts_dense_steps_layers_and_tails():
+    entry = HeadEntry(RasterOrder(), Window((1, None, None)), execution=Execution(tail="moments"))
+    plan = SparsityPlan.uniform(entry, schedule=Schedule(sparse_below=0.5, dense_layers=("a",)))
+    grid = TokenGrid(4, 8, 8)
+    call = plan.call_densities(grid, ["a", "b"], 2)
+    assert call[0, 0] == 1.0
+    assert call[0, 1] == pytest.approx(0.25 + 1.5 / 64)
+    # One of two steps is dense, and one of two layers in the other.
+    assert plan.trajectory_density(grid, [0.9, 0.4], ["a", "b"], 2) == pytest.approx(0.5 + 0.5 * call.mean())
+
+
+def test_bitmaps_elsewhere_are_reported_as_fallbacks():
+    assert example_plan().fallbacks(GRID) == 0
+    assert example_plan().fallbacks(TokenGrid(2, 9, 10)) == 1
+
+
+@pytest.mark.parametrize("name", ["dense", "window", "radial"])
+def test_presets_serve_any_model_and_grid(name):
+    plan = preset(name)
+    assert plan.is_uniform
+    for grid in (TokenGrid(1, 3, 5), TokenGrid(3, 11, 7, 9, 4), TokenGrid(7, 2, 30)):
+        assert 0 < plan.trajectory_density(grid, np.linspace(1, 0.05, 8)) <= 1
+    assert SparsityPlan.from_json(plan.to_files()["sparse_plan.json"]).to_files() == plan.to_files()
+    assert conservative().is_uniform
+
+
+def test_presets_refuse_what_they_do_not_have():
+    with pytest.raises(ValueError, match="dense, window, radial"):
+        preset("spiral")
+    with pytest.raises(TypeError):
+        preset("window", decay=0.2)
+    with pytest.raises(TypeError, match="tail"):
+        preset("dense", tail="mean")
+
+
+def test_schedule_intervals_are_closed_above():
+    schedule = Schedule(sparse_below=0.8, dense_below=0.1, phase_bounds=(0.6, 0.3))
+    assert schedule.phases([1.0, 0.81, 0.8, 0.61, 0.6, 0.3, 0.11, 0.1, 0.0]) == [None, None, 0, 0, 1, 2, 2, None, None]
+
+
+@pytest.mark.parametrize(
+    "values", [{"sparse_below": 1.2}, {"phase_bounds": (0.3, 0.5)}, {"phase_bounds": (0.0,)}, {"dense_below": "0"}]
+)
+def test_bad_schedules_are_refused(values):
+    with pytest.raises(ValueError, match=r"noise levels|descend"):
+        Schedule(**values)
+
+
+def test_entries_refuse_unknown_choices():
+    for values in ({"mode": "fast"}, {"tail": "long"}, {"numerics": "int3"}):
+        with pytest.raises(ValueError, match="must be one of"):
+            Execution(**values)
+    with pytest.raises(ValueError, match="selection must be one of static"):
+        HeadEntry(pattern=Full(), selection="magic")
