@@ -1,8 +1,8 @@
 """Patterns: rules from a grid and an order to the block pairs that are kept.
 
 A pattern's parameters are latent units or fractions, so one pattern serves every resolution and length. It is
-evaluated on blocks' boxes and runs, never on a token-by-token matrix; where a block is not a box the result covers it (a
-pair that holds one wanted token pair is always kept). Patterns combine with ``|`` and ``&``.
+evaluated on blocks' boxes and runs, never on a token-by-token matrix; where a block is not a box the result covers it
+(a pair that holds one wanted token pair is always kept). Patterns combine with ``|`` and ``&``.
 
 Text is not a pattern's business: a layout keeps text rows and columns whatever the pattern says.
 """
@@ -58,7 +58,7 @@ class Pattern:
         return self.pairs(blocks, blocks)
 
     def preview(self, grid: TokenGrid, order: TokenOrder | None = None, block_size: int = 64) -> Image.Image:
-        """A picture of the block mask, at least 256 pixels wide: queries downwards, keys to the right, kept pairs dark."""
+        """A picture of the block mask, at least 256 pixels wide: queries downwards, keys rightwards, kept pairs dark."""
         from PIL import Image
 
         mask = self.block_mask(grid, order or RasterOrder(), block_size)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,7 @@ class SparsityPlan:
         return cls(entries=entries, index=index, schedule=schedule, **kwargs)
 
     @classmethod
-    def from_table(cls, table: dict[str, Sequence[Sequence[HeadEntry]]], **kwargs: Any) -> SparsityPlan:
+    def from_table(cls, table: Mapping[str, Sequence[Sequence[HeadEntry]]], **kwargs: Any) -> SparsityPlan:
         """Build from ``{layer: [phase][head] -> entry}``."""
         layers = tuple(table)
         entries = tuple(dict.fromkeys(e for phases in table.values() for heads in phases for e in heads))

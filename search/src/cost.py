@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -37,12 +38,12 @@ class CostModel:
 
     def relative(self, density: float, tail: str) -> float:
         """Cost of a head at a density of kept blocks (tail not counted in it), 1 = dense. Never above dense."""
-        times = np.interp(density, (*self.densities, 1.0), (*self.share[tail], max(1.0, self.share[tail][-1])))
+        times = float(np.interp(density, (*self.densities, 1.0), (*self.share[tail], max(1.0, self.share[tail][-1]))))
         low, high = self.densities[:2]
         if density < low:  # extend the first segment's line downwards
             slope = (self.share[tail][1] - self.share[tail][0]) / (high - low)
             times = max(0.0, self.share[tail][0] - slope * (low - density))
-        return float(min(1.0, times))
+        return min(1.0, times)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -102,7 +103,7 @@ def measure_costs(
                         mask[blocks], mask[:, blocks] = True, True
             entries = [HeadEntry(order, Full(), execution=Execution(tail=tail))] * heads
             layout = build_layout(grid, entries, block_size, masks=masks).to(device)
-            times.append(_median_seconds(lambda layout=layout: sparse_attention(q, k, v, layout), device, seconds))
+            times.append(_median_seconds(partial(sparse_attention, q, k, v, layout), device, seconds))
         share[tail] = tuple(t / dense for t in times)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     return CostModel(name, dense, DENSITIES, share)

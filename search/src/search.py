@@ -423,8 +423,7 @@ def _run(search: _Search, out: Path) -> SparsityPlan:
     config, store, say = search.config, search.store, search.say
     begin = time.perf_counter()
     probe = search.probe()
-    *shape, before, after = probe["grid"]
-    grid = TokenGrid(*shape, text_before=before, text_after=after)
+    grid = TokenGrid(*probe["grid"])
     seconds = _estimate(probe, config, len(search.layers), len(search.traced()))
     say(f"{grid} = {grid.seq_len} tokens, {len(search.layers)} layers of {search.architecture.heads} heads")
     say(f"estimate: {seconds / 60:.1f} minutes, validation apart")
