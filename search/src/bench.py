@@ -48,16 +48,20 @@ def _dense_times(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str,
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     names = ["FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION"] if q.is_cuda else ["FLASH_ATTENTION"]
-    swapped = [x.transpose(1, 2) for x in (q, k, v)]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+
+    def attend() -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
     times = {}
     for name in names:
         with sdpa_kernel([getattr(SDPBackend, name)]):
             try:
-                times[name.lower()] = _seconds(lambda: torch.nn.functional.scaled_dot_product_attention(*swapped))
+                times[name.lower()] = _seconds(attend)
             except RuntimeError:  # this backend does not take these inputs
                 continue
     if not times:
-        times["default"] = _seconds(lambda: torch.nn.functional.scaled_dot_product_attention(*swapped))
+        times["default"] = _seconds(attend)
     return times
 
 

@@ -179,7 +179,7 @@ def plan_table(plan: SparsityPlan, grid: TokenGrid | None = None) -> str:
     ]  # fmt: skip
     if data["call_density"] is not None:
         head.append(["call density", f"{data['call_density']:.3f} (mean of sparse calls, tails counted)"])
-    rows: list[dict[str, Any]] = []
+    rows: list[list[str]] = []
     for row in data["layers"]:
         total = sum(row["families"].values())
         rows.append(
