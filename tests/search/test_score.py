@@ -1,0 +1,85 @@
+"""Block scores against the definition, written out with all queries of every block."""
+
+import pytest
+import torch
+
+from diffsparse.entry import TAILS, Execution, HeadEntry
+from diffsparse.grid import TokenGrid
+from diffsparse.kernels import sparse_attention
+from diffsparse.layout import build_layout, head_block_mask
+from diffsparse.order import AxisOrder, RasterOrder, TileOrder
+from diffsparse.pattern import Full
+from diffsparse.search.score import BlockIndex, projection_roots, score_call
+
+CPU = torch.device("cpu")
+
+
+def inputs(grid, heads=2, dim=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(1, grid.seq_len, heads, dim, generator=generator) for _ in range(3)]
+
+
+@pytest.mark.parametrize("order", [RasterOrder(), TileOrder(1, 8, 8), AxisOrder("HWF")])
+@pytest.mark.parametrize("tail", TAILS)
+def test_a_small_change_costs_what_the_score_says(order, tail):
+    """Dropping one block changes the output by the score, to first order in the block's weight."""
+    grid = TokenGrid(3, 9, 10, 3, 2)
+    q, k, v = inputs(grid)
+    index = BlockIndex.build(grid, order, 64, CPU)
+    # Every query is sampled about as often as any other, so that the estimate is close to the sum.
+    scores = score_call(q, k, v, index, samples=64, generator=torch.Generator().manual_seed(1))
+    dense = sparse_attention(q, k, v, build_layout(grid, [HeadEntry(order)] * 2), backend="reference")
+    entry = HeadEntry(order, Full(), execution=Execution(tail=tail))
+    mask = head_block_mask(grid, entry, 64)
+    first = -(-grid.text_before // 64)
+    row, column = 0, len(index.length) - 1  # the last block is short: little weight
+    mask[first + row, first + column] = False
+    layout = build_layout(grid, [entry] * 2, masks=[mask] * 2)
+    sparse = sparse_attention(q, k, v, layout, backend="reference")
+    tokens = index.tokens[row][index.valid[row]]
+    wanted = (sparse - dense)[0, tokens].square().sum((0, 2))
+    found = scores.error[TAILS.index(tail), :, row, column]
+    assert torch.allclose(found, wanted, rtol=0.6, atol=1e-5), (found, wanted)
+
+
+def test_mass_and_energy():
+    grid = TokenGrid(2, 8, 8)
+    q, k, v = inputs(grid)
+    index = BlockIndex.build(grid, TileOrder(1, 8, 8), 64, CPU)
+    scores = score_call(q, k, v, index, samples=64)
+    assert torch.allclose(scores.mass.sum(-1), torch.ones(2, 2), atol=1e-5)
+    out = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
+    assert torch.allclose(scores.energy, out.square().sum((0, 2, 3)), rtol=0.1)
+
+
+def test_tails_are_exact_where_a_block_is_constant():
+    grid = TokenGrid(2, 8, 8)
+    q, k, v = inputs(grid)
+    for x in (k, v):
+        x[:, 64:] = x[:, 64:65]
+    index = BlockIndex.build(grid, TileOrder(1, 8, 8), 64, CPU)
+    error = score_call(q, k, v, index).error
+    none, mean, moments = error[:, :, :, 1]
+    assert none.min() > 1e-3
+    assert max(mean.max(), moments.max()) < 1e-6 * none.max()
+
+
+def test_projection_roots_carry_the_norm():
+    weight = torch.randn(24, 2 * 16)
+    roots = projection_roots(weight, 2, 16, CPU)
+    x = torch.randn(5, 2, 16)
+    direct = torch.einsum("nhd,ohd->nho", x, weight.reshape(24, 2, 16)).norm(dim=-1)
+    assert torch.allclose(torch.einsum("nhd,hde->nhe", x, roots).norm(dim=-1), direct, rtol=1e-4)
+    assert torch.equal(projection_roots(None, 2, 16, CPU)[0], torch.eye(16))
+
+
+def test_masked_keys_have_no_weight_and_chunks_do_not_matter(monkeypatch):
+    grid = TokenGrid(2, 9, 9, 0, 6)
+    q, k, v = inputs(grid)
+    index = BlockIndex.build(grid, TileOrder(1, 8, 8), 64, CPU)
+    mask = torch.arange(grid.seq_len) < grid.seq_len - 4
+    whole = score_call(q, k, v, index, key_mask=mask, generator=torch.Generator().manual_seed(3))
+    k[:, -4:] = 50.0
+    monkeypatch.setattr("diffsparse.search.score.CHUNK_BYTES", 1)
+    again = score_call(q, k, v, index, key_mask=mask, generator=torch.Generator().manual_seed(3))
+    assert torch.allclose(whole.error, again.error, rtol=1e-4, atol=1e-7)
