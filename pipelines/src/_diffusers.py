@@ -8,15 +8,18 @@ of the process: taking it out again would make a deep copy of an enabled model d
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional
 from diffusers.models import attention_dispatch
 
-__all__ = ["install", "original_dispatch", "replaced_forward"]
+__all__ = ["install", "local_folder", "original_dispatch", "replaced_forward"]
 
 #: The function that runs dense attention.
 original_dispatch: Callable[..., torch.Tensor] = attention_dispatch.dispatch_attention_fn
@@ -53,3 +56,9 @@ def install(dispatch: Callable[..., torch.Tensor], sdpa: Callable[..., torch.Ten
 def replaced_forward(module: torch.nn.Module) -> bool:
     """True where a diffusers hook (a cache, an offloader) stands in for the module's own ``forward``."""
     return getattr(module, "_diffusers_hook", None) is not None
+
+
+def local_folder(loaded: Any) -> Path | None:
+    """The folder that a pipeline or a model was loaded from, or None (built in memory, or named by a Hub id)."""
+    name = getattr(getattr(loaded, "config", None), "_name_or_path", None)
+    return Path(name) if isinstance(name, (str, os.PathLike)) and str(name) and Path(name).is_dir() else None

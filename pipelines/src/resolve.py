@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from diffsparse.pipelines._diffusers import local_folder
 from diffsparse.pipelines.family import architecture_of
 from diffsparse.plan import JSON_NAME, PlanError, SparsityPlan
 from diffsparse.presets import PRESETS, conservative, preset
@@ -97,9 +98,8 @@ def _shipped(pipe: Any, name: str, transformer: torch.nn.Module) -> list[Path]:
     """Folders in which a model could ship its plan, most specific first."""
     roots: list[Path] = []
     for source, parent in ((pipe, False), (transformer, True)):
-        path = getattr(source, "name_or_path", None)
-        if isinstance(path, (str, os.PathLike)) and str(path) and Path(path).is_dir():
+        if (folder := local_folder(source)) is not None:
             # A transformer lies in a folder of the pipeline's folder.
-            roots += [Path(path), Path(path).parent] if parent else [Path(path)]
-    folders = [folder for root in roots for folder in (root / PLAN_FOLDER / name, root / PLAN_FOLDER)]
+            roots += [folder, folder.parent] if parent else [folder]
+    folders = [path for root in roots for path in (root / PLAN_FOLDER / name, root / PLAN_FOLDER)]
     return list(dict.fromkeys(folders))

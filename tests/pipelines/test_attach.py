@@ -523,7 +523,6 @@ def test_tap() -> None:
     [
         "import diffsparse, diffusers; from diffusers import WanTransformer3DModel, CogVideoXTransformer3DModel",
         "from diffusers import WanTransformer3DModel, CogVideoXTransformer3DModel; import diffsparse",
-        "import diffsparse.pipelines; from diffusers import CogVideoXTransformer3DModel",
     ],
 )
 def test_any_order_of_imports(order: str) -> None:
@@ -537,6 +536,64 @@ def test_any_order_of_imports(order: str) -> None:
         "    found = diffsparse.sparse_attention_summary(model).transformers['transformer']\n"
         "    assert found.sparse_calls == 2 and found.dense_calls == 0, found\n"
     )
+
+
+def test_context_parallel_runs_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffsparse.pipelines import patch
+
+    model = wan()
+    enable_sparse_attention(model, "window")
+    original, seen = patch._dispatch, []
+
+    def dispatch(*args: Any, parallel_config: Any = None, **kwargs: Any) -> torch.Tensor:
+        seen.append(parallel_config)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(patch, "_dispatch", dispatch)
+    for layer in range(2):
+        model.blocks[layer].attn1.processor._parallel_config = config = object()
+        assert run(model, wan_inputs(*SHAPE)) is not None
+        assert config in seen
+    assert reasons(model) == {"context parallel": 3}
+
+
+def test_lora() -> None:
+    peft = pytest.importorskip("peft")
+    model = wan()
+    inputs = wan_inputs(*SHAPE)
+    plan = mixed_plan(model)
+    enable_sparse_attention(model, plan)
+    before = run(model, inputs)
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    with_adapter = run(model, inputs)
+    assert not torch.equal(with_adapter, before)
+    disable_sparse_attention(model)
+    with sparse_attention(model, plan):  # enabled after the adapter was added
+        assert torch.equal(run(model, inputs), with_adapter)
+    model.delete_adapters("default")
+    enable_sparse_attention(model, plan)
+    torch.testing.assert_close(run(model, inputs), before)
+
+
+def test_timesteps_of_a_schedule_are_read_without_their_values() -> None:
+    """On a GPU each reading of a value waits for the device; a view's offset does not."""
+    from types import SimpleNamespace
+
+    from diffsparse.pipelines.noise import _from_schedule
+
+    scheduler = SimpleNamespace(timesteps=torch.tensor([900, 600, 300, 50]))
+    state: Any = SimpleNamespace(scheduler=scheduler, schedule=None)
+    for t in scheduler.timesteps:
+        assert _from_schedule(state, t) == _from_schedule(state, t.expand(2)) == float(t)
+    first = state.schedule
+    assert _from_schedule(state, scheduler.timesteps[1]) == 600
+    assert state.schedule is first  # read once
+    scheduler.timesteps = torch.tensor([800, 400])[1:]
+    assert _from_schedule(state, scheduler.timesteps[0]) == 400
+    for other in (torch.tensor([400]), scheduler.timesteps.float(), torch.tensor([1, 2])):
+        assert _from_schedule(state, other) is None
+    scheduler.timesteps = torch.arange(4)
+    assert _from_schedule(state, scheduler.timesteps) is None  # not one value
 
 
 def test_public_functions_are_these() -> None:
