@@ -39,7 +39,7 @@ class BlockLayout:
         ``col_idx[row_ptr[h * N + i] : row_ptr[h * N + i + 1]]``, ascending.
     col_idx: int32 ``[nnz]``.
     head_mode: int32 ``[H, 4]``: skip (0 or 1), tail (index in ``entry.TAILS``), numerics (index in ``entry.NUMERICS``),
-        gathered (1 where the head's order is not the model's own).
+        gathered (0 where the head's order is the model's own, 2 where it has short blocks inside the video, else 1).
     has_tail, needs_gather, numerics: whether any head has a tail or an order other than the model's, and the numerics
         in use. Kept beside the tensors so that nobody has to read them back from a device; a plan may set them to what
         holds for all its layers, so that compiled code sees one value.
@@ -205,14 +205,17 @@ def build_layout(
         return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int32))
 
     padded = np.stack([np.concatenate([s, np.full(n + 1 - len(s), seq)]) for s in starts])
+    short_inside = [
+        int((np.diff(order.starts(grid.visual_only(), block_size))[:-1] < block_size).any()) for order in orders
+    ]
     mode = [
         [
             int(e.execution.mode == "skip"),
             TAILS.index(e.execution.tail),
             NUMERICS.index(e.execution.numerics),
-            int(not e.order.is_raster),
+            0 if e.order.is_raster else 1 + short_inside[o],
         ]
-        for e in entries
+        for e, o in zip(entries, head_order)
     ]
     return BlockLayout(
         grid=grid,

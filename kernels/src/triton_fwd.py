@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from diffsparse.kernels.call import AttentionCall
-from diffsparse.kernels.triton_prepare import kept_bits, summaries
+from diffsparse.kernels.triton_prepare import kept_bits, summaries, variance_dtype
 
 __all__ = ["Config", "choose_config", "launch", "run"]
 
@@ -25,15 +25,16 @@ LOG2_E = math.log2(math.e)
 
 
 @triton.jit
-def _softmax_step(acc, total, top, logits, v, PRECISION: tl.constexpr, MASKED: tl.constexpr):
-    """Take one tile of logits (base 2) and values into the running softmax."""
-    new_top = tl.maximum(top, tl.max(logits, 1))
+def _softmax_step(acc, total, top, logits, factor, v, PRECISION: tl.constexpr, MASKED: tl.constexpr):
+    """Take one tile of logits and values into the running softmax. ``logits * factor`` is to base 2; factor > 0."""
+    new_top = tl.maximum(top, tl.max(logits, 1) * factor)
     if MASKED:
         # Nothing attended yet: -inf - -inf is NaN.
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
     else:
         shift = new_top
-    p = tl.math.exp2(logits - shift[:, None])
+    # One fused multiply-add for each element.
+    p = tl.math.exp2(logits * factor - shift[:, None])
     keep = tl.math.exp2(top - shift)
     total = total * keep + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision=PRECISION)
@@ -62,7 +63,7 @@ def _kept_blocks(
     h,
     stride_ks,
     stride_vs,
-    qk_scale,
+    factor,
     text_before,
     visual_end,
     D: tl.constexpr,
@@ -98,7 +99,10 @@ def _kept_blocks(
             v = v_desc.load([b, h, row, 0]).reshape(BLOCK_N, BLOCK_D)
         else:
             if GATHER:
-                token = tl.load(gather_row + position, mask=live, other=0).to(tl.int64)
+                if MASKED:
+                    token = tl.load(gather_row + position, mask=live, other=0).to(tl.int64)
+                else:
+                    token = tl.load(gather_row + position).to(tl.int64)
                 k_ptr = k_base + token[:, None] * stride_ks + offs_d[None, :]
                 v_ptr = v_base + token[:, None] * stride_vs + offs_d[None, :]
             else:
@@ -114,14 +118,14 @@ def _kept_blocks(
             else:
                 k = tl.load(k_ptr, mask=offs_d[None, :] < D, other=0.0)
                 v = tl.load(v_ptr, mask=offs_d[None, :] < D, other=0.0)
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if MASKED:
             if HAS_MASK:
                 # Text tokens are where they are in every order, so that positions index the mask.
                 text = live & ((position < text_before) | (position >= visual_end))
                 live = live & (tl.load(mask_row + position, mask=text, other=1) != 0)
             logits = tl.where(live[None, :], logits, float("-inf"))
-        acc, total, top = _softmax_step(acc, total, top, logits, v, PRECISION, MASKED)
+        acc, total, top = _softmax_step(acc, total, top, logits, factor, v, PRECISION, MASKED)
     return acc, total, top
 
 
@@ -137,24 +141,22 @@ def _tail_blocks(
     bits_row,
     start_row,
     scale,
-    moments,
     num_blocks,
     text_before,
     visual_end,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    V_TYPE: tl.constexpr,
     PRECISION: tl.constexpr,
-    TAIL_PRECISION: tl.constexpr,
+    MOMENTS: tl.constexpr,
 ):
     """Attend the summary of every visual block that the row does not keep."""
     LOG2: tl.constexpr = 1.4426950408889634
     offs_d = tl.arange(0, BLOCK_D)
-    qs = q.to(tl.float32) * (scale * LOG2)
-    # (q * scale)^2 / 2 in base 2, from qs = q * scale * log2(e).
-    half_square = qs * qs * (0.5 / LOG2)
-    for n0 in tl.range(0, num_blocks, BLOCK_T, num_stages=1):
+    if MOMENTS:
+        qs = q.to(tl.float32) * scale
+        half_square = (qs * qs * (0.5 * LOG2)).to(var_k.dtype.element_ty)
+    for n0 in tl.range(0, num_blocks, BLOCK_T, num_stages=2):
         n = n0 + tl.arange(0, BLOCK_T)
         exists = n < num_blocks
         start = tl.load(start_row + n, mask=exists, other=0)
@@ -164,15 +166,15 @@ def _tail_blocks(
         dropped = exists & visual & (((word >> (n % 32)) & 1) == 0)
         at = n[:, None] * D + offs_d[None, :]
         inside = exists[:, None] & (offs_d[None, :] < D)
-        mk = tl.load(mean_k + at, mask=inside, other=0.0)
-        mv = tl.load(mean_v + at, mask=inside, other=0.0)
-        logits = tl.dot(qs, tl.trans(mk), input_precision=TAIL_PRECISION)
-        if moments:
+        k = tl.load(mean_k + at, mask=inside, other=0.0)
+        v = tl.load(mean_v + at, mask=inside, other=0.0)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2)
+        if MOMENTS:
             var = tl.load(var_k + at, mask=inside, other=0.0)
-            logits += tl.dot(half_square, tl.trans(var), input_precision=TAIL_PRECISION)
-        logits += tl.math.log2(tl.maximum(length, 1).to(tl.float32))[None, :]
-        logits = tl.where(dropped[None, :], logits, float("-inf"))
-        acc, total, top = _softmax_step(acc, total, top, logits, mv.to(V_TYPE), PRECISION, True)
+            logits = tl.dot(half_square, tl.trans(var), logits, input_precision=PRECISION)
+        log_length = tl.math.log2(tl.maximum(length, 1).to(tl.float32))
+        logits = tl.where(dropped[None, :], logits + log_length[None, :], float("-inf"))
+        acc, total, top = _softmax_step(acc, total, top, logits, 1.0, v, PRECISION, True)
     return acc, total, top
 
 
@@ -223,7 +225,6 @@ def _forward_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
-    TAIL_PRECISION: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_TAIL: tl.constexpr,
     GATHER: tl.constexpr,
@@ -235,7 +236,8 @@ def _forward_kernel(
     h = tl.program_id(1)
     b = tl.program_id(2)
     mode = head_mode + h * 4
-    if (tl.load(mode + 3) != 0) != GATHER:
+    gathered = tl.load(mode + 3)
+    if (gathered != 0) != GATHER:
         return
     i = tl.program_id(0) // SUB_M
     start_row = block_start + tl.load(head_order + h) * (num_blocks + 1)
@@ -274,21 +276,17 @@ def _forward_kernel(
         plain = listed
         checked = 0
         if SOME_PARTIAL:
-            if GATHER:
-                plain = 0
-                checked = listed
-            else:
-                # In the model's order short blocks are the last of their segments, and lists are ascending: text,
-                # video, text. All but the last listed block of the video are full.
-                plain = tl.maximum(listed - TEXT_BLOCKS_BEFORE - TEXT_BLOCKS_AFTER - 1, 0)
-                checked = listed - plain
-        if not (SOME_PARTIAL and GATHER):
-            skipped = TEXT_BLOCKS_BEFORE if SOME_PARTIAL else 0
-            acc, total, top = _kept_blocks(
-                acc, total, top, q, k_base, v_base, k_desc, v_desc, gather_row, start_row, mask_row, col_idx,
-                first + skipped, 0, 0, plain, b, h, stride_ks, stride_vs, scale * LOG2, text_before, visual_end,
-                D, BLOCK_D, BLOCK_N, BLOCK, PRECISION, False, False, GATHER, TMA,
-            )  # fmt: skip
+            # Short blocks are the last of their segments (ragged tiles apart), and lists are ascending: text, video,
+            # text. So all but the last listed block of the video are full.
+            plain = tl.maximum(listed - TEXT_BLOCKS_BEFORE - TEXT_BLOCKS_AFTER - 1, 0)
+            plain = tl.where(gathered == 2, 0, plain)
+            checked = listed - plain
+        skipped = TEXT_BLOCKS_BEFORE if SOME_PARTIAL else 0
+        acc, total, top = _kept_blocks(
+            acc, total, top, q, k_base, v_base, k_desc, v_desc, gather_row, start_row, mask_row, col_idx,
+            first + skipped, 0, 0, plain, b, h, stride_ks, stride_vs, scale * LOG2, text_before, visual_end,
+            D, BLOCK_D, BLOCK_N, BLOCK, PRECISION, False, False, GATHER, TMA,
+        )  # fmt: skip
         if SOME_PARTIAL:
             jump_at = TEXT_BLOCKS_BEFORE
             acc, total, top = _kept_blocks(
@@ -298,13 +296,17 @@ def _forward_kernel(
             )  # fmt: skip
         if HAS_TAIL:
             tail = tl.load(mode + 1)
-            if tail != 0:
-                summary = (b64 * HEADS + h) * num_blocks * D
-                bits_row = bits + (h * num_blocks + i).to(tl.int64) * bit_words
+            summary = (b64 * HEADS + h) * num_blocks * D
+            bits_row = bits + (h * num_blocks + i).to(tl.int64) * bit_words
+            if tail == 1:
+                acc, total, top = _tail_blocks(
+                    acc, total, top, q, mean_k + summary, mean_v + summary, var_k, bits_row, start_row,
+                    scale, num_blocks, text_before, visual_end, D, BLOCK_D, BLOCK_T, PRECISION, False,
+                )  # fmt: skip
+            if tail == 2:
                 acc, total, top = _tail_blocks(
                     acc, total, top, q, mean_k + summary, mean_v + summary, var_k + summary, bits_row, start_row,
-                    scale, tail == 2, num_blocks, text_before, visual_end,
-                    D, BLOCK_D, BLOCK_T, v_ptr.dtype.element_ty, PRECISION, TAIL_PRECISION,
+                    scale, num_blocks, text_before, visual_end, D, BLOCK_D, BLOCK_T, PRECISION, True,
                 )  # fmt: skip
 
     out = acc / tl.where(total > 0, total, 1.0)[:, None]
@@ -326,7 +328,9 @@ class Config:
     tma: bool
 
 
-def choose_config(block: int, head_dim: int, dtype: torch.dtype, capability: tuple[int, int], shared: int) -> Config:
+def choose_config(
+    block: int, head_dim: int, dtype: torch.dtype, tail: bool, capability: tuple[int, int], shared: int
+) -> Config:
     """Tiles for a logical block size, by what fits into ``shared`` bytes of a multiprocessor's shared memory."""
     dim = triton.next_power_of_2(head_dim)
     tma = capability >= (9, 0) and dtype != torch.float32 and dim == head_dim
@@ -340,7 +344,9 @@ def choose_config(block: int, head_dim: int, dtype: torch.dtype, capability: tup
         return Config(64, 32 if small else 64, 16 if small else 32, 4, 1 if small else 2, tma)
     if dim > 128:
         return Config(64, 64 if shared >= 200 << 10 else 32, 16, 8, 2, tma)
-    return Config(block, block, 32, 8 if block == 128 else 4, 2 if block == 128 and dim == 128 else 3, tma)
+    if tail and block == 128:
+        return Config(128, 128, 32, 8, 2, tma)
+    return Config(block, 64, 32, 4, 3, tma)
 
 
 def _descriptor(x: torch.Tensor, rows: int) -> Any:
@@ -371,7 +377,9 @@ def _device_limits(device: torch.device) -> tuple[tuple[int, int], int]:
 def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     """Output ``[B, S, H, D]`` in the inputs' dtype, log-sum-exp fp32 ``[B, S, H]`` (empty unless asked for)."""
     capability, shared = _device_limits(call.q.device)
-    return launch(call, choose_config(call.block_size, call.q.shape[3], call.q.dtype, capability, shared))
+    return launch(
+        call, choose_config(call.block_size, call.q.shape[3], call.q.dtype, call.has_tail, capability, shared)
+    )
 
 
 def launch(call: AttentionCall, config: Config, warmup: bool = False) -> Any:
@@ -387,7 +395,8 @@ def launch(call: AttentionCall, config: Config, warmup: bool = False) -> Any:
         mean_k, mean_v, var_k = summaries(call)
         bits = kept_bits(call)
     elif call.has_tail:
-        mean_k = mean_v = var_k = torch.empty(16, dtype=torch.float32)
+        mean_k = mean_v = torch.empty(16, dtype=q.dtype)
+        var_k = torch.empty(16, dtype=variance_dtype(q.dtype))
         bits = torch.empty(16, dtype=torch.int32)
     descs: list[Any] = [None, None, None]
     if config.tma:
@@ -408,7 +417,7 @@ def launch(call: AttentionCall, config: Config, warmup: bool = False) -> Any:
             HEADS=heads,
             TEXT_BLOCKS_BEFORE=-(-call.text_before // block),
             TEXT_BLOCKS_AFTER=-(-text_after // block),
-            # A gathered order may have short blocks anywhere (ragged tiles).
+            # Whether a gathered order has ragged tiles is known on the device only.
             SOME_PARTIAL=partial or gathered,
             D=dim,
             BLOCK_D=triton.next_power_of_2(dim),
@@ -417,7 +426,6 @@ def launch(call: AttentionCall, config: Config, warmup: bool = False) -> Any:
             BLOCK_T=config.block_t,
             BLOCK=block,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-            TAIL_PRECISION="ieee" if q.dtype == torch.float32 or torch.version.hip else "tf32",
             HAS_MASK=mask is not None,
             HAS_TAIL=call.has_tail,
             GATHER=gathered,

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from diffsparse.kernels.call import AttentionCall
 
-__all__ = ["kept_bits", "summaries"]
+__all__ = ["kept_bits", "summaries", "variance_dtype"]
 
 
 @triton.jit
@@ -58,13 +58,13 @@ def _summary_kernel(
     k_at = k_ptr + b * stride_kb + h64 * stride_kh + token[:, None] * stride_ks + offs_d[None, :]
     k = tl.load(k_at, mask=inside, other=0.0).to(tl.float32)
     mean = tl.sum(k, 0) / count
-    tl.store(mean_k + at, mean, mask=offs_d < D)
+    tl.store(mean_k + at, mean.to(mean_k.dtype.element_ty), mask=offs_d < D)
     # Two passes: the mean of squares less the square of the mean cancels where a block's keys are nearly equal.
     spread = tl.where(live[:, None], k - mean[None, :], 0.0)
-    tl.store(var_k + at, tl.sum(spread * spread, 0) / count, mask=offs_d < D)
+    tl.store(var_k + at, (tl.sum(spread * spread, 0) / count).to(var_k.dtype.element_ty), mask=offs_d < D)
     v_at = v_ptr + b * stride_vb + h64 * stride_vh + token[:, None] * stride_vs + offs_d[None, :]
     v = tl.load(v_at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(mean_v + at, tl.sum(v, 0) / count, mask=offs_d < D)
+    tl.store(mean_v + at, (tl.sum(v, 0) / count).to(mean_v.dtype.element_ty), mask=offs_d < D)
 
 
 @triton.jit
@@ -82,15 +82,23 @@ def _bits_kernel(bits, row_ptr, col_idx, words, WORDS: tl.constexpr, CHUNK: tl.c
         tl.atomic_or(out + j // 32, tl.full([CHUNK], 1, tl.int32) << (j % 32), mask=entry < end)
 
 
-def summaries(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mean key, mean value and variance of keys of every block, fp32 ``[B, H, N, D]`` each.
+def variance_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What variances are kept in beside inputs of ``dtype``: fp16 would overflow where keys are large."""
+    return torch.float32 if dtype == torch.float32 else torch.bfloat16
 
-    Heads without a tail are left unwritten, and so never read.
+
+def summaries(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean key, mean value and variance of keys of every block, ``[B, H, N, D]`` each, worked out in fp32.
+
+    Means are rounded to the inputs' dtype, as the keys and values they stand for have been: so the tail runs on the
+    same matrix units, and a block of equal keys and values stays exact. Heads without a tail are left unwritten, and
+    never read.
     """
     k, v = call.k, call.v
     batch, seq, heads, dim = k.shape
     shape = (batch, heads, call.num_blocks, dim)
-    mean_k, mean_v, var_k = (torch.empty(shape, dtype=torch.float32, device=k.device) for _ in range(3))
+    mean_k, mean_v = (torch.empty(shape, dtype=k.dtype, device=k.device) for _ in range(2))
+    var_k = torch.empty(shape, dtype=variance_dtype(k.dtype), device=k.device)
     _summary_kernel[(call.num_blocks, heads, batch)](
         k,
         v,

@@ -1,0 +1,48 @@
+"""Run in a process of its own with TRITON_INTERPRET=1: the Triton kernels on the CPU against the oracle."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from diffsparse.grid import TokenGrid
+from diffsparse.kernels import reference_attention
+from diffsparse.kernels.call import make_call
+from diffsparse.kernels.triton_fwd import Config, launch
+from diffsparse.order import AxisOrder, TileOrder
+from tests.kernels.cases import MIXED, head, inputs, random_layout
+
+#: (grid, entries, block size, head_dim, tiles, valid text or None)
+FAST = [
+    (TokenGrid(1, 9, 15, text_before=5, text_after=20), [head(), head(TileOrder(1, 8, 8), "moments")], 64, 24,
+     Config(64, 32, 16, 4, 1, True), 7),
+    (TokenGrid(1, 8, 16), [head(tail="mean"), head(mode="skip")], 64, 32, Config(64, 64, 32, 4, 1, True), None),
+]  # fmt: skip
+SLOW = [
+    (TokenGrid(2, 11, 13, text_after=70), list(MIXED), 64, 72, Config(32, 32, 32, 4, 1, False), 3),
+    (TokenGrid(3, 9, 16), list(MIXED), 128, 64, Config(128, 64, 32, 4, 1, True), None),
+    (TokenGrid(1, 16, 17, text_before=64), [head(AxisOrder("WHF"), "mean")], 128, 88,
+     Config(64, 128, 16, 4, 1, True), None),
+]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--slow", action="store_true")
+    for grid, entries, block, dim, config, text in SLOW if parser.parse_args().slow else FAST:
+        torch.manual_seed(0)
+        for density in (0.0, 0.4):
+            layout = random_layout(grid, entries, block, density)
+            q, k, v = inputs(grid, len(entries), dim)
+            kv_len = None if text is None else torch.tensor([grid.seq_len - grid.text_after + text])
+            call = make_call(q, k, v, layout, kv_len=kv_len, return_lse=True)
+            out, lse = launch(call, config)
+            want, want_lse = reference_attention(q, k, v, layout, kv_len=kv_len)
+            torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(lse.double(), want_lse, atol=1e-5, rtol=1e-5)
+            print("ok", grid, block, dim, density, flush=True)
+
+
+if __name__ == "__main__":
+    main()
