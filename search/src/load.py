@@ -15,6 +15,7 @@ from diffsparse.codec import PlanError
 from diffsparse.plan import SparsityPlan
 from diffsparse.presets import PRESETS, conservative, preset
 from diffsparse.search.errors import BadInput
+from diffsparse.search.tables import shorten
 
 if TYPE_CHECKING:
     import torch
@@ -168,7 +169,7 @@ def load_pipeline(model: str, *, device: torch.device, dtype: torch.dtype) -> An
 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
-    return text.splitlines()[0].rstrip(".: ") if text else type(error).__name__
+    return shorten(text.splitlines()[0], 200).rstrip(".: ") if text else type(error).__name__
 
 
 @dataclass(frozen=True)
