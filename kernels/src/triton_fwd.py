@@ -333,7 +333,7 @@ def choose_config(
 ) -> Config:
     """Tiles for a logical block size, by what fits into ``shared`` bytes of a multiprocessor's shared memory."""
     dim = triton.next_power_of_2(head_dim)
-    tma = capability >= (9, 0) and dtype != torch.float32 and dim == head_dim
+    tma = capability >= (9, 0) and dtype != torch.float32
     if dtype == torch.float32:
         # Full-precision products run on the ordinary units: registers, not shared memory, are the limit.
         return Config(32, 32, 32, 4, 1, False)
@@ -352,7 +352,7 @@ def choose_config(
 def _descriptor(x: torch.Tensor, rows: int) -> Any:
     """A TMA descriptor of ``[B, S, H, D]`` as ``[B, H, S, D]`` with tiles of ``rows`` tokens of one head, or None.
 
-    TMA wants a base and strides in multiples of 16 bytes.
+    TMA wants a base and strides in multiples of 16 bytes; Triton wants tiles whose sides are powers of two.
     """
     from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -361,7 +361,7 @@ def _descriptor(x: torch.Tensor, rows: int) -> Any:
     size = x.element_size()
     # The stride of an axis of length 1 is arbitrary.
     strides = [s if n > 1 else dim * max(1, 16 // size) for s, n in zip(strides, (batch, heads, seq))] + [1]
-    if x.data_ptr() % 16 or any(s * size % 16 for s in strides[:3]):
+    if dim != triton.next_power_of_2(dim) or x.data_ptr() % 16 or any(s * size % 16 for s in strides[:3]):
         return None
     return TensorDescriptor(x, [batch, heads, seq, dim], strides, [1, 1, rows, dim])
 

@@ -66,7 +66,6 @@ def main() -> None:
             text = kernel.asm["ptx"]
             found = {
                 "case": f"{dim}-{block}-{str(dtype)[6:]}-{tail}",
-                "tma": config.tma,
                 "shared": kernel.metadata.shared,
                 "allowed": SHARED[capability],
                 "wgmma": text.count("wgmma.mma_async"),
