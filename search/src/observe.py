@@ -30,6 +30,7 @@ __all__ = [
     "Tracer",
     "final_latents",
     "layer_effect",
+    "partial_error",
     "record",
     "replaying",
     "sparse_callback",
@@ -277,6 +278,23 @@ def sparse_callback(layouts: Callable[[Any], BlockLayout | None]) -> Callable[[A
         if layout is None:
             return None
         return sparse_attention(call.q, call.k, call.v, layout, scale=call.scale, kv_len=call.kv_len)
+
+    return callback
+
+
+def partial_error(
+    layouts: Callable[[Any], BlockLayout | None], share: float, steps: int
+) -> Callable[[Any], torch.Tensor | None]:
+    """A tap that adds a share of the sparse error to every call of the first ``steps`` steps it sees."""
+    counter = StepCounter()
+
+    def callback(call: Any) -> torch.Tensor | None:
+        step, _ = counter.update(call)
+        layout = layouts(call) if step < steps else None
+        if layout is None:
+            return None
+        sparse = sparse_attention(call.q, call.k, call.v, layout, scale=call.scale, kv_len=call.kv_len)
+        return torch.lerp(call.dense().float(), sparse.float(), share).to(sparse.dtype)
 
     return callback
 

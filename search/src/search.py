@@ -32,7 +32,7 @@ from diffsparse.search.cost import CostModel, measure_costs
 from diffsparse.search.environment import environment
 from diffsparse.search.errors import BadInput
 from diffsparse.search.generate import GenerationSettings
-from diffsparse.search.observe import Recording, Tracer, final_latents, layer_effect, record, replaying, sparse_callback
+from diffsparse.search.observe import Recording, Tracer, final_latents, layer_effect, partial_error, record, replaying
 from diffsparse.search.options import (
     FamilyTable,
     HeadScores,
@@ -58,6 +58,7 @@ STABILITY_BOUND = 2.0
 # Whole-trajectory densities are kept this far below the wanted one: borders of blocks and short ones round up.
 DENSITY_MARGIN = 0.002
 REFERENCE_DENSITY = 0.06
+INJECTED_SHARE = 0.25
 MOMENTS = TAILS.index("moments")
 
 
@@ -220,10 +221,10 @@ class _Search:
         n = self.config.trace_steps
         return tuple(sorted({min(n - 1, n // 8), n // 2}))
 
-    def start_steps(self) -> tuple[int, ...]:
-        """Trace steps from which the rest of a generation is run sparse."""
+    def inject_steps(self) -> tuple[int, ...]:
+        """Trace steps at which an error is put into the trajectory; the first ones matter most and change fastest."""
         n = self.config.trace_steps
-        return tuple(sorted({0, n // 8, n // 4, n // 2} - {n}))
+        return tuple(sorted({0, n // 8, n // 4, n // 2, n - 1}))
 
     def dense_recording(self) -> Recording:
         """The recorded generation of the first prompt; run again where an earlier process made it."""
@@ -313,34 +314,32 @@ class _Search:
         return np.exp(np.stack([np.interp(every, steps, logs[:, j]) for j in range(len(self.layers))], 1))
 
     def amplification(self, layouts: dict[str, BlockLayout], output_error: np.ndarray) -> np.ndarray:
-        """Squared error of the final latent per squared error of the model's output, for each traced step.
+        """Squared error of the final latent per squared error of the model's output at each traced step.
 
-        The rest of a recorded generation is run sparse from a few steps on; what one start adds to the next one's error
-        is shared out over the steps between them. ``output_error``: predicted, ``[steps]``.
+        A part of the sparse error is put into one step of the recorded generation, which then goes on dense. Only a
+        part, because a whole one at an early step leads to a different clip, whose distance says nothing about the
+        size of the error any more. ``output_error``: predicted for the whole error, ``[steps]``.
         """
-        starts = [s for s in self.start_steps() if s < self.trace_length]
-        todo = [s for s in starts if f"start/{s}" not in self.store]
-        run = sparse_callback(_on_device(layouts))
+        steps = [s for s in self.inject_steps() if s < self.trace_length]
+        todo = [s for s in steps if f"inject/{s}" not in self.store]
         if todo:
+            find = _on_device(layouts)
+            settings = self.config.settings(self.config.trace_steps)
             with self.bar(len(todo), "schedule") as bar:
                 for step in todo:
                     recording = self.dense_recording()
-                    with replaying(self.pipe, recording, recording.first_call(step)), tap_attention(self.pipe, run):
-                        latents = final_latents(
-                            self.pipe, self.prompts[0], self.config.seed, self.config.settings(self.config.trace_steps)
-                        )
+                    # Replayed calls make no attention call, so the first one that is counted belongs to this step.
+                    inject = partial_error(find, INJECTED_SHARE, 1)
+                    with replaying(self.pipe, recording, recording.first_call(step)), tap_attention(self.pipe, inject):
+                        latents = final_latents(self.pipe, self.prompts[0], self.config.seed, settings)
                     error = float((latents - recording.latents).double().square().sum())
-                    self.store.put_json(f"start/{step}", {"error": error, "values": latents.numel()})
+                    self.store.put_json(f"inject/{step}", error)
                     bar.update()
-        left = np.minimum.accumulate([float(self.store.get_json(f"start/{s}")["error"]) for s in starts])
-        result = np.empty(self.trace_length)
-        for i, start in enumerate(starts):
-            end = starts[i + 1] if i + 1 < len(starts) else self.trace_length
-            added = left[i] - (left[i + 1] if i + 1 < len(starts) else 0.0)
-            # Two starts may come out alike; a later step never matters more than an earlier one by that accident.
-            added = max(added, 0.02 * left[i])
-            result[start:end] = added / max(float(output_error[start:end].sum()), 1e-30)
-        return result
+        found = [
+            float(self.store.get_json(f"inject/{s}")) / max(INJECTED_SHARE**2 * float(output_error[s]), 1e-30)
+            for s in steps
+        ]
+        return np.exp(np.interp(np.arange(self.trace_length), steps, np.log(np.maximum(found, 1e-30))))
 
 
 def _grid_reader(tracer: Tracer) -> Callable[[Any], None]:
@@ -415,8 +414,8 @@ def run_search(
 def _estimate(probe: dict[str, Any], config: SearchConfig, layers: int, prompts: int) -> float:
     """Seconds that the stages after the probe will take."""
     forward, branches, steps = probe["forward_seconds"], probe["branches"], config.trace_steps
-    rest = sum(steps - s for s in {0, steps // 8, steps // 4, steps // 2})
-    return float(forward * (1.1 * prompts * branches * steps + 2 * layers + 0.6 * branches * rest) + 15)
+    rest = sum(steps - s for s in {0, steps // 8, steps // 4, steps // 2, steps - 1})
+    return float(forward * (1.1 * prompts * branches * steps + 2 * layers + branches * rest) + 15)
 
 
 def _run(search: _Search, out: Path) -> SparsityPlan:
@@ -450,6 +449,14 @@ def _run(search: _Search, out: Path) -> SparsityPlan:
     return plan
 
 
+def _line(at: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Linear interpolation, with the end segments' lines continued beyond the ends."""
+    if len(x) == 1:
+        return np.full(len(at), y[0])
+    i = np.clip(np.searchsorted(x, at) - 1, 0, len(x) - 2)
+    return np.asarray(y[i] + (y[i + 1] - y[i]) * (at - x[i]) / (x[i + 1] - x[i]))
+
+
 @dataclass(frozen=True)
 class _Layout:
     """A trial schedule: how many target steps are dense, and the phase of each of the others."""
@@ -476,9 +483,9 @@ def _assign(
     n, heads, layers = config.steps, search.architecture.heads, search.layers
     levels = target_levels(search.pipe, n, traced)
     bins = np.minimum((np.arange(n) * len(traced)) // n, len(traced) - 1)
-    # A target step's share of its traced step, with the fall of the amplification inside it followed.
+    # A target step's share of its traced step; inside it the amplification follows its fall from step to step.
     centre = (np.arange(len(traced)) + 0.5) / len(traced)
-    weight = np.exp(np.interp((np.arange(n) + 0.5) / n, centre, np.log(amplification))) * len(traced) / n
+    weight = np.exp(_line((np.arange(n) + 0.5) / n, centre, np.log(amplification))) * len(traced) / n
 
     def cost(option: Option) -> float:
         if option.kind == "dense":
@@ -594,6 +601,7 @@ def _assign(
             "predicted_error": result.error,
             "lower_bound": result.bound,
             "predicted_by_dense_steps": {str(k): v for k, v in scan.items()},
+            "amplification": [float(v) for v in amplification],
             "unstable_heads": sorted(f"{name}/{head}" for name, head in unstable),
             "trajectory_density": density,
             "call_density": float(plan.call_densities(grid).mean()),
