@@ -58,7 +58,7 @@ class Pattern:
         return self.pairs(blocks, blocks)
 
     def preview(self, grid: TokenGrid, order: TokenOrder | None = None, block_size: int = 64) -> Image.Image:
-        """A picture of the block mask, at least 256 pixels wide: queries downwards, keys rightwards, kept pairs dark."""
+        """A picture of the block mask, at least 256 pixels wide: queries down, keys to the right, kept pairs dark."""
         from PIL import Image
 
         mask = self.block_mask(grid, order or RasterOrder(), block_size)

@@ -71,12 +71,12 @@ def lagrangian(errors: list[np.ndarray], costs: list[np.ndarray], budget: float,
         low = high * 1e-24
         for _ in range(iterations):
             price = (low * high) ** 0.5
-            candidate, e, c = at(price)
-            bound = max(bound, e + price * (c - budget))
-            if c <= budget:
+            candidate, candidate_error, candidate_cost = at(price)
+            bound = max(bound, candidate_error + price * (candidate_cost - budget))
+            if candidate_cost <= budget:
                 high = price
-                if e < total_error:
-                    choice, total_error, total_cost = candidate, e, c
+                if candidate_error < total_error:
+                    choice, total_error, total_cost = candidate, candidate_error, candidate_cost
             else:
                 low = price
     return Assignment(choice, total_error, total_cost, min(bound, total_error))
