@@ -206,8 +206,7 @@ def test_scale_counts() -> None:
 
 @pytest.mark.slow
 def test_cpu_is_faster_than_dense() -> None:
-    """The tiny model's shapes. Medians of interleaved runs; a busy machine slows both."""
-    import statistics
+    """The tiny model's shapes, interleaved runs."""
     import time
 
     from diffsparse.kernels.bench import random_rows
@@ -228,7 +227,8 @@ def test_cpu_is_faster_than_dense() -> None:
         dense(), sparse_attention(q, k, v, layout, backend="cpu")
         pairs = [
             (seconds(dense), seconds(lambda: sparse_attention(q, k, v, layout, backend="cpu")))  # noqa: B023
-            for _ in range(15)
+            for _ in range(20)
         ]
-        ratio = statistics.median(d / s for d, s in pairs)
+        # The quickest of each: what else the machine does only ever adds time.
+        ratio = min(d for d, _ in pairs) / min(s for _, s in pairs)
         assert ratio >= 0.9 * least, f"density {density}: {ratio:.2f} times dense's speed, wanted {least}"
