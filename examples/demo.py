@@ -37,6 +37,7 @@ def run(
 
     start = time.perf_counter()
     size = {"height": 128, "width": 128, "num_frames": 17}
+    load.quiet_libraries()
     place = load.choose_device(device)
     pipe = load.load_pipeline(model, device=place, dtype=load.choose_dtype("auto", place))
     calibration = load.read_prompts(HERE / "tiny_wan" / "prompts" / "calibration.txt")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Annotated, Any, NoReturn
@@ -100,17 +99,6 @@ def _interruptible(resume: str) -> Callable[[Callable[..., None]], Callable[...,
     return decorate
 
 
-def _quiet_libraries() -> None:
-    """Errors of the libraries only: our own messages are the interface."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for logging in (diffusers_logging, transformers_logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning)
-
-
 def _settings(
     pipe: Any,
     record: dict[str, Any],
@@ -203,7 +191,7 @@ def search_command(
         from diffsparse.search.search import SearchConfig, run_search
         from diffsparse.search.store import StoreMismatch
 
-        _quiet_libraries()
+        load.quiet_libraries()
         pipe = load.load_pipeline(model, device=place, dtype=precision)
         settings = _settings(pipe, {}, height, width, num_frames, steps, guidance_scale)
         config = SearchConfig(
@@ -272,7 +260,7 @@ def eval_command(
         precision = load.choose_dtype(dtype, place)
         load.check_backend(backend)
         folder = load.check_output(out) if out else None
-        _quiet_libraries()
+        load.quiet_libraries()
         pipe = load.load_pipeline(model, device=place, dtype=precision)
         load.check_plan_fits(chosen, pipe)
         settings = _settings(pipe, chosen.record, height, width, num_frames, steps, guidance_scale)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ __all__ = [
     "choose_dtype",
     "load_pipeline",
     "load_plan",
+    "quiet_libraries",
     "read_prompts",
 ]
 
@@ -161,7 +163,7 @@ def load_pipeline(model: str, *, device: torch.device, dtype: torch.dtype) -> An
     try:
         find_transformers(pipe)
     except UnsupportedModelError as error:
-        raise BadInput(f"{model!r}: {_first_line(error)}") from None
+        raise BadInput(f"{model!r}: {error}") from None
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -264,6 +266,17 @@ def check_plan_fits(plan: SparsityPlan, pipe: Any) -> None:
                 f"the plan is for another model: {'; '.join(differences)}. Search one for this model with "
                 "`diffsparse search`, or use one of " + ", ".join(NAMED_PLANS)
             )
+
+
+def quiet_libraries() -> None:
+    """Errors of the libraries only: our own messages are the interface."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 # -- output ------------------------------------------------------------------------------------------------------------
