@@ -215,7 +215,8 @@ def _other_dense_kernel(device: torch.device) -> Iterator[str]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     backend = SDPBackend.EFFICIENT_ATTENTION if device.type == "cuda" else SDPBackend.MATH
-    with sdpa_kernel([backend]):
+    # Text encoders' masked calls are not for every kernel: what the wanted one refuses takes the plain formula.
+    with sdpa_kernel(list(dict.fromkeys([backend, SDPBackend.MATH])), set_priority=True):
         yield f"torch SDPA, {backend.name.lower()}"
 
 

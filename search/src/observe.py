@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffsparse.entry import TAILS
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels import sparse_attention
 from diffsparse.layout import BlockLayout
@@ -35,8 +34,6 @@ __all__ = [
     "replaying",
     "sparse_callback",
 ]
-
-DEFAULT_TAIL = TAILS.index("moments")
 
 
 def final_latents(pipe: Any, prompt: str, seed: int, settings: GenerationSettings) -> torch.Tensor:
@@ -84,8 +81,8 @@ class Tracer:
 
     ``orders``: the order to score each ``(layer, head)`` in; layers not in it are scored in ``default_order``.
     ``screen``: at these steps every order of ``screen_orders`` is scored as well, for choosing among them.
-    Results: ``steps[s][layer]`` holds ``error [tails, H, NB, NB]``, ``mass [H, NB, NB]``, ``energy [H]`` as arrays, and
-    ``screened[layer]`` the summed error ``[orders, H]`` at ``screen_density`` kept.
+    Results: ``steps[s][layer]`` holds every head's part of :class:`CallScores` as arrays (``error0``, ``error1``, ...),
+    and ``screened[layer]`` the summed error ``[orders, H]`` at ``screen_density`` kept.
     """
 
     pipe: Any
@@ -146,19 +143,19 @@ class Tracer:
         result: dict[str, np.ndarray] = {}
         for order, members in groups.items():
             scores = self._score(call, order, members)
-            for head, (error, mass, energy) in zip(
-                members, zip(scores.error.unbind(1), scores.mass, scores.energy, strict=True), strict=True
-            ):
-                result[f"error{head}"] = error.cpu().numpy()
-                result[f"mass{head}"] = mass.cpu().numpy().astype(np.float16)
-                result[f"energy{head}"] = energy.cpu().numpy()
+            for i, head in enumerate(members):
+                result[f"error{head}"] = scores.error[:, i].cpu().numpy()
+                result[f"mass{head}"] = scores.mass[i].cpu().numpy().astype(np.float16)
+                result[f"energy{head}"] = scores.energy[i].cpu().numpy()
+                result[f"summed{head}"] = scores.summed[:, i].cpu().numpy()
+                result[f"true{head}"] = scores.true[:, i].cpu().numpy()
         self.steps.setdefault(step, {})[call.layer] = result
         if step in self.screen_steps:
             rows = []
             for order in self.screen_orders:
-                error = self._score(call, order, list(range(heads))).error[DEFAULT_TAIL].flatten(1)
-                kept = error.topk(int(self.screen_density * error.shape[1]), dim=1).values.sum(1)
-                rows.append(((error.sum(1) - kept) / error.shape[0]).cpu().numpy())
+                error = self._score(call, order, list(range(heads))).error.flatten(2)
+                kept = error.topk(int(self.screen_density * error.shape[2]), dim=2).values.sum(2)
+                rows.append((error.sum(2) - kept).amin(0).cpu().numpy())
             self.screened[call.layer] = self.screened.get(call.layer, 0) + np.stack(rows)
 
 

@@ -14,7 +14,7 @@ from diffsparse.order import TokenOrder
 from diffsparse.pattern import Bitmap, Empty, Full, Pattern
 from diffsparse.search.candidates import BITMAP_DENSITIES, families, top_columns
 
-__all__ = ["FamilyTable", "HeadScores", "Option", "head_options", "is_stable", "ranking"]
+__all__ = ["FamilyTable", "HeadScores", "Option", "head_options", "is_stable", "prune", "ranking", "reference_mask"]
 
 COLUMN_COUNTS = (1, 2, 4, 8)
 
@@ -38,11 +38,22 @@ class HeadScores:
     """Weighted scores of one head in one phase.
 
     ``error``: float ``[prompts, tails, NB, NB]``, in units of the final latent's squared error. ``energy``: the same
-    for leaving the head out.
+    for leaving the head out. ``summed``, ``true``: float ``[tails, L]``, sums of dropped blocks' scores and the errors
+    measured for them, mean over prompts (:class:`~diffsparse.search.score.CallScores`).
     """
 
     error: np.ndarray
     energy: float
+    summed: np.ndarray
+    true: np.ndarray
+
+    def corrected(self, tail: int, error: float) -> float:
+        """The error to expect where the dropped blocks' scores add up to ``error``."""
+        known = (self.summed[tail] > 0) & (self.true[tail] > 0)
+        if error <= 0 or not known.any():
+            return max(error, 0.0)
+        x, y = self.summed[tail][known][::-1], self.true[tail][known][::-1]
+        return float(error * np.exp(np.interp(np.log(error), np.log(x), np.log(y / x))))
 
     @property
     def mean(self) -> np.ndarray:
@@ -75,6 +86,13 @@ def ranking(scores: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return np.argsort(-(scores / weight).reshape(-1), kind="stable")
 
 
+def reference_mask(scores: np.ndarray, weight: np.ndarray, density: float) -> np.ndarray:
+    """The best mask of about ``density``: bool ``[NB, NB]``."""
+    mask = np.zeros(scores.size, bool)
+    mask[ranking(scores, weight)[: int(density * scores.size)]] = True
+    return mask.reshape(scores.shape)
+
+
 def _curve(rank: np.ndarray, scores: np.ndarray, kept: list[int]) -> np.ndarray:
     """Error left when the first ``kept`` pairs of a ranking are computed, for each number in ``kept``."""
     saved = np.concatenate([[0.0], np.cumsum(scores.reshape(-1)[rank])])
@@ -103,12 +121,12 @@ def is_stable(scores: HeadScores, weight: np.ndarray, bound: float) -> bool:
     """Does the head's mask carry over between prompts?
 
     True where masks of equal work made from other prompts leave at most ``bound`` times the error that a prompt's own
-    best mask leaves, at a share of 8% with the moments tail. With one prompt there is nothing to compare.
+    best mask leaves, at a share of 8% with the mean tail. With one prompt there is nothing to compare.
     """
     prompts = scores.error.shape[0]
     if prompts == 1:
         return True
-    tail = TAILS.index("moments")
+    tail = TAILS.index("mean")
     kept = [int(0.08 * weight.size)]
     own = np.mean([_curve(ranking(e[tail], weight), e[tail], kept)[0] for e in scores.error])
     crossed = _crossed(scores, tail, weight, kept)[0]
@@ -126,13 +144,14 @@ def head_options(scores: HeadScores, table: FamilyTable, *, bitmaps: bool) -> li
         for pattern, mask, density in zip(table.patterns, table.masks, table.density, strict=True):
             if isinstance(pattern, Empty) and tail == "none":
                 continue  # the same as skip
-            options.append(Option(flat_total - float(mean[t][mask].sum()), density, tail, "family", pattern))
+            error = scores.corrected(t, flat_total - float(mean[t][mask].sum()))
+            options.append(Option(error, density, tail, "family", pattern))
         columns = mean[t].sum(0)
         for count in COLUMN_COUNTS:
             if count < len(columns) // 4:
                 pattern = top_columns(columns, table.grid, table.order, table.block_size, count)
                 mask = pattern.block_mask(table.grid, table.order, table.block_size)
-                error = flat_total - float(mean[t][mask].sum())
+                error = scores.corrected(t, flat_total - float(mean[t][mask].sum()))
                 options.append(Option(error, float((table.weight * mask).sum()), tail, "family", pattern))
         if bitmaps:
             rank = ranking(mean[t], table.weight)
@@ -141,7 +160,7 @@ def head_options(scores: HeadScores, table: FamilyTable, *, bitmaps: bool) -> li
                 BITMAP_DENSITIES, kept, _crossed(scores, t, table.weight, kept), strict=True
             ):
                 if count:
-                    options.append(Option(float(error), density, tail, "bitmap"))
+                    options.append(Option(scores.corrected(t, float(error)), density, tail, "bitmap"))
     return options
 
 

@@ -7,6 +7,10 @@ For a query q with softmax weights p, output o and a dropped block J of n keys, 
 where w is the weight that the tail gives the block (0 without a tail) and m_v the block's mean value. The score of a
 block pair is the sum of ``||d_J||^2`` over the queries of the query block, estimated from a few sampled queries. Values
 are first taken through the head's slice of the output projection, so scores of different heads are in the same units.
+
+Scores of blocks add up only while little is dropped: what many blocks leave out points the same way, and the softmax is
+normalised over less. So the true error of masks of a few sizes is measured beside their summed scores; their ratio
+corrects a sum of scores where it is used.
 """
 
 from __future__ import annotations
@@ -20,7 +24,10 @@ from diffsparse.entry import TAILS
 from diffsparse.grid import TokenGrid
 from diffsparse.order import TokenOrder
 
-__all__ = ["BlockIndex", "CallScores", "projection_roots", "score_call"]
+__all__ = ["LADDER", "BlockIndex", "CallScores", "projection_roots", "score_call"]
+
+# Kept shares of every query block's key blocks at which the true error is measured.
+LADDER = (0.0, 0.02, 0.06, 0.15, 0.35, 0.7)
 
 # Logits of one chunk of sampled queries against all keys are held at once, in fp32.
 CHUNK_BYTES = 128 * 2**20
@@ -61,11 +68,15 @@ class CallScores:
     block's tokens when a key block is dropped.
     ``mass``: fp32 ``[H, NB, NB]``: attention mass per query, mean over the query block.
     ``energy``: fp32 ``[H]``: squared norm of the head's output over all visual queries, in the same units.
+    ``summed``, ``true``: fp32 ``[tails, H, len(LADDER)]``: with the best key blocks of every query block kept, the sum
+    of the dropped blocks' scores and the error that dropping them all really makes.
     """
 
     error: torch.Tensor
     mass: torch.Tensor
     energy: torch.Tensor
+    summed: torch.Tensor
+    true: torch.Tensor
 
 
 def projection_roots(weight: torch.Tensor | None, heads: int, head_dim: int, device: torch.device) -> torch.Tensor:
@@ -113,6 +124,9 @@ def score_call(
     error = torch.zeros(len(TAILS), len(heads), blocks, blocks, device=q.device)
     mass = torch.zeros(len(heads), blocks, blocks, device=q.device)
     energy = torch.zeros(len(heads), device=q.device)
+    summed = torch.zeros(len(TAILS), len(heads), len(LADDER), device=q.device)
+    true = torch.zeros_like(summed)
+    counts = torch.tensor([round(f * blocks) for f in LADDER], device=q.device)
     rows = max(1, CHUNK_BYTES // (4 * samples * max(q.shape[1], blocks * dim)))
     for i, head in enumerate(heads):
         keys, values = k[0, :, head].float(), v[0, :, head].float()
@@ -147,10 +161,42 @@ def score_call(
             first = (queries @ mean_key.T - lse).exp() * length
             second = first * (0.5 * (queries.square() @ variance.T)).clamp_max(30.0).exp()
             share = length[lo : lo + rows] / samples
+            # What text tokens add, which are never dropped; without text nothing but rounding errors is left over.
+            z_rest = 1 - z.sum(1)
+            z_rest = torch.where(z_rest > 1e-5, z_rest, 0.0)
+            rest = torch.where(z_rest[:, None] > 0, output - numerator.sum(1), 0.0)
             for tail, w in enumerate((None, first, second)):
                 d = exact if w is None else exact - 2 * w * cross + w.square() * away
                 d = d.clamp_min(0).view(len(tokens), samples, blocks).sum(1)
                 error[tail, i, lo : lo + rows] = d * share[:, None]
+                # [rows, ladder, NB]: the first blocks of each row's ranking
+                kept = d.argsort(1, descending=True).argsort(1)[:, None] < counts[:, None]
+                left = _masked_output(
+                    kept.repeat_interleave(samples, 0).float(), z, numerator, w, mean_value, z_rest, rest
+                )
+                off = (left - output[:, None]).square().sum(-1).view(len(tokens), samples, -1).sum(1)
+                true[tail, i] += (off * share[:, None]).sum(0)
+                summed[tail, i] += ((d[:, None] * ~kept).sum(-1) * share[:, None]).sum(0)
             mass[i, lo : lo + rows] = z.view(len(tokens), samples, blocks).mean(1)
             energy[i] += (o_norm.view(len(tokens), samples).sum(1) * share).sum()
-    return CallScores(error, mass, energy)
+    return CallScores(error, mass, energy, summed, true)
+
+
+def _masked_output(
+    kept: torch.Tensor,
+    z: torch.Tensor,
+    numerator: torch.Tensor,
+    tail: torch.Tensor | None,
+    mean_value: torch.Tensor,
+    z_rest: torch.Tensor,
+    rest: torch.Tensor,
+) -> torch.Tensor:
+    """Output of queries under several masks: ``[queries, masks, D]`` for ``kept [queries, masks, NB]``."""
+    value = torch.bmm(kept, numerator) + rest[:, None]
+    weight = torch.bmm(kept, z[..., None])[..., 0] + z_rest[:, None]
+    if tail is not None:
+        dropped = (1 - kept) * tail[:, None]
+        value = value + dropped @ mean_value
+        weight = weight + dropped.sum(-1)
+    # A query without any key has the output zero.
+    return torch.where(weight[..., None] > 1e-12, value / weight.clamp_min(1e-12)[..., None], 0.0)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +23,20 @@ from diffsparse.layout import BlockLayout, build_layout
 from diffsparse.order import TokenOrder, parse_order
 from diffsparse.pattern import Bitmap
 from diffsparse.pipelines import architecture_of, find_transformers, tap_attention
+from diffsparse.pipelines import sparse_attention as attached
 from diffsparse.plan import SparsityPlan
-from diffsparse.schedule import Schedule
-from diffsparse.search.assign import InfeasibleBudget, assign, lagrangian
+from diffsparse.search import metrics
 from diffsparse.search.candidates import orders_for
+from diffsparse.search.compose import Composer, strides
 from diffsparse.search.cost import CostModel, measure_costs
 from diffsparse.search.environment import environment
 from diffsparse.search.errors import BadInput
-from diffsparse.search.generate import GenerationSettings
+from diffsparse.search.generate import GenerationSettings, generate_clip
 from diffsparse.search.observe import Recording, Tracer, final_latents, layer_effect, partial_error, record, replaying
 from diffsparse.search.options import (
     FamilyTable,
     HeadScores,
-    Option,
-    head_entry,
-    head_options,
-    is_stable,
-    prune,
-    ranking,
-    work_density,
+    reference_mask,
 )
 from diffsparse.search.store import SearchStore
 
@@ -50,16 +44,14 @@ __all__ = ["SearchConfig", "run_search"]
 
 log = logging.getLogger("diffsparse")
 
-MAX_PHASES = 3
-# A further phase must lower the predicted error by this share, or the plan stays simpler.
-PHASE_GAIN = 0.05
-# Masks made from other prompts may leave this many times the error of a prompt's own.
-STABILITY_BOUND = 2.0
-# Whole-trajectory densities are kept this far below the wanted one: borders of blocks and short ones round up.
-DENSITY_MARGIN = 0.002
+# Counted up whenever what the store holds changes.
+STORE_FORMAT = 2
+# What may differ between two searches that share a store: nothing that is measured depends on it.
+FREE_SETTINGS = ("budget", "density", "steps", "dense_steps", "validation_prompts")
+# Plans that are validated.
+CANDIDATES = 3
 REFERENCE_DENSITY = 0.06
 INJECTED_SHARE = 0.25
-MOMENTS = TAILS.index("moments")
 
 
 @dataclass(frozen=True)
@@ -70,7 +62,8 @@ class SearchConfig:
     density. ``steps``: denoising steps of the generations that the plan is tuned for (it runs with any number).
     ``trace_steps``: steps of the generations that are measured. ``trace_prompts``: how many of the prompts are traced.
     ``samples``: queries sampled of every query block. ``dense_steps`` fixes the number of dense first steps, which the
-    search chooses otherwise. Sizes are in pixels; None is the pipeline's default.
+    search chooses otherwise. ``validation_prompts``: on how many prompts that were not traced whole generations choose
+    among the best few plans (0: the predicted best is taken). Sizes are in pixels; None is the pipeline's default.
     """
 
     budget: float | None = 0.4
@@ -86,6 +79,7 @@ class SearchConfig:
     trace_prompts: int = 2
     samples: int = 4
     dense_steps: int | None = None
+    validation_prompts: int = 1
 
     def __post_init__(self) -> None:
         if (self.budget is None) == (self.density is None):
@@ -96,6 +90,8 @@ class SearchConfig:
         for name in ("steps", "trace_steps", "trace_prompts", "samples"):
             if getattr(self, name) < 1:
                 raise BadInput(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.validation_prompts < 0:
+            raise BadInput(f"validation_prompts must be at least 0, got {self.validation_prompts}")
         if self.dense_steps is not None and not 0 <= self.dense_steps < self.steps:
             raise BadInput(f"dense_steps lies between 0 and {self.steps - 1}, got {self.dense_steps}")
 
@@ -222,9 +218,9 @@ class _Search:
         return tuple(sorted({min(n - 1, n // 8), n // 2}))
 
     def inject_steps(self) -> tuple[int, ...]:
-        """Trace steps at which an error is put into the trajectory; the first ones matter most and change fastest."""
+        """Trace steps at which an error is put into the trajectory."""
         n = self.config.trace_steps
-        return tuple(sorted({0, n // 8, n // 4, n // 2, n - 1}))
+        return tuple(sorted({0, n // 4, 3 * n // 4}))
 
     def dense_recording(self) -> Recording:
         """The recorded generation of the first prompt; run again where an earlier process made it."""
@@ -233,12 +229,63 @@ class _Search:
             self.recording = record(self.pipe, self.prompts[0], self.config.seed, settings, self.effect_steps(), None)
         return self.recording
 
+    # -- validation ------------------------------------------------------------------------------------------------
+
+    def validate(self, candidates: list[SparsityPlan]) -> tuple[SparsityPlan, dict[str, Any]]:
+        """The candidate that comes closest to dense on prompts that were not traced, and what was measured for it.
+
+        Predicted errors of plans with different numbers of dense steps are near each other; generations decide.
+        """
+        config = self.config
+        settings = config.settings(config.steps)
+        cases = [(prompt, config.seed + 1000) for prompt in self.prompts[len(self.traced()) :]]
+        # Where every prompt was traced, another seed is the best there is.
+        cases = (cases or [(self.prompts[0], config.seed + 1000)])[: config.validation_prompts]
+        keys = [_digest(plan) for plan in candidates]
+        with self.bar(len(cases) * (1 + len(candidates)), "validate") as bar:
+            for i, (prompt, seed) in enumerate(cases):
+                name = f"validation/{i}/{config.steps}"
+                if all(f"{name}/{key}" in self.store for key in keys):
+                    bar.update(1 + len(candidates))
+                    continue
+                dense = generate_clip(self.pipe, prompt, seed, settings)
+                bar.update()
+                for key, plan in zip(keys, candidates, strict=True):
+                    with attached(self.pipe, plan):
+                        clip = generate_clip(self.pipe, prompt, seed, settings)
+                    found = {
+                        "psnr": metrics.psnr(clip.frames, dense.frames),
+                        "speedup": dense.loop_seconds / clip.loop_seconds,
+                    }
+                    self.store.put_json(f"{name}/{key}", found)
+                    bar.update()
+        rows = {
+            key: [self.store.get_json(f"validation/{i}/{config.steps}/{key}") for i in range(len(cases))]
+            for key in keys
+        }
+        means = [float(np.mean([row["psnr"] for row in rows[key]])) for key in keys]
+        best = int(np.argmax(means))
+        tried = {str(p.record["search"]["dense_steps"]): m for p, m in zip(candidates, means, strict=True)}
+        chosen = rows[keys[best]]
+        return candidates[best], {
+            "prompts": len(cases),
+            "steps": config.steps,
+            "psnr_mean": means[best],
+            "psnr_worst": min(row["psnr"] for row in chosen),
+            "psnr_by_dense_steps": tried,
+            "loop_speedup": float(np.mean([row["speedup"] for row in chosen])),
+        }
+
     # -- scores ----------------------------------------------------------------------------------------------------
 
-    def scores(self, prompt: int, step: int, layer: str, head: int) -> tuple[np.ndarray, float]:
-        """``(error [tails, NB, NB], energy)`` of one traced call's head."""
-        arrays = self._arrays(prompt, step, layer)
-        return arrays[f"error{head}"], float(arrays[f"energy{head}"])
+    def scores(self, layer: str, head: int, weights: Mapping[int, float]) -> HeadScores:
+        """Scores of a head over the traced steps in ``weights``, each with its weight."""
+        parts = [[(w, self._arrays(p, step, layer)) for step, w in weights.items()] for p in self.traced()]
+
+        def total(name: str) -> np.ndarray:
+            return np.stack([sum(w * a[f"{name}{head}"].astype(np.float64) for w, a in part) for part in parts])
+
+        return HeadScores(total("error"), float(total("energy").mean()), total("summed").mean(0), total("true").mean(0))
 
     def _arrays(self, prompt: int, step: int, layer: str) -> dict[str, np.ndarray]:
         key = (prompt, step, layer)
@@ -249,43 +296,38 @@ class _Search:
             held[key] = self.store.get_arrays(f"trace/{prompt}/{step}/{layer}")
         return held[key]
 
-    def reference(self, orders: dict[tuple[str, int], TokenOrder], grid: TokenGrid) -> dict[str, BlockLayout]:
-        """One sparse layout per layer, equal at all steps: bitmaps of the reference density with the moments tail."""
+    def reference(
+        self, orders: dict[tuple[str, int], TokenOrder], grid: TokenGrid
+    ) -> tuple[dict[str, BlockLayout], np.ndarray]:
+        """One sparse layout per layer, equal at all steps: bitmaps of the reference density, each head's best tail.
+
+        Also the squared error that it should make in every layer at every traced step: ``[steps, layers]``.
+        """
         layouts = {}
-        for layer in self.layers:
+        predicted = np.zeros((self.trace_length, len(self.layers)))
+        for j, layer in enumerate(self.layers):
             entries = []
             for head in range(self.architecture.heads):
                 order = orders[layer, head]
                 table = self.table(grid, order)
-                total = 0.0
-                for p in self.traced():
-                    for step in range(self.trace_length):
-                        error, energy = self.scores(p, step, layer, head)
-                        total = total + error[MOMENTS] / max(energy, 1e-30)
-                rank = ranking(np.asarray(total), table.weight)
-                mask = np.zeros(rank.size, bool)
-                mask[rank[: int(REFERENCE_DENSITY * rank.size)]] = True
-                bitmap = Bitmap.from_mask(mask.reshape(table.weight.shape), grid, order, self.config.block_size)
-                entries.append(HeadEntry(order, bitmap, execution=Execution(tail="moments")))
+                steps = [self.scores(layer, head, {s: 1.0}) for s in range(self.trace_length)]
+                together = self.scores(layer, head, {s: 1 / max(x.energy, 1e-30) for s, x in enumerate(steps)})
+                tries = []
+                for t, tail in enumerate(TAILS):
+                    mask = reference_mask(together.mean[t], table.weight, REFERENCE_DENSITY)
+                    left = [x.corrected(t, float(x.mean[t][~mask].sum())) for x in steps]
+                    tries.append((float(np.sum(left)), tail, mask, left))
+                _, tail, mask, left = min(tries, key=lambda x: x[0])
+                predicted[:, j] += left
+                bitmap = Bitmap.from_mask(mask, grid, order, self.config.block_size)
+                entries.append(HeadEntry(order, bitmap, execution=Execution(tail=tail)))
             layouts[layer] = build_layout(grid, entries, self.config.block_size)
-        return layouts
+        return layouts, predicted
 
     def table(self, grid: TokenGrid, order: TokenOrder) -> FamilyTable:
         if order not in self.tables:
             self.tables[order] = FamilyTable(grid, order, self.config.block_size)
         return self.tables[order]
-
-    def reference_error(self, layout: BlockLayout, layer: str, step: int, prompts: Sequence[int]) -> float:
-        """Predicted squared error of a layer's attention under its reference layout at one traced step."""
-        total = 0.0
-        for head in range(self.architecture.heads):
-            mask = layout.mask(head).numpy()
-            for p in prompts:
-                error = self.scores(p, step, layer, head)[0][MOMENTS]
-                lo = -(-layout.grid.text_before // layout.block_size)
-                kept = mask[lo : lo + len(error), lo : lo + len(error)]
-                total += float(error[~kept].sum()) / len(prompts)
-        return total
 
     @property
     def trace_length(self) -> int:
@@ -293,8 +335,8 @@ class _Search:
 
     # -- sensitivities ---------------------------------------------------------------------------------------------
 
-    def effects(self, layouts: dict[str, BlockLayout]) -> np.ndarray:
-        """Change of the model's output per predicted error of each layer: ``[steps, layers]``."""
+    def effects(self, layouts: dict[str, BlockLayout], predicted: np.ndarray) -> np.ndarray:
+        """Squared change of the model's output per predicted squared error of each layer: ``[steps, layers]``."""
         steps = [s for s in self.effect_steps() if s < self.trace_length]
         todo = [(s, n) for s in steps for n in self.layers if f"effect/{s}/{n}" not in self.store]
         device_layouts = _on_device(layouts)
@@ -307,14 +349,17 @@ class _Search:
         measured = np.empty((len(steps), len(self.layers)))
         for j, layer in enumerate(self.layers):
             for i, step in enumerate(steps):
-                predicted = self.reference_error(layouts[layer], layer, step, [0])
-                measured[i, j] = float(self.store.get_json(f"effect/{step}/{layer}")) / max(predicted, 1e-30)
+                effect = float(self.store.get_json(f"effect/{step}/{layer}"))
+                measured[i, j] = effect / max(float(predicted[step, j]), 1e-30)
         every = np.arange(self.trace_length)
         logs = np.log(np.maximum(measured, 1e-30))
         return np.exp(np.stack([np.interp(every, steps, logs[:, j]) for j in range(len(self.layers))], 1))
 
     def amplification(self, layouts: dict[str, BlockLayout], output_error: np.ndarray) -> np.ndarray:
-        """Squared error of the final latent per squared error of the model's output at each traced step.
+        """Growth of an error between the step that makes it and the final latent, for the traced steps.
+
+        An error of the model's output moves the latent by that error times the step's change of noise level, and what
+        follows makes it ``growth`` times larger (as a squared norm).
 
         A part of the sparse error is put into one step of the recorded generation, which then goes on dense. Only a
         part, because a whole one at an early step leads to a different clip, whose distance says nothing about the
@@ -335,8 +380,10 @@ class _Search:
                     error = float((latents - recording.latents).double().square().sum())
                     self.store.put_json(f"inject/{step}", error)
                     bar.update()
+        stride = strides(np.array(self.store.get_json("trace/0/levels")))
         found = [
-            float(self.store.get_json(f"inject/{s}")) / max(INJECTED_SHARE**2 * float(output_error[s]), 1e-30)
+            float(self.store.get_json(f"inject/{s}"))
+            / max(INJECTED_SHARE**2 * float(output_error[s]) * stride[s] ** 2, 1e-30)
             for s in steps
         ]
         return np.exp(np.interp(np.arange(self.trace_length), steps, np.log(np.maximum(found, 1e-30))))
@@ -358,24 +405,6 @@ def _on_device(layouts: dict[str, BlockLayout]) -> Callable[[Any], BlockLayout |
         return moved[call.layer]
 
     return find
-
-
-def target_levels(pipe: Any, steps: int, traced: Sequence[float]) -> np.ndarray:
-    """Noise levels of a generation with ``steps`` steps, descending.
-
-    From a copy of the pipeline's scheduler; where that needs more than the number of steps (a shift that depends on the
-    resolution), from the traced levels as a function of the share of steps done.
-    """
-    scheduler = copy.deepcopy(pipe.scheduler)
-    try:
-        scheduler.set_timesteps(steps)
-        levels = np.asarray(scheduler.timesteps, dtype=np.float64) / scheduler.config.num_train_timesteps
-        if len(levels) == steps and abs(levels[0] - traced[0]) < 0.05:
-            return levels
-    except (TypeError, ValueError, AttributeError) as error:
-        log.debug("noise levels are interpolated from the trace: %s", error)
-    n = len(traced)
-    return np.interp(np.arange(steps) / steps, np.arange(n + 1) / n, [*traced, 0.0])
 
 
 def run_search(
@@ -400,10 +429,11 @@ def run_search(
         search = _Search(pipe, tuple(prompts), config, store, progress, say)
         resumed = store.claim(
             {
+                "format": STORE_FORMAT,
                 "version": diffsparse.__version__,
                 "architecture": search.architecture.fingerprint,
                 "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
-                **{k: v for k, v in asdict(config).items() if k not in ("budget", "density", "steps", "dense_steps")},
+                **{k: v for k, v in asdict(config).items() if k not in FREE_SETTINGS},
             }
         )
         if resumed:
@@ -414,7 +444,7 @@ def run_search(
 def _estimate(probe: dict[str, Any], config: SearchConfig, layers: int, prompts: int) -> float:
     """Seconds that the stages after the probe will take."""
     forward, branches, steps = probe["forward_seconds"], probe["branches"], config.trace_steps
-    rest = sum(steps - s for s in {0, steps // 8, steps // 4, steps // 2, steps - 1})
+    rest = sum(steps - s for s in {0, steps // 4, 3 * steps // 4})
     return float(forward * (1.1 * prompts * branches * steps + 2 * layers + branches * rest) + 15)
 
 
@@ -429,210 +459,36 @@ def _run(search: _Search, out: Path) -> SparsityPlan:
     costs = search.costs(grid, probe["head_dim"])
     orders = {(n, h): parse_order(o) for n, row in probe["orders"].items() for h, o in enumerate(row)}
     search.trace(orders, orders_for(grid, config.block_size)[0])
-    reference = search.reference(orders, grid)
-    effects = search.effects(reference)
+    reference, predicted = search.reference(orders, grid)
+    effects = search.effects(reference, predicted)
     traced = [float(v) for v in store.get_json("trace/0/levels")]
-    predicted = np.array(
-        [
-            sum(
-                effects[s, j] * search.reference_error(reference[n], n, s, search.traced())
-                for j, n in enumerate(search.layers)
-            )
-            for s in range(len(traced))
-        ]
+    growth = search.amplification(reference, (effects * predicted).sum(1))
+    composer = Composer(search, search.pipe.scheduler, grid, orders, costs, effects, growth, traced)
+    with search.bar(1, "assign") as bar:
+        candidates = composer.candidates(CANDIDATES if config.validation_prompts else 1)
+        bar.update()
+    seconds = time.perf_counter() - begin
+    plan = candidates[0]
+    if config.validation_prompts:
+        plan, quality = search.validate(candidates)
+        plan.record["quality"] = quality
+    about = _record(search, grid, costs)
+    about["search"] |= plan.record["search"] | {"seconds": round(seconds, 1)}
+    plan.record.update(about)
+    about = plan.record["search"]
+    say(
+        f"chosen: {about['dense_steps']} of {config.steps} steps dense, {about['phases']} phase(s), "
+        f"whole-trajectory density {about['trajectory_density']:.3f}"
     )
-    amplification = search.amplification(reference, predicted)
-    plan = _assign(search, grid, orders, costs, effects, amplification, traced)
-    plan.record["search"]["seconds"] = round(time.perf_counter() - begin, 1)
     plan.save_pretrained(out)
     _save_pictures(search, plan, out, grid, traced)
     return plan
 
 
-def _line(at: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Linear interpolation, with the end segments' lines continued beyond the ends."""
-    if len(x) == 1:
-        return np.full(len(at), y[0])
-    i = np.clip(np.searchsorted(x, at) - 1, 0, len(x) - 2)
-    return np.asarray(y[i] + (y[i + 1] - y[i]) * (at - x[i]) / (x[i + 1] - x[i]))
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """A trial schedule: how many target steps are dense, and the phase of each of the others."""
-
-    dense: int
-    phase_of: tuple[int, ...]
-
-    @property
-    def phases(self) -> int:
-        return max(self.phase_of) + 1
-
-
-def _assign(
-    search: _Search,
-    grid: TokenGrid,
-    orders: dict[tuple[str, int], TokenOrder],
-    costs: CostModel,
-    effects: np.ndarray,
-    amplification: np.ndarray,
-    traced: list[float],
-) -> SparsityPlan:
-    """Choose the number of dense steps, the phases and every head's entry under the budget."""
-    config = search.config
-    n, heads, layers = config.steps, search.architecture.heads, search.layers
-    levels = target_levels(search.pipe, n, traced)
-    bins = np.minimum((np.arange(n) * len(traced)) // n, len(traced) - 1)
-    # A target step's share of its traced step; inside it the amplification follows its fall from step to step.
-    centre = (np.arange(len(traced)) + 0.5) / len(traced)
-    weight = np.exp(_line((np.arange(n) + 0.5) / n, centre, np.log(amplification))) * len(traced) / n
-
-    def cost(option: Option) -> float:
-        if option.kind == "dense":
-            return 1.0
-        blocks = len(search.table(grid, grid_order).weight)
-        if config.density is not None:
-            return work_density(option, grid, blocks)
-        return 0.0 if option.kind == "skip" else costs.relative(option.density, option.tail)
-
-    wanted = config.density - DENSITY_MARGIN if config.density is not None else float(config.budget or 0)
-    total = n * len(layers) * heads
-    grid_order = orders_for(grid, config.block_size)[0]
-
-    def items(trial: _Layout) -> tuple[list[list[Option]], list[np.ndarray], list[np.ndarray], list[HeadScores]]:
-        options, errors, prices, kept = [], [], [], []
-        for j, layer in enumerate(layers):
-            for head in range(heads):
-                table = search.table(grid, orders[layer, head])
-                per_step = {
-                    s: [search.scores(p, s, layer, head) for p in search.traced()]
-                    for s in sorted(set(bins[trial.dense :]))
-                }
-                for phase in range(trial.phases):
-                    members = [i for i in range(trial.dense, n) if trial.phase_of[i - trial.dense] == phase]
-                    error: Any = 0.0
-                    energy = 0.0
-                    for i in members:
-                        w = weight[i] * effects[bins[i], j]
-                        found = per_step[bins[i]]
-                        error = error + w * np.stack([e for e, _ in found]).astype(np.float64)
-                        energy += w * float(np.mean([x for _, x in found]))
-                    scores = HeadScores(error, energy)
-                    stable = is_stable(scores, table.weight, STABILITY_BOUND)
-                    if not stable and phase == 0:
-                        unstable.add((layer, head))
-                    chosen, e, c = prune(head_options(scores, table, bitmaps=stable), cost)
-                    options.append(chosen)
-                    errors.append(e)
-                    prices.append(c * len(members))
-                    kept.append(scores)
-        return options, errors, prices, kept
-
-    unstable: set[tuple[str, int]] = set()
-    curve = []
-    for dense in range(n) if config.dense_steps is None else [config.dense_steps]:
-        room = wanted * total - dense * len(layers) * heads
-        if room <= 0:
-            break
-        trial = _Layout(dense, (0,) * (n - dense))
-        curve.append((dense, trial, room))
-    best: tuple[float, _Layout, float] | None = None
-    scan: dict[int, float] = {}
-    # The error falls, then rises again with the number of dense steps: stop once it has risen twice in a row.
-    rising = 0
-    with search.bar(len(curve), "assign") as bar:
-        for dense, trial, room in curve:
-            try:
-                _, errors, prices, _ = items(trial)
-                found = lagrangian(errors, prices, room)
-            except InfeasibleBudget:
-                break
-            finally:
-                bar.update()
-            scan[dense] = found.error
-            if best is None or found.error < best[0]:
-                best, rising = (found.error, trial, room), 0
-            else:
-                rising += 1
-                if rising == 2:
-                    break
-    if best is None:
-        raise BadInput(f"a share of {wanted:.3g} is below what any plan can reach; ask for more")
-    for phases in range(2, min(MAX_PHASES, n - best[1].dense) + 1):
-        trial = _Layout(best[1].dense, tuple(int(i * phases / (n - best[1].dense)) for i in range(n - best[1].dense)))
-        _, errors, prices, _ = items(trial)
-        found = lagrangian(errors, prices, best[2])
-        if found.error < (1 - PHASE_GAIN) * best[0]:
-            best = (found.error, trial, best[2])
-    trial = best[1]
-    options, errors, prices, kept = items(trial)
-    result = assign(errors, prices, best[2])
-    rows: dict[str, list[list[HeadEntry]]] = {}
-    position = 0
-    for layer in layers:
-        rows[layer] = [[] for _ in range(trial.phases)]
-        for head in range(heads):
-            for phase in range(trial.phases):
-                option = options[position][result.choice[position]]
-                table = search.table(grid, orders[layer, head])
-                rows[layer][phase].append(head_entry(option, kept[position], table))
-                position += 1
-    schedule = Schedule(
-        sparse_below=1.0 if trial.dense == 0 else float((levels[trial.dense - 1] + levels[trial.dense]) / 2),
-        phase_bounds=tuple(
-            float((levels[trial.dense + i - 1] + levels[trial.dense + i]) / 2)
-            for i in range(1, n - trial.dense)
-            if trial.phase_of[i] != trial.phase_of[i - 1]
-        ),
-    )
-    plan = SparsityPlan.from_table(
-        rows,
-        schedule=schedule,
-        block_size=config.block_size,
-        architecture=search.architecture,
-        record=_record(search, grid, costs),
-    )
-    density = plan.trajectory_density(grid, levels)
-    plan.record["search"].update(
-        {
-            "dense_steps": trial.dense,
-            "of_steps": n,
-            "phases": trial.phases,
-            "predicted_error": result.error,
-            "lower_bound": result.bound,
-            "predicted_by_dense_steps": {str(k): v for k, v in scan.items()},
-            "amplification": [float(v) for v in amplification],
-            "unstable_heads": sorted(f"{name}/{head}" for name, head in unstable),
-            "trajectory_density": density,
-            "call_density": float(plan.call_densities(grid).mean()),
-            "predicted_attention_time": _predicted_time(options, result.choice, prices, costs, trial, total, config),
-        }
-    )
-    search.say(
-        f"chosen: {trial.dense} of {n} steps dense, {trial.phases} phase(s), whole-trajectory density {density:.3f}"
-    )
-    return plan
-
-
-def _predicted_time(
-    options: list[list[Option]],
-    choice: np.ndarray,
-    prices: list[np.ndarray],
-    costs: CostModel,
-    trial: _Layout,
-    total: int,
-    config: SearchConfig,
-) -> float:
-    """Attention time of the whole trajectory over dense, by the measured costs."""
-    members = np.bincount(trial.phase_of, minlength=trial.phases)
-    time_share = float(total * trial.dense / config.steps)
-    for i, (found, c) in enumerate(zip(options, choice, strict=True)):
-        option = found[c]
-        share = {"dense": 1.0, "skip": 0.0}.get(option.kind)
-        time_share += (costs.relative(option.density, option.tail) if share is None else share) * members[
-            i % trial.phases
-        ]
-    return float(time_share / total)
+def _digest(plan: SparsityPlan) -> str:
+    """Names what a plan does, whatever its record says."""
+    files = replace(plan, record={}).to_files()
+    return hashlib.sha256(b"".join(name.encode() + files[name] for name in sorted(files))).hexdigest()[:16]
 
 
 def _record(search: _Search, grid: TokenGrid, costs: CostModel) -> dict[str, Any]:
@@ -666,8 +522,8 @@ def _save_pictures(search: _Search, plan: SparsityPlan, out: Path, grid: TokenGr
 
     phases = plan.schedule.num_phases
     steps = [[s for s, level in enumerate(traced) if plan.schedule.phase(level) == p] for p in range(phases)]
-    blocks = max(len(t.weight) for t in search.tables.values())
-    side = min(80, blocks)
+    # Orders cut a ragged grid into different numbers of blocks; the bins are equally many for all.
+    side = min(80, *(len(t.weight) for t in search.tables.values()))
     pooled = np.zeros((phases, len(search.layers), search.architecture.heads, side, side), np.float16)
     for j, layer in enumerate(search.layers):
         for head in range(search.architecture.heads):

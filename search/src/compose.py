@@ -1,0 +1,278 @@
+"""From measurements to plans: the number of dense first steps, the phases, and every head's entry, under a budget."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from diffsparse.entry import HeadEntry
+from diffsparse.grid import TokenGrid
+from diffsparse.order import TokenOrder
+from diffsparse.plan import Architecture, SparsityPlan
+from diffsparse.schedule import Schedule
+from diffsparse.search.assign import Assignment, InfeasibleBudget, assign, lagrangian
+from diffsparse.search.candidates import orders_for
+from diffsparse.search.cost import CostModel
+from diffsparse.search.errors import BadInput
+from diffsparse.search.options import (
+    FamilyTable,
+    HeadScores,
+    Option,
+    head_entry,
+    head_options,
+    is_stable,
+    prune,
+    work_density,
+)
+
+__all__ = ["Composer", "strides", "target_levels"]
+
+log = logging.getLogger("diffsparse")
+
+MAX_PHASES = 3
+# A further phase must lower the predicted error by this share, or the plan stays simpler.
+PHASE_GAIN = 0.05
+# Masks made from other prompts may leave this many times the error of a prompt's own.
+STABILITY_BOUND = 2.0
+# Whole-trajectory densities are kept this far below the wanted one: borders of blocks and short ones round up.
+DENSITY_MARGIN = 0.002
+# Numbers of dense steps whose predicted error is at most this many times the least are worth a generation.
+WORTH_TRYING = 4.0
+
+
+def strides(levels: np.ndarray) -> np.ndarray:
+    """How far each step of a generation moves: the difference to the next noise level, the last one being zero."""
+    return -np.diff(levels, append=0.0)
+
+
+def target_levels(scheduler: Any, steps: int, traced: Sequence[float]) -> np.ndarray:
+    """Noise levels of a generation with ``steps`` steps, descending.
+
+    From a copy of the scheduler; where that needs more than the number of steps (a shift that depends on the
+    resolution), from the traced levels as a function of the share of steps done.
+    """
+    scheduler = copy.deepcopy(scheduler)
+    try:
+        scheduler.set_timesteps(steps)
+        levels = np.asarray(scheduler.timesteps, dtype=np.float64) / scheduler.config.num_train_timesteps
+        if len(levels) == steps and abs(levels[0] - traced[0]) < 0.05:
+            return levels
+    except (TypeError, ValueError, AttributeError) as error:
+        log.debug("noise levels are interpolated from the trace: %s", error)
+    n = len(traced)
+    return np.interp(np.arange(steps) / steps, np.arange(n + 1) / n, [*traced, 0.0])
+
+
+class Measurements(Protocol):
+    """What a composer reads of a search."""
+
+    config: Any
+    architecture: Architecture
+
+    @property
+    def layers(self) -> Sequence[str]: ...
+
+    def scores(self, layer: str, head: int, weights: Mapping[int, float]) -> HeadScores: ...
+
+    def table(self, grid: TokenGrid, order: TokenOrder) -> FamilyTable: ...
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A schedule to try: how many first steps are dense, and the phase of each of the others."""
+
+    dense: int
+    phase_of: tuple[int, ...]
+
+    @classmethod
+    def even(cls, steps: int, dense: int, phases: int) -> _Trial:
+        sparse = steps - dense
+        return cls(dense, tuple(i * phases // sparse for i in range(sparse)))
+
+    @property
+    def phases(self) -> int:
+        return max(self.phase_of) + 1
+
+
+@dataclass
+class _Items:
+    """The assignment problem of one trial: an item for each layer, head and phase, in that order."""
+
+    options: list[list[Option]]
+    errors: list[np.ndarray]
+    prices: list[np.ndarray]
+    scores: list[HeadScores]
+    unstable: set[tuple[str, int]]
+
+
+class Composer:
+    """Plans from a search's measurements.
+
+    ``effects``: squared change of the model's output per squared error of a layer, ``[traced steps, layers]``.
+    ``growth``: of a squared error from the latent where it is made to the final one, ``[traced steps]``. ``traced``:
+    noise levels of the traced steps.
+    """
+
+    def __init__(
+        self,
+        search: Measurements,
+        scheduler: Any,
+        grid: TokenGrid,
+        orders: Mapping[tuple[str, int], TokenOrder],
+        costs: CostModel,
+        effects: np.ndarray,
+        growth: np.ndarray,
+        traced: Sequence[float],
+    ) -> None:
+        self.search, self.config, self.grid, self.orders, self.costs = search, search.config, grid, orders, costs
+        self.effects, self.growth = effects, growth
+        self.layers, self.heads = search.layers, search.architecture.heads
+        self.steps = self.config.steps
+        self.levels = target_levels(scheduler, self.steps, traced)
+        # The traced step that stands for each step.
+        self.bins = np.abs(self.levels[:, None] - np.array(traced)).argmin(1)
+        # A step's error moves the final latent by this, times the root of the model's output error. Steps beside each
+        # other make the same error with the same masks: amplitudes add up, so squares are weighted with all of them.
+        self.push = strides(self.levels) * np.sqrt(np.interp(-self.levels, -np.array(traced), growth))
+        share = self.config.density - DENSITY_MARGIN if self.config.density is not None else self.config.budget
+        self.wanted = float(share)
+        self.blocks = len(search.table(grid, orders_for(grid, self.config.block_size)[0]).weight)
+
+    @property
+    def total(self) -> int:
+        return self.steps * len(self.layers) * self.heads
+
+    def room(self, dense: int) -> float:
+        """What is left of the budget, in dense head calls, after the dense steps."""
+        return self.wanted * self.total - dense * len(self.layers) * self.heads
+
+    def cost(self, option: Option) -> float:
+        """Of one head call, over a dense one: in time, or in work where a density is wanted."""
+        if option.kind == "dense":
+            return 1.0
+        if self.config.density is not None:
+            return work_density(option, self.grid, self.blocks)
+        return self._time(option)
+
+    def _time(self, option: Option) -> float:
+        known = {"dense": 1.0, "skip": 0.0}.get(option.kind)
+        return self.costs.relative(option.density, option.tail) if known is None else known
+
+    def items(self, trial: _Trial) -> _Items:
+        found = _Items([], [], [], [], set())
+        push = self.push * self.push[trial.dense :].sum()
+        for j, layer in enumerate(self.layers):
+            for head in range(self.heads):
+                table = self.search.table(self.grid, self.orders[layer, head])
+                for phase in range(trial.phases):
+                    members = [trial.dense + i for i, p in enumerate(trial.phase_of) if p == phase]
+                    weights: dict[int, float] = {}
+                    for i in members:
+                        traced = int(self.bins[i])
+                        weights[traced] = weights.get(traced, 0.0) + float(push[i] * self.effects[traced, j])
+                    scores = self.search.scores(layer, head, weights)
+                    stable = is_stable(scores, table.weight, STABILITY_BOUND)
+                    if not stable:
+                        found.unstable.add((layer, head))
+                    options, errors, prices = prune(head_options(scores, table, bitmaps=stable), self.cost)
+                    found.options.append(options)
+                    found.errors.append(errors)
+                    found.prices.append(prices * len(members))
+                    found.scores.append(scores)
+        return found
+
+    def scan(self) -> dict[int, float]:
+        """Predicted error of the best plan with one phase for each number of dense steps that fits the budget."""
+        counts = range(self.steps) if self.config.dense_steps is None else [self.config.dense_steps]
+        found: dict[int, float] = {}
+        for dense in counts:
+            if self.room(dense) <= 0:
+                break
+            items = self.items(_Trial.even(self.steps, dense, 1))
+            try:
+                found[dense] = lagrangian(items.errors, items.prices, self.room(dense)).error
+            except InfeasibleBudget:
+                break
+            # With ever less left for the others, the error only rises from here on.
+            if found[dense] > 4 * WORTH_TRYING * min(found.values()):
+                break
+        if not found:
+            raise BadInput(f"a share of {self.wanted:.3g} is below what any plan can reach; ask for more")
+        return found
+
+    def candidates(self, count: int) -> list[SparsityPlan]:
+        """The predicted best plan, and up to ``count - 1`` others with other numbers of dense steps worth trying."""
+        scan = self.scan()
+        least = min(scan, key=lambda k: scan[k])
+        near = [k for k in sorted(scan) if scan[k] <= WORTH_TRYING * scan[least]]
+        # Spread over the range: plans with one dense step more or less hardly differ.
+        spread = [near[round(i * (len(near) - 1) / max(1, count - 1))] for i in range(count)]
+        chosen = list(dict.fromkeys([least, *reversed(spread)]))[:count]
+        return [self.plan(k, scan) for k in chosen]
+
+    def plan(self, dense: int, scan: Mapping[int, float]) -> SparsityPlan:
+        """The best plan with this number of dense steps."""
+        trial = _Trial.even(self.steps, dense, 1)
+        items, least = self.items(trial), scan[dense]
+        for phases in range(2, min(MAX_PHASES, self.steps - dense) + 1):
+            another = _Trial.even(self.steps, dense, phases)
+            their = self.items(another)
+            error = lagrangian(their.errors, their.prices, self.room(dense)).error
+            if error < (1 - PHASE_GAIN) * least:
+                trial, items, least = another, their, error
+        result = assign(items.errors, items.prices, self.room(dense))
+        plan = SparsityPlan.from_table(
+            self._entries(trial, items, result),
+            schedule=self._schedule(trial),
+            block_size=self.config.block_size,
+            architecture=self.search.architecture,
+        )
+        plan.record["search"] = {
+            "dense_steps": dense,
+            "of_steps": self.steps,
+            "phases": trial.phases,
+            "predicted_error": result.error,
+            "lower_bound": result.bound,
+            "predicted_by_dense_steps": {str(k): v for k, v in scan.items()},
+            "growth": [float(v) for v in self.growth],
+            "unstable_heads": sorted(f"{name}/{head}" for name, head in items.unstable),
+            "trajectory_density": plan.trajectory_density(self.grid, self.levels),
+            "call_density": float(plan.call_densities(self.grid).mean()),
+            "predicted_attention_time": self._attention_time(trial, items, result),
+        }
+        return plan
+
+    def _entries(self, trial: _Trial, items: _Items, result: Assignment) -> dict[str, list[list[HeadEntry]]]:
+        rows: dict[str, list[list[HeadEntry]]] = {}
+        chosen = zip(items.options, items.scores, result.choice, strict=True)
+        for layer in self.layers:
+            rows[layer] = [[] for _ in range(trial.phases)]
+            for head in range(self.heads):
+                table = self.search.table(self.grid, self.orders[layer, head])
+                for phase in range(trial.phases):
+                    options, scores, choice = next(chosen)
+                    rows[layer][phase].append(head_entry(options[choice], scores, table))
+        return rows
+
+    def _schedule(self, trial: _Trial) -> Schedule:
+        def before(step: int) -> float:
+            return float((self.levels[step - 1] + self.levels[step]) / 2)
+
+        starts = [i for i in range(1, len(trial.phase_of)) if trial.phase_of[i] != trial.phase_of[i - 1]]
+        return Schedule(
+            sparse_below=before(trial.dense) if trial.dense else 1.0,
+            phase_bounds=tuple(before(trial.dense + i) for i in starts),
+        )
+
+    def _attention_time(self, trial: _Trial, items: _Items, result: Assignment) -> float:
+        """Attention time of the whole trajectory over dense, by the measured costs."""
+        members = np.bincount(trial.phase_of, minlength=trial.phases)
+        spent = float(trial.dense * len(self.layers) * self.heads)
+        for i, (options, choice) in enumerate(zip(items.options, result.choice, strict=True)):
+            spent += self._time(options[choice]) * int(members[i % trial.phases])
+        return spent / self.total

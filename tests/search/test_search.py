@@ -1,0 +1,219 @@
+"""Whole searches on a random pipeline: what comes out fits, is the same again, and survives a kill at any point."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from diffsparse.kernels import sparse_attention
+from diffsparse.layout import build_layout
+from diffsparse.order import TileOrder
+from diffsparse.pipelines import architecture_of, tap_attention
+from diffsparse.plan import SparsityPlan
+from diffsparse.search.compose import strides, target_levels
+from diffsparse.search.errors import BadInput
+from diffsparse.search.generate import GenerationSettings
+from diffsparse.search.observe import final_latents, layer_effect, record, replaying
+from diffsparse.search.options import HeadScores, is_stable
+from diffsparse.search.search import SearchConfig, run_search
+from diffsparse.search.show import PooledAttention
+from diffsparse.search.store import SearchStore, StoreMismatch
+from tests.search.tiny import PROMPTS, SHAPE
+
+SETTINGS = GenerationSettings(4, 5.0, **SHAPE)
+
+
+def config(**changes: Any) -> SearchConfig:
+    return SearchConfig(
+        **{"budget": None, "density": 0.5, "steps": 6, "trace_steps": 4, "samples": 2, **SHAPE} | changes
+    )
+
+
+def search(pipe: Any, out: Path, **changes: Any) -> SparsityPlan:
+    return run_search(pipe, PROMPTS, config(**changes), out, progress=False, say=lambda line: None)
+
+
+@pytest.fixture(scope="module")
+def found(pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("searches") / "plan"
+    search(pipe, folder)
+    return folder
+
+
+def test_a_plan_keeps_to_its_density_and_fits_its_model(pipe: Any, found: Path) -> None:
+    plan = SparsityPlan.from_pretrained(found)
+    assert plan.check_architecture(architecture_of(pipe.transformer)) == []
+    about = plan.record["search"]
+    assert 0.3 < about["trajectory_density"] <= 0.5
+    assert about["predicted_error"] >= about["lower_bound"] >= 0
+    assert about["predicted_attention_time"] > 0
+    quality = plan.record["quality"]
+    assert quality["prompts"] == 1 and quality["psnr_mean"] == max(quality["psnr_by_dense_steps"].values())
+    assert str(about["dense_steps"]) in quality["psnr_by_dense_steps"]
+    pipe.enable_sparse_attention(plan)
+    try:
+        latents = final_latents(pipe, PROMPTS[0], 3, SETTINGS)
+        assert pipe.sparse_attention_summary()
+    finally:
+        pipe.disable_sparse_attention()
+    assert torch.isfinite(latents).all()
+
+
+def test_its_pictures_are_probabilities(found: Path) -> None:
+    attention = PooledAttention.beside(found)
+    assert attention is not None
+    assert attention.pooled.shape[1:3] == (2, 2)
+    assert np.allclose(attention.pooled.sum(-1), 1, atol=2e-2)
+
+
+def test_a_finished_search_read_back_gives_the_same_plan(pipe: Any, found: Path, tmp_path: Path) -> None:
+    plan = SparsityPlan.from_pretrained(found)
+    lines: list[str] = []
+    again = run_search(pipe, PROMPTS, config(), found, progress=False, say=lines.append)
+    assert "going on" in lines[0]
+    for each in (plan, again):
+        each.record["search"].pop("seconds")  # the second one read what the first one measured
+    assert plan.to_files() == again.to_files()
+
+
+@pytest.mark.parametrize("writes", [1, 4, 11, 17])
+def test_a_search_killed_at_any_point_ends_in_the_same_plan(
+    pipe: Any, found: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    original = SearchStore._put
+    left = writes
+
+    def dying(self: SearchStore, name: str, kind: str, value: bytes) -> None:
+        nonlocal left
+        if left == 0:
+            raise KeyboardInterrupt
+        left -= 1
+        original(self, name, kind, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SearchStore, "_put", dying)
+        with pytest.raises(KeyboardInterrupt):
+            search(pipe, tmp_path / "plan")
+    with SearchStore(tmp_path / "plan" / "search.sqlite") as store:
+        assert len(store.names()) == writes
+    resumed = search(pipe, tmp_path / "plan")
+    whole = SparsityPlan.from_pretrained(found)
+    assert resumed.entries == whole.entries and np.array_equal(resumed.index, whole.index)
+    assert resumed.schedule == whole.schedule
+
+
+def test_another_density_reuses_the_trace_and_another_seed_does_not(pipe: Any, found: Path) -> None:
+    more = search(pipe, found, density=0.8)
+    assert 0.5 < more.record["search"]["trajectory_density"] <= 0.8
+    dense_steps = search(pipe, found, dense_steps=2).record["search"]["dense_steps"]
+    assert dense_steps == 2
+    with pytest.raises(StoreMismatch, match="seed"):
+        search(pipe, found, seed=7)
+    search(pipe, found)
+
+
+def test_a_budget_is_of_time(pipe: Any, found: Path) -> None:
+    plan = search(pipe, found, density=None, budget=0.9)
+    assert plan.record["search"]["predicted_attention_time"] <= 0.9 + 1e-6
+    search(pipe, found)
+
+
+def test_what_cannot_work_is_said(pipe: Any, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="at least one prompt"):
+        run_search(pipe, [], config(), tmp_path)
+    with pytest.raises(BadInput, match="below what any plan can reach"):
+        search(pipe, tmp_path / "a", density=0.002)
+    for wrong in ({"density": 1.5}, {"density": None}, {"budget": 0.4}, {"steps": 0}, {"dense_steps": 6}):
+        with pytest.raises(BadInput):
+            config(**wrong)
+
+
+def test_an_all_dense_replay_repeats_the_recording(pipe: Any) -> None:
+    recording = record(pipe, PROMPTS[0], 5, SETTINGS, (1,), None)
+    assert len(recording.levels) == 4 and len(recording.outputs) == 8
+    for until in (8, recording.first_call(2), 0):
+        with replaying(pipe, recording, until):
+            assert torch.equal(final_latents(pipe, PROMPTS[0], 5, SETTINGS), recording.latents)
+    assert "forward" not in pipe.transformer.__dict__
+    assert layer_effect(pipe, recording, 1, "blocks.0.attn1", lambda call: None) == 0.0
+
+
+def test_a_layer_has_an_effect(pipe: Any) -> None:
+    from diffsparse.entry import HeadEntry
+    from diffsparse.pattern import Window
+
+    recording = record(pipe, PROMPTS[0], 5, SETTINGS, (1,), None)
+    entry = HeadEntry(TileOrder(1, 8, 8), Window((1, 0.3, 0.3)))
+    seen = []
+
+    def sparse(call: Any) -> Any:
+        seen.append(call.layer)
+        return build_layout(call.grid, [entry] * 2)
+
+    assert layer_effect(pipe, recording, 1, "blocks.1.attn1", sparse) > 0
+    assert seen == ["blocks.1.attn1"]
+
+
+def test_masks_of_several_sizes_err_as_the_trace_says(pipe: Any) -> None:
+    """The measured error at the ladder's ends: everything dropped, with a tail and without."""
+    from diffsparse.entry import TAILS, Execution, HeadEntry
+    from diffsparse.pattern import Empty
+    from diffsparse.search.score import LADDER, BlockIndex, score_call
+
+    calls: list[Any] = []
+    with tap_attention(pipe, lambda call: calls.append(call) or None):
+        final_latents(pipe, PROMPTS[0], 5, GenerationSettings(1, 1.0, **SHAPE))
+    call = calls[0]
+    order = TileOrder(1, 8, 8)
+    q, k, v = (
+        torch.randn(x.shape, generator=torch.Generator().manual_seed(i)) for i, x in enumerate((call.q, call.k, call.v))
+    )
+    scores = score_call(q, k, v, BlockIndex.build(call.grid, order, 64, q.device), samples=64)
+    assert LADDER[0] == 0
+    assert torch.allclose(scores.true[0, :, 0], scores.energy, rtol=1e-3)
+    assert torch.allclose(scores.summed[:, :, 0], scores.error.sum((2, 3)), rtol=1e-3)
+    dense = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    for tail in ("mean", "moments"):
+        layout = build_layout(call.grid, [HeadEntry(order, Empty(), execution=Execution(tail=tail))] * 2)
+        off = (sparse_attention(q, k, v, layout, backend="reference") - dense).square().sum((0, 1, 3))
+        assert torch.allclose(scores.true[TAILS.index(tail), :, 0], off, rtol=0.25)
+
+
+def test_correction_follows_the_measured_errors() -> None:
+    summed, true = np.array([[8.0, 4.0, 1.0]] * 3), np.array([[80.0, 20.0, 1.0]] * 3)
+    scores = HeadScores(np.zeros((1, 3, 2, 2)), 1.0, summed, true)
+    for x, y in zip(summed[0], true[0], strict=True):
+        assert scores.corrected(0, x) == pytest.approx(y)
+    assert 20 < scores.corrected(1, 6.0) < 80
+    assert scores.corrected(1, 0.5) == pytest.approx(0.5)
+    assert scores.corrected(2, 0.0) == 0.0
+
+
+def test_a_head_that_follows_the_prompt_is_unstable() -> None:
+    first = np.eye(16)
+    weight = np.full((16, 16), 1 / 256)
+    empty = np.zeros((3, 1))
+
+    def scores(*prompts: np.ndarray) -> HeadScores:
+        return HeadScores(np.stack([np.stack([p + 1e-3] * 3) for p in prompts]), 100.0, empty, empty)
+
+    assert is_stable(scores(first, first), weight, 2.0)
+    assert not is_stable(scores(first, np.roll(first, 5, 1)), weight, 2.0)
+    assert is_stable(scores(first), weight, 2.0)
+
+
+def test_levels_and_strides(pipe: Any) -> None:
+    levels = target_levels(pipe.scheduler, 10, [1.0, 0.8, 0.5])
+    assert len(levels) == 10 and levels[0] == pytest.approx(1.0, abs=0.01) and (np.diff(levels) < 0).all()
+    assert strides(levels).sum() == pytest.approx(levels[0])
+
+    class Shifting:
+        def set_timesteps(self, steps: int) -> None:
+            raise ValueError("needs mu")
+
+    guessed = target_levels(Shifting(), 4, [0.9, 0.6])
+    assert guessed[0] == 0.9 and (np.diff(guessed) < 0).all() and guessed[-1] > 0
