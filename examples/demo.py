@@ -23,7 +23,7 @@ def run(
     out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("out"),
     budget: Annotated[float, typer.Option(help="Share of the dense attention time that the plan may take.")] = 0.4,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 8,
-    prompts: Annotated[int, typer.Option(help="Held-out prompts to generate.")] = 3,
+    prompts: Annotated[int, typer.Option(help="Held-out prompts to generate.")] = 2,
     seeds: Annotated[int, typer.Option(help="Seeds for each of them.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
@@ -47,14 +47,14 @@ def run(
         (folder / "search.sqlite").unlink(missing_ok=True)
 
     print(f"1. Search a plan on {place} (budget: {budget:g} of the dense attention time)", flush=True)
-    config = SearchConfig(budget=budget, steps=steps, **size)
+    config = SearchConfig(budget=budget, steps=steps, trace_steps=min(6, steps), **size)
     plan = run_search(pipe, calibration, config, folder, say=lambda line: print(f"   {line}", flush=True))
     draw(plan, grid_of(plan, folder), out / "plan.png", folder=folder)
 
     print(f"2. Generate {prompts * seeds} clips of prompts that the search did not see, dense and sparse", flush=True)
     settings = GenerationSettings(num_inference_steps=steps, **size)
     dense = generate_dense(pipe, held_out, range(1000, 1000 + seeds), settings, noise_floor=False)
-    report = compare(pipe, plan, dense, name="searched just now")
+    report = compare(pipe, plan, dense, name="searched just now", warm_up=False)
     files = write_report(out, report, dense)
 
     print(f"\n{report.table(clips=False)}\n")

@@ -103,7 +103,8 @@ def assign(errors: list[np.ndarray], costs: list[np.ndarray], budget: float, tim
         ],
         integrality=np.ones(n),
         bounds=(0, 1),
-        options={"mip_rel_gap": 1e-4, "time_limit": time_limit},
+        # Presolve gains nothing here, and some versions of HiGHS print to stdout from it.
+        options={"mip_rel_gap": 1e-4, "time_limit": time_limit, "presolve": False},
     )
     if result.x is None:
         return quick

@@ -14,14 +14,22 @@ __all__ = ["BITMAP_DENSITIES", "families", "orders_for", "top_columns"]
 BITMAP_DENSITIES = (0.0, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.16, 0.24, 0.35, 0.5, 0.7)
 
 
+# An order whose blocks are less full than this is not tried: kernels pay for whole blocks.
+LEAST_FILL = 0.8
+
+
 def orders_for(grid: TokenGrid, block_size: int) -> list[TokenOrder]:
-    """Orders worth trying on a grid, the usual winner first."""
+    """Orders worth trying on a grid, the usual winner first; only those that fill their blocks, that one apart."""
     flat, cube = {64: ((1, 8, 8), (4, 4, 4)), 128: ((1, 8, 16), (2, 8, 8))}[block_size]
     orders: list[TokenOrder] = [TileOrder(*flat), RasterOrder()]
     if grid.frames > 1:
         orders += [TileOrder(*cube), AxisOrder("HWF")]
     orders.append(CurveOrder())
-    return orders
+
+    def fill(order: TokenOrder) -> float:
+        return grid.num_visual / (len(order.partition(grid, block_size).lengths) * block_size)
+
+    return [orders[0], *(order for order in orders[1:] if fill(order) >= LEAST_FILL)]
 
 
 def families(grid: TokenGrid) -> list[Pattern]:

@@ -127,8 +127,10 @@ class _Search:
         if "probe" not in self.store:
             orders: list[TokenOrder] = []
             tracer = Tracer(self.pipe, self.config.block_size, parse_order("raster"), self.config.seed, 1)
+            start = time.perf_counter()
             with tap_attention(self.pipe, _grid_reader(tracer)):
                 final_latents(self.pipe, self.prompts[0], self.config.seed, self.config.settings(1))
+            seconds = time.perf_counter() - start
             if tracer.grid is None:
                 raise BadInput("no self-attention call was seen; is this model's attention replaced by something else?")
             orders = orders_for(tracer.grid, self.config.block_size)
@@ -141,11 +143,9 @@ class _Search:
                 screen_orders=tuple(orders),
                 screen_steps=(1, 2),
             )
-            start = time.perf_counter()
             with self.bar(1, "probe") as bar:
                 record(self.pipe, self.prompts[0], self.config.seed, self.config.settings(3), (), tracer)
                 bar.update()
-            seconds = time.perf_counter() - start
             assert tracer.grid is not None
             chosen: dict[str, list[str]] = {}
             for layer in self.layers:
@@ -159,7 +159,7 @@ class _Search:
                 {
                     "grid": [*tracer.grid.shape, tracer.grid.text_before, tracer.grid.text_after],
                     "branches": max(tracer.counter.calls) + 1,
-                    "forward_seconds": seconds / sum(c + 1 for c in tracer.counter.calls),
+                    "forward_seconds": seconds / (max(tracer.counter.calls) + 1),
                     "orders": chosen,
                     "head_dim": tracer.head_dim,
                 },
@@ -218,9 +218,9 @@ class _Search:
         return tuple(sorted({min(n - 1, n // 8), n // 2}))
 
     def inject_steps(self) -> tuple[int, ...]:
-        """Trace steps at which an error is put into the trajectory."""
+        """Trace steps at which an error is put into the trajectory; growth falls evenly, on a log scale, between."""
         n = self.config.trace_steps
-        return tuple(sorted({0, n // 4, 3 * n // 4}))
+        return tuple(sorted({0, 3 * n // 4}))
 
     def dense_recording(self) -> Recording:
         """The recorded generation of the first prompt; run again where an earlier process made it."""
@@ -444,8 +444,8 @@ def run_search(
 def _estimate(probe: dict[str, Any], config: SearchConfig, layers: int, prompts: int) -> float:
     """Seconds that the stages after the probe will take."""
     forward, branches, steps = probe["forward_seconds"], probe["branches"], config.trace_steps
-    rest = sum(steps - s for s in {0, steps // 4, 3 * steps // 4})
-    return float(forward * (1.1 * prompts * branches * steps + 2 * layers + branches * rest) + 15)
+    rest = sum(steps - s for s in {0, 3 * steps // 4})
+    return float(forward * (1.3 * prompts * branches * steps + 2 * layers + branches * rest) + 15)
 
 
 def _run(search: _Search, out: Path) -> SparsityPlan:
