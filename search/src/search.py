@@ -505,6 +505,7 @@ def _record(search: _Search, grid: TokenGrid, costs: CostModel) -> dict[str, Any
             "steps": config.steps,
             "trace_steps": config.trace_steps,
             "guidance_scale": config.guidance_scale,
+            **{name: size for name in ("height", "width", "num_frames") if (size := getattr(config, name)) is not None},
         },
         "search": {"budget": config.budget, "density": config.density, "kernel": _kernel_version()},
         "costs": costs.to_dict(),
