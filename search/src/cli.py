@@ -134,7 +134,7 @@ def _check_numbers(**values: int | float | None) -> None:
     """``steps``, ``seed`` and the like, before anything is loaded."""
     for name, value in values.items():
         option = "--" + name.replace("_", "-")
-        least = 0 if name in ("seed", "first_seed", "guidance_scale") else 1
+        least = 0 if name in ("seed", "first_seed", "guidance_scale", "validate") else 1
         if value is not None and not value >= least:
             raise BadInput(f"{option} {value}: it must be at least {least}")
 
@@ -162,6 +162,10 @@ def search_command(
     steps: Steps = None,
     guidance_scale: Guidance = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the noise and of every random choice.")] = 0,
+    validate: Annotated[
+        int,
+        typer.Option("--validate", help="Prompts on which whole generations choose among the best few plans; 0: none."),
+    ] = 1,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -179,7 +183,7 @@ def search_command(
             raise BadInput(f"--budget {budget} and --density {density}: give one of the two")
         _check_share("--budget", budget)
         _check_share("--density", density)
-        _check_numbers(height=height, width=width, num_frames=num_frames, steps=steps, seed=seed)
+        _check_numbers(height=height, width=width, num_frames=num_frames, steps=steps, seed=seed, validate=validate)
         _check_numbers(guidance_scale=guidance_scale)
         from diffsparse.search import load
 
@@ -203,6 +207,7 @@ def search_command(
             steps=settings.num_inference_steps,
             guidance_scale=settings.guidance_scale,
             seed=seed,
+            validation_prompts=validate,
         )
         try:
             plan = run_search(pipe, found, config, folder, say=_say)

@@ -87,6 +87,7 @@ def refused(cli: Cli, *arguments: object) -> str:
         (["search", "m", "--prompts", "p", "--out", "o", "--density", "nan"], "--density nan"),
         (["search", "m", "--prompts", "p", "--out", "o", "--steps", "0"], "--steps 0: it must be at least 1"),
         (["search", "m", "--prompts", "p", "--out", "o", "--seed", "-1"], "--seed -1: it must be at least 0"),
+        (["search", "m", "--prompts", "p", "--out", "o", "--validate", "-1"], "--validate -1: it must be at least 0"),
         (["search", "m", "--prompts", "p", "--out", "o", "--guidance-scale", "-2"], "--guidance-scale -2.0"),
         (["eval", "m", "p", "--prompts", "f", "--seeds", "0"], "--seeds 0: it must be at least 1"),
         (["eval", "m", "p", "--prompts", "f", "--first-seed", "-3"], "--first-seed -3"),
@@ -282,7 +283,9 @@ def test_search_passes_on_what_was_asked(
 
     monkeypatch.setattr("diffsparse.search.search.run_search", run_search)
     common = ["search", model_folder, "--prompts", prompts_file, "--out", tmp_path / "plan", *SHAPE]
-    code, out, err = cli(*common, "--density", "0.3", "--seed", "7", "--guidance-scale", "4", "--json")
+    code, out, err = cli(
+        *common, "--density", "0.3", "--seed", "7", "--guidance-scale", "4", "--validate", "0", "--json"
+    )
     assert code == 0 and "a library prints this" in err
     data = json.loads(out)
     assert data["plan"] == str(tmp_path / "plan") and len(data["layers"]) == 4
@@ -293,6 +296,7 @@ def test_search_passes_on_what_was_asked(
     code, out, _ = cli(*common)
     assert code == 0 and f"diffsparse eval {model_folder} {tmp_path / 'plan'}" in out
     assert (seen[1][1].budget, seen[1][1].density) == (0.4, None)
+    assert (config.validation_prompts, seen[1][1].validation_prompts) == (0, 1)
 
 
 @pytest.mark.usefixtures("once_loaded")
