@@ -233,18 +233,21 @@ def generate_dense(
     *,
     noise_floor: bool = True,
     other_seed: bool = True,
+    warm_up: bool = True,
     progress: bool = True,
 ) -> DenseSet:
     """The dense clips of every prompt with every seed.
 
     ``noise_floor`` makes the first clip again on another dense kernel. ``other_seed`` gives the PSNR between two seeds;
-    with a single seed that takes one more clip of the first prompt. Sparse attention must be off.
+    with a single seed that takes one more clip of the first prompt. ``warm_up`` first makes two steps that are not
+    timed. Sparse attention must be off.
     """
     prompts = list(dict.fromkeys(prompts))
     seeds = check_seeds(seeds)
     if not prompts:
         raise BadInput("there is no prompt to generate")
-    _warm_up(pipe, prompts[0], settings)
+    if warm_up:
+        _warm_up(pipe, prompts[0], settings)
     made = generate_clips(pipe, prompts, seeds, settings, label="dense", progress=progress)
     clips = {(c.prompt, c.seed): c for c in made}
     pairs = [(clips[p, a], clips[p, b]) for p in prompts for a, b in combinations(seeds, 2)]
