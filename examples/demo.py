@@ -47,7 +47,7 @@ def run(
         (folder / "search.sqlite").unlink(missing_ok=True)
 
     print(f"1. Search a plan on {place} (budget: {budget:g} of the dense attention time)", flush=True)
-    config = SearchConfig(budget=budget, steps=steps, trace_steps=min(6, steps), **size)
+    config = SearchConfig(budget=budget, steps=steps, trace_steps=min(5, steps), candidates=2, **size)
     plan = run_search(pipe, calibration, config, folder, say=lambda line: print(f"   {line}", flush=True))
     draw(plan, grid_of(plan, folder), out / "plan.png", folder=folder)
 

@@ -47,9 +47,7 @@ log = logging.getLogger("diffsparse")
 # Counted up whenever what the store holds changes.
 STORE_FORMAT = 2
 # What may differ between two searches that share a store: nothing that is measured depends on it.
-FREE_SETTINGS = ("budget", "density", "steps", "dense_steps", "validation_prompts")
-# Plans that are validated.
-CANDIDATES = 3
+FREE_SETTINGS = ("budget", "density", "steps", "dense_steps", "validation_prompts", "candidates")
 REFERENCE_DENSITY = 0.06
 INJECTED_SHARE = 0.25
 
@@ -63,7 +61,8 @@ class SearchConfig:
     ``trace_steps``: steps of the generations that are measured. ``trace_prompts``: how many of the prompts are traced.
     ``samples``: queries sampled of every query block. ``dense_steps`` fixes the number of dense first steps, which the
     search chooses otherwise. ``validation_prompts``: on how many prompts that were not traced whole generations choose
-    among the best few plans (0: the predicted best is taken). Sizes are in pixels; None is the pipeline's default.
+    among the best ``candidates`` plans (0: the predicted best is taken). Sizes are in pixels; None is the pipeline's
+    default.
     """
 
     budget: float | None = 0.4
@@ -80,6 +79,7 @@ class SearchConfig:
     samples: int = 4
     dense_steps: int | None = None
     validation_prompts: int = 1
+    candidates: int = 3
 
     def __post_init__(self) -> None:
         if (self.budget is None) == (self.density is None):
@@ -87,7 +87,7 @@ class SearchConfig:
         share = self.budget if self.budget is not None else self.density
         if share is None or not 0 < share <= 1:
             raise BadInput(f"a budget or density is a share in (0, 1], got {share}")
-        for name in ("steps", "trace_steps", "trace_prompts", "samples"):
+        for name in ("steps", "trace_steps", "trace_prompts", "samples", "candidates"):
             if getattr(self, name) < 1:
                 raise BadInput(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.validation_prompts < 0:
@@ -465,7 +465,7 @@ def _run(search: _Search, out: Path) -> SparsityPlan:
     growth = search.amplification(reference, (effects * predicted).sum(1))
     composer = Composer(search, search.pipe.scheduler, grid, orders, costs, effects, growth, traced)
     with search.bar(1, "assign") as bar:
-        candidates = composer.candidates(CANDIDATES if config.validation_prompts else 1)
+        candidates = composer.candidates(config.candidates if config.validation_prompts else 1)
         bar.update()
     seconds = time.perf_counter() - begin
     plan = candidates[0]
