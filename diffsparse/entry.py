@@ -10,7 +10,7 @@ from diffsparse.pattern import Full, Pattern
 __all__ = ["MODES", "NUMERICS", "SELECTIONS", "TAILS", "Execution", "HeadEntry"]
 
 MODES = ("exact", "skip")
-TAILS = ("none", "mean", "moments")
+TAILS = ("none", "mean", "moments", "centroids")
 NUMERICS = ("auto", "int8", "fp8")
 SELECTIONS = ("static",)
 
@@ -27,7 +27,9 @@ class Execution:
     ``mode``: ``exact`` computes the kept blocks; ``skip`` leaves the whole head out (its output is zero).
     ``tail``: what dropped blocks contribute: ``none``; ``mean`` attends each once through its mean key and value, with
     ``ln n`` added to the logit; ``moments`` also adds half the variance of the block's logits under a diagonal
-    covariance of its keys (the second cumulant).
+    covariance of its keys (the second cumulant); ``centroids`` attends it through two mean keys and values, each with
+    its half of ``n``: the block is cut at the median of its keys along their principal axis, because a block's values
+    go with its keys, and one mean value for all of them is what the other tails get most wrong.
     ``numerics``: ``auto`` is the precision of q, k and v.
     """
 

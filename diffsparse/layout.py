@@ -20,8 +20,8 @@ __all__ = ["BLOCK_SIZES", "BlockLayout", "build_layout", "head_block_mask"]
 
 BLOCK_SIZES = (64, 128)
 # Cost of a tail in units of one dense row, times the block size: one summary per key block (mean), plus the second
-# product over squared queries and variances (moments).
-TAIL_COST = {"none": 0.0, "mean": 1.0, "moments": 1.5}
+# product over squared queries and variances (moments), or two summaries (centroids).
+TAIL_COST = {"none": 0.0, "mean": 1.0, "moments": 1.5, "centroids": 2.0}
 
 
 @dataclass(frozen=True, eq=False)

@@ -73,7 +73,8 @@ class Settings:
     minutes: float = 10.0
     batch: int = 32
     lr: float = 1e-3
-    shift: float = 3.0  # how far noise levels lean towards 1, in training and in the scheduler
+    level_shift: float = 2.0  # how far the noise levels of training lean towards 1
+    shift: float = 1.0  # the same for the scheduler's
     no_caption: float = 0.1  # how often the caption is dropped, for guidance
     compile: bool = True
     # Bookkeeping.
@@ -526,15 +527,15 @@ class Trainer:
             drop = (torch.rand(batch, 1, generator=own) < settings.no_caption).to(self.device)
             ids = torch.where(drop, empty_ids, pool.ids[index])
             mask = torch.where(drop, empty_mask, pool.mask[index])
-            # Stratified, so that every batch covers all noise levels, then leaning to the middle and to high noise.
+            # Stratified, so that every batch covers all noise levels, up to the noise alone that sampling begins with.
             even = (torch.arange(batch) + torch.rand(batch, generator=own)) / batch
-            level = torch.sigmoid(torch.special.ndtri(even.clamp(1e-4, 1 - 1e-4)))
-            level = (settings.shift * level / (1 + (settings.shift - 1) * level)).to(self.device)
+            level = (settings.level_shift * even / (1 + (settings.level_shift - 1) * even)).to(self.device)
             noise = torch.randn_like(clean)
             mix = level.view(-1, 1, 1, 1, 1)
             predicted = wrapped(torch.lerp(clean, noise, mix), level, ids, mask).float()
             error = (predicted - (noise - clean)).square().flatten(1).mean(1)
-            return error.mean(), error[level > 0.9].mean()
+            noisy = error[level > 0.9]
+            return error.mean(), noisy.mean() if len(noisy) else error.mean()
 
         def check(step: int) -> bool:
             self.export(self.out / "model", averaged)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from diffsparse.entry import TAILS
 from diffsparse.kernels.call import GATHERED, SKIP, TAIL, AttentionCall
-from diffsparse.kernels.summaries import summarize
+from diffsparse.kernels.summaries import half_lengths, summarize, summarize_halves
 
 __all__ = ["run"]
 
@@ -37,7 +37,9 @@ class _HeadRows:
     counts: kept blocks of the rows, most first.  index: int64 ``[R, counts[0]]``, those blocks, filled up with ``N``.
     query_token: int64 ``[R * block]``, as ``key_token``, in the rows' order.
     place: int64 ``[S]``, where each token's result is among ``R * block`` rows; ``R * block`` where it has none.
-    tail_bias: fp32 ``[R, 1, N]``, ln n where a block is attended through its summary, -inf elsewhere; or None.
+    tail: its name, ``none`` where nothing is left out.
+    tail_bias: fp32 ``[R, 1, M]``, ln n where a block is attended through its summary, -inf elsewhere; or None. ``M``
+    summaries: one for each block, or those of all first halves and then those of all second ones.
     """
 
     key_token: torch.Tensor
@@ -50,7 +52,7 @@ class _HeadRows:
     query_token: torch.Tensor
     place: torch.Tensor
     tail_bias: torch.Tensor | None
-    moments: bool
+    tail: str
 
 
 class _Workspace:
@@ -117,8 +119,10 @@ def _head_rows(call: AttentionCall, head: int, order: int, tail: str) -> _HeadRo
 
     bias = None
     if tail != "none":
-        bias = torch.where(call.visual_blocks(order), length.float().log(), -math.inf).repeat(n, 1)
-        bias[torch.repeat_interleave(torch.arange(n), count), columns] = -math.inf
+        parts = half_lengths(length) if tail == "centroids" else length[None]
+        bias = torch.where(call.visual_blocks(order), parts.float().log(), -math.inf).repeat(n, 1, 1)
+        bias[torch.repeat_interleave(torch.arange(n), count), :, columns] = -math.inf
+        bias = bias.flatten(1)
         if bool(bias.isneginf().all()):
             bias = None
     counts, rows = count.sort(descending=True, stable=True)
@@ -145,7 +149,7 @@ def _head_rows(call: AttentionCall, head: int, order: int, tail: str) -> _HeadRo
         query_token=token.view(n, block)[rows].view(-1),
         place=place[call.scatter[order].long()],
         tail_bias=None if bias is None else bias[rows][:, None],
-        moments=tail == "moments",
+        tail=tail,
     )
 
 
@@ -171,10 +175,11 @@ def _table(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Keys and values as fp32 blocks ``[N + 1 + summary blocks, block * D]``, and the variances ``[N, D]`` of keys.
 
-    Block ``N`` is padding; the rows of the summary blocks are the blocks' means, N of them.
+    Block ``N`` is padding; the rows of the summary blocks are means, as many as ``tail_bias`` has columns.
     """
     n, block, dim = call.num_blocks, call.block_size, call.q.shape[3]
-    total = n + 1 + (-(-n // block) if head.tail_bias is not None else 0)
+    summaries = 0 if head.tail_bias is None else head.tail_bias.shape[2]
+    total = n + 1 + -(-summaries // block)
     tables = []
     for name, x in (("keys", call.k[b, :, h]), ("values", call.v[b, :, h])):
         table = space.take(name, total * block, dim)
@@ -190,9 +195,13 @@ def _table(
     variance = None
     if head.tail_bias is not None:
         key_blocks, value_blocks = (t[: n * block].view(n, block, dim) for t in tables)
-        mean_k, mean_v, variance = summarize(key_blocks, value_blocks, head.length, moments=head.moments)
+        if head.tail == "centroids":
+            mean_k, mean_v = (x.flatten(0, 1) for x in summarize_halves(key_blocks, value_blocks, head.length))
+        else:
+            moments = head.tail == "moments"
+            mean_k, mean_v, variance = summarize(key_blocks, value_blocks, head.length, moments=moments)
         for table, mean in zip(tables, (mean_k, mean_v)):
-            table[(n + 1) * block : (n + 1) * block + n] = mean
+            table[(n + 1) * block : (n + 1) * block + summaries] = mean
     keys, values = (t.view(total, block * dim) for t in tables)
     return keys, values, variance
 
@@ -202,7 +211,7 @@ def _attend(
 ) -> None:
     """One head of one item: fills ``out[b, :, h]`` and, where asked for, ``lse[b, :, h]``."""
     n, block, dim, used = call.num_blocks, call.block_size, call.q.shape[3], len(head.counts)
-    tail = head.tail_bias is not None
+    tail = 0 if head.tail_bias is None else head.tail_bias.shape[2]
     keys, values, variance = _table(call, head, b, h, space)
     summaries = torch.arange(n + 1, len(keys))
     query = call.q[b, :, h].index_select(0, head.query_token).float().view(used, block, dim).mul_(call.scale)
@@ -222,12 +231,12 @@ def _attend(
     result = space.take("result", used + 1, block, dim)
     result[used] = 0.0
     row_lse = torch.full((used + 1, block), -math.inf) if call.return_lse else None
-    for begin, end in _chunks(head.counts, block, n if tail else 0):
+    for begin, end in _chunks(head.counts, block, tail):
         size, widest = end - begin, head.counts[begin]
         index = head.index[begin:end, :widest]
         fetched = torch.cat([index, summaries.expand(size, -1)], 1).view(-1) if tail else index.reshape(-1)
         exact = widest * block
-        width = exact + (n if tail else 0)
+        width = exact + tail
         key = torch.index_select(keys, 0, fetched, out=space.take("key", len(fetched), block * dim))
         value = torch.index_select(values, 0, fetched, out=space.take("value", len(fetched), block * dim))
         key, value = (x.view(size, -1, dim)[:, :width] for x in (key, value))

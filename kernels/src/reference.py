@@ -8,6 +8,7 @@ import torch
 
 from diffsparse.entry import TAILS
 from diffsparse.kernels.call import SKIP, TAIL, AttentionCall, make_call
+from diffsparse.kernels.summaries import AXIS_STEPS
 from diffsparse.layout import BlockLayout
 
 __all__ = ["reference_attention", "run"]
@@ -34,6 +35,18 @@ def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     """The backend: fp32 inside (fp64 for fp64 inputs), output in the inputs' dtype, log-sum-exp in fp32."""
     out, lse = _compute(call, torch.float64 if call.q.dtype == torch.float64 else torch.float32)
     return out.to(call.q.dtype), lse.float()
+
+
+def _halves(k: torch.Tensor, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """A block's tokens, cut at the median of their keys along the principal axis."""
+    if len(tokens) == 1:
+        return [tokens]
+    centred = k[tokens] - k[tokens].mean(0)
+    axis = centred[centred.square().sum(1).argmax()]
+    for _ in range(AXIS_STEPS):
+        axis = centred.T @ (centred @ (axis / axis.norm().clamp(min=1e-30)))
+    ranked = tokens[(centred @ axis).argsort(dim=0, stable=True)]
+    return [ranked[: len(tokens) // 2], ranked[len(tokens) // 2 :]]
 
 
 def _compute(call: AttentionCall, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,12 +76,14 @@ def _compute(call: AttentionCall, dtype: torch.dtype) -> tuple[torch.Tensor, tor
                     keys = keys[call.key_mask[b, keys]]
                 logits, values = [query @ k[keys].T], [v[keys]]
                 dropped = [j for j in range(n) if visual[j] and j not in set(kept)] if tail != "none" else []
-                for j in dropped:
-                    logit = query @ k[tokens[j]].mean(0) + math.log(len(tokens[j]))
+                for part in (
+                    p for j in dropped for p in (_halves(k, tokens[j]) if tail == "centroids" else [tokens[j]])
+                ):
+                    logit = query @ k[part].mean(0) + math.log(len(part))
                     if tail == "moments":
-                        logit = logit + 0.5 * query.square() @ k[tokens[j]].var(0, unbiased=False)
+                        logit = logit + 0.5 * query.square() @ k[part].var(0, unbiased=False)
                     logits.append(logit[:, None])
-                    values.append(v[tokens[j]].mean(0, keepdim=True))
+                    values.append(v[part].mean(0, keepdim=True))
                 weights = torch.cat(logits, 1)
                 if weights.shape[1]:
                     lse[b, tokens[i], h] = weights.logsumexp(1)

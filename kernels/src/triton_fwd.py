@@ -142,6 +142,7 @@ def _tail_blocks(
     start_row,
     scale,
     num_blocks,
+    parts,
     text_before,
     visual_end,
     D: tl.constexpr,
@@ -150,21 +151,25 @@ def _tail_blocks(
     PRECISION: tl.constexpr,
     MOMENTS: tl.constexpr,
 ):
-    """Attend the summary of every visual block that the row does not keep."""
+    """Attend the summaries, ``parts`` (1 or 2) for each, of every visual block that the row does not keep."""
     LOG2: tl.constexpr = 1.4426950408889634
     offs_d = tl.arange(0, BLOCK_D)
     if MOMENTS:
         qs = q.to(tl.float32) * scale
         half_square = (qs * qs * (0.5 * LOG2)).to(var_k.dtype.element_ty)
-    for n0 in tl.range(0, num_blocks, BLOCK_T, num_stages=2):
-        n = n0 + tl.arange(0, BLOCK_T)
-        exists = n < num_blocks
+    for n0 in tl.range(0, parts * num_blocks, BLOCK_T, num_stages=2):
+        row = n0 + tl.arange(0, BLOCK_T)
+        exists = row < parts * num_blocks
+        second = row >= num_blocks
+        n = tl.where(second, row - num_blocks, row)
         start = tl.load(start_row + n, mask=exists, other=0)
         length = tl.load(start_row + n + 1, mask=exists, other=0) - start
         word = tl.load(bits_row + n // 32, mask=exists, other=0)
         visual = (length > 0) & (start >= text_before) & (start < visual_end)
         dropped = exists & visual & (((word >> (n % 32)) & 1) == 0)
-        at = n[:, None] * D + offs_d[None, :]
+        first = tl.where(parts == 2, length // 2, length)
+        length = tl.where(second, length - first, first)
+        at = row[:, None] * D + offs_d[None, :]
         inside = exists[:, None] & (offs_d[None, :] < D)
         k = tl.load(mean_k + at, mask=inside, other=0.0)
         v = tl.load(mean_v + at, mask=inside, other=0.0)
@@ -173,7 +178,7 @@ def _tail_blocks(
             var = tl.load(var_k + at, mask=inside, other=0.0)
             logits = tl.dot(half_square, tl.trans(var), logits, input_precision=PRECISION)
         log_length = tl.math.log2(tl.maximum(length, 1).to(tl.float32))
-        logits = tl.where(dropped[None, :], logits + log_length[None, :], float("-inf"))
+        logits = tl.where((dropped & (length > 0))[None, :], logits + log_length[None, :], float("-inf"))
         acc, total, top = _softmax_step(acc, total, top, logits, 1.0, v, PRECISION, True)
     return acc, total, top
 
@@ -296,17 +301,19 @@ def _forward_kernel(
             )  # fmt: skip
         if HAS_TAIL:
             tail = tl.load(mode + 1)
-            summary = (b64 * HEADS + h) * num_blocks * D
+            variances = (b64 * HEADS + h) * num_blocks * D
+            summary = 2 * variances
             bits_row = bits + (h * num_blocks + i).to(tl.int64) * bit_words
-            if tail == 1:
+            if (tail == 1) | (tail == 3):
+                parts = tl.where(tail == 3, 2, 1)
                 acc, total, top = _tail_blocks(
                     acc, total, top, q, mean_k + summary, mean_v + summary, var_k, bits_row, start_row,
-                    scale, num_blocks, text_before, visual_end, D, BLOCK_D, BLOCK_T, PRECISION, False,
+                    scale, num_blocks, parts, text_before, visual_end, D, BLOCK_D, BLOCK_T, PRECISION, False,
                 )  # fmt: skip
             if tail == 2:
                 acc, total, top = _tail_blocks(
-                    acc, total, top, q, mean_k + summary, mean_v + summary, var_k + summary, bits_row, start_row,
-                    scale, num_blocks, text_before, visual_end, D, BLOCK_D, BLOCK_T, PRECISION, True,
+                    acc, total, top, q, mean_k + summary, mean_v + summary, var_k + variances, bits_row, start_row,
+                    scale, num_blocks, 1, text_before, visual_end, D, BLOCK_D, BLOCK_T, PRECISION, True,
                 )  # fmt: skip
 
     out = acc / tl.where(total > 0, total, 1.0)[:, None]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from diffsparse.kernels.call import AttentionCall
+from diffsparse.kernels.summaries import AXIS_STEPS
 
 __all__ = ["kept_bits", "summaries", "variance_dtype"]
 
@@ -35,11 +38,13 @@ def _summary_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
     GATHER: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
     i = tl.program_id(0)
     h = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
-    if tl.load(head_mode + h * 4 + 1) == 0:
+    tail = tl.load(head_mode + h * 4 + 1)
+    if tail == 0:
         return
     order = tl.load(head_order + h)
     start = tl.load(block_start + order * (num_blocks + 1) + i)
@@ -53,18 +58,45 @@ def _summary_kernel(
     inside = live[:, None] & (offs_d[None, :] < D)
     h64 = h.to(tl.int64)
     count = tl.maximum(length, 1).to(tl.float32)
-    at = ((b * HEADS + h) * num_blocks + i) * D + offs_d
+    # Two rows of summaries for each block: all first ones, then all second ones.
+    at = ((b * HEADS + h) * 2 * num_blocks + i) * D + offs_d
+    at_var = ((b * HEADS + h) * num_blocks + i) * D + offs_d
+    there = offs_d < D
 
     k_at = k_ptr + b * stride_kb + h64 * stride_kh + token[:, None] * stride_ks + offs_d[None, :]
     k = tl.load(k_at, mask=inside, other=0.0).to(tl.float32)
-    mean = tl.sum(k, 0) / count
-    tl.store(mean_k + at, mean.to(mean_k.dtype.element_ty), mask=offs_d < D)
-    # Two passes: the mean of squares less the square of the mean cancels where a block's keys are nearly equal.
-    spread = tl.where(live[:, None], k - mean[None, :], 0.0)
-    tl.store(var_k + at, (tl.sum(spread * spread, 0) / count).to(var_k.dtype.element_ty), mask=offs_d < D)
     v_at = v_ptr + b * stride_vb + h64 * stride_vh + token[:, None] * stride_vs + offs_d[None, :]
     v = tl.load(v_at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(mean_v + at, (tl.sum(v, 0) / count).to(mean_v.dtype.element_ty), mask=offs_d < D)
+    mean = tl.sum(k, 0) / count
+    # Two passes: the mean of squares less the square of the mean cancels where a block's keys are nearly equal.
+    spread = tl.where(live[:, None], k - mean[None, :], 0.0)
+    if tail != 3:
+        tl.store(mean_k + at, mean.to(mean_k.dtype.element_ty), mask=there)
+        tl.store(mean_v + at, (tl.sum(v, 0) / count).to(mean_v.dtype.element_ty), mask=there)
+        tl.store(var_k + at_var, (tl.sum(spread * spread, 0) / count).to(var_k.dtype.element_ty), mask=there)
+        return
+    # As summaries.in_first_half: rank the keys along the principal axis, cut at the median.
+    far = tl.argmax(tl.sum(spread * spread, 1), 0)
+    axis = tl.sum(tl.where((offs_n == far)[:, None], spread, 0.0), 0)
+    for _ in tl.static_range(STEPS):
+        axis = axis / tl.maximum(tl.sqrt(tl.sum(axis * axis, 0)), 1e-30)
+        axis = tl.sum(spread * tl.sum(spread * axis[None, :], 1)[:, None], 0)
+    along = tl.where(live, tl.sum(spread * axis[None, :], 1), float("inf"))
+    smaller = along[None, :] < along[:, None]
+    tie = (along[None, :] == along[:, None]) & (offs_n[None, :] < offs_n[:, None])
+    half = length // 2
+    first = tl.sum((smaller | tie).to(tl.int32), 1) < half
+    count = tl.maximum(half, 1).to(tl.float32)
+    low_k = tl.sum(tl.where(first[:, None], k, 0.0), 0)
+    low_v = tl.sum(tl.where(first[:, None], v, 0.0), 0)
+    tl.store(mean_k + at, (low_k / count).to(mean_k.dtype.element_ty), mask=there)
+    tl.store(mean_v + at, (low_v / count).to(mean_v.dtype.element_ty), mask=there)
+    count = tl.maximum(length - half, 1).to(tl.float32)
+    high = num_blocks * D
+    high_k = tl.sum(tl.where(first[:, None], 0.0, k), 0)
+    high_v = tl.sum(tl.where(first[:, None], 0.0, v), 0)
+    tl.store(mean_k + at + high, (high_k / count).to(mean_k.dtype.element_ty), mask=there)
+    tl.store(mean_v + at + high, (high_v / count).to(mean_v.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -87,39 +119,34 @@ def variance_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float32 else torch.bfloat16
 
 
-def summaries(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mean key, mean value and variance of keys of every block, ``[B, H, N, D]`` each, worked out in fp32.
+def summaries(call: AttentionCall, warmup: bool = False) -> Any:
+    """Means of keys and values ``[B, H, 2, N, D]`` and variances of keys ``[B, H, N, D]``, worked out in fp32.
 
+    Blocks of a head with the tail ``centroids`` have two means, those of other heads one, which comes first.
     Means are rounded to the inputs' dtype, as the keys and values they stand for have been: so the tail runs on the
     same matrix units, and a block of equal keys and values stays exact. Heads without a tail are left unwritten, and
-    never read.
+    never read, as are second means of blocks that have one. With ``warmup`` only compile, and return the kernel.
     """
     k, v = call.k, call.v
     batch, seq, heads, dim = k.shape
-    shape = (batch, heads, call.num_blocks, dim)
+    shape = (batch, heads, 2, call.num_blocks, dim)
     mean_k, mean_v = (torch.empty(shape, dtype=k.dtype, device=k.device) for _ in range(2))
-    var_k = torch.empty(shape, dtype=variance_dtype(k.dtype), device=k.device)
-    _summary_kernel[(call.num_blocks, heads, batch)](
-        k,
-        v,
-        mean_k,
-        mean_v,
-        var_k,
-        call.gather,
-        call.block_start,
-        call.head_order,
-        call.head_mode,
-        seq,
-        call.num_blocks,
-        *(k.stride(0), k.stride(1), k.stride(2)),
-        *(v.stride(0), v.stride(1), v.stride(2)),
+    var_k = torch.empty((batch, heads, call.num_blocks, dim), dtype=variance_dtype(k.dtype), device=k.device)
+    args = [k, v, mean_k, mean_v, var_k, call.gather, call.block_start, call.head_order, call.head_mode, seq]
+    args += [call.num_blocks, *k.stride()[:3], *v.stride()[:3]]
+    constants = dict(
         HEADS=heads,
         D=dim,
         BLOCK_D=triton.next_power_of_2(dim),
         BLOCK=call.block_size,
         GATHER=call.needs_gather,
-        num_warps=4,
+        STEPS=AXIS_STEPS,
+        num_warps=4 if call.block_size * dim <= 8192 else 8,
     )
+    grid = (call.num_blocks, heads, batch)
+    if warmup:
+        return _summary_kernel.warmup(*args, grid=grid, **constants)
+    _summary_kernel[grid](*args, **constants)
     return mean_k, mean_v, var_k
 
 

@@ -51,28 +51,6 @@ def routed_dispatch(
     """Stands for diffusers' ``dispatch_attention_fn``: q, k, v are ``[B, S, H, D]``."""
     if EPOCH.tag == "":  # never: compiled code guards on the tag
         raise RuntimeError
-    layer = CTX.layer
-    if layer is None:
-        return _dispatch(
-            query,
-            key,
-            value,
-            attn_mask,
-            dropout_p,
-            is_causal,
-            scale,
-            enable_gqa,
-            attention_kwargs,
-            backend=backend,
-            parallel_config=parallel_config,
-        )
-    # Whatever runs below is not this layer's attention a second time: the native backend calls F.sdpa.
-    CTX.layer = None
-    reason = _special(query, key, value, dropout_p, is_causal, enable_gqa)
-    if parallel_config is not None:
-        reason = "context parallel"
-    elif attention_kwargs:
-        reason = "extra arguments for the attention backend"
 
     def dense() -> torch.Tensor:
         return _dispatch(
@@ -89,6 +67,16 @@ def routed_dispatch(
             parallel_config=parallel_config,
         )
 
+    layer = CTX.layer
+    if layer is None:
+        return dense()
+    # Whatever runs below is not this layer's attention a second time: the native backend calls F.sdpa.
+    CTX.layer = None
+    reason = _special(query, key, value, dropout_p, is_causal, enable_gqa)
+    if parallel_config is not None:
+        reason = "context parallel"
+    elif attention_kwargs:
+        reason = "extra arguments for the attention backend"
     out = _route(layer, query, key, value, attn_mask, True, scale, reason, dense)
     CTX.layer = layer
     return out

@@ -327,7 +327,7 @@ def bench_kernels_command(
     head_dim: Annotated[int, typer.Option("--head-dim")] = 64,
     density: Annotated[str, typer.Option("--density", help="Kept blocks, a list.")] = "0.1,0.3,0.5,0.7,1.0",
     block_size: Annotated[int, typer.Option("--block-size", help="64 or 128.")] = 64,
-    tail: Annotated[str, typer.Option("--tail", help="none, mean or moments.")] = "moments",
+    tail: Annotated[str, typer.Option("--tail", help="none, mean, moments or centroids.")] = "moments",
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,

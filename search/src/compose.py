@@ -113,7 +113,7 @@ class _Items:
 class Composer:
     """Plans from a search's measurements.
 
-    ``effects``: squared change of the model's output per squared error of a layer, ``[traced steps, layers]``.
+    ``effects``: squared change of the guided output per squared error of a layer, ``[traced steps, layers]``.
     ``growth``: of a squared error from the latent where it is made to the final one, ``[traced steps]``. ``traced``:
     noise levels of the traced steps.
     """

@@ -80,7 +80,7 @@ def measure_costs(
     dtype: torch.dtype,
     seconds: float = 0.3,
 ) -> CostModel:
-    """Time dense and sparse calls on random inputs and random lists; about a dozen measurements of ``seconds`` each."""
+    """Time dense and sparse calls on random inputs and random lists; sixteen measurements of ``seconds`` each."""
     generator = torch.Generator("cpu").manual_seed(0)
     shape = (1, grid.seq_len, heads, head_dim)
     q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,11 +28,11 @@ __all__ = [
     "StepCounter",
     "Tracer",
     "final_latents",
-    "layer_effect",
     "partial_error",
     "record",
     "replaying",
     "sparse_callback",
+    "step_effect",
 ]
 
 
@@ -173,17 +173,22 @@ def _key_mask(call: Any) -> torch.Tensor | None:
 class Recording:
     """A dense generation, kept so that it can be taken up again at any step.
 
-    ``outputs``: what the transformers returned, in call order. ``inputs``: arguments of the calls of chosen steps.
+    ``outputs``: what the transformers returned, in call order. ``guided``: the predictions that the scheduler was
+    given, guidance included. Each with its step.
     """
 
     levels: list[float]
     outputs: list[tuple[int, Any]]
-    inputs: dict[int, tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]]
+    guided: list[tuple[int, torch.Tensor]]
     latents: torch.Tensor
 
     def first_call(self, step: int) -> int:
         """Index of a step's first model call."""
         return next(i for i, (s, _) in enumerate(self.outputs) if s == step)
+
+    def first_update(self, step: int) -> int:
+        """Index of a step's first update of the latent."""
+        return next(i for i, (s, _) in enumerate(self.guided) if s == step)
 
 
 def _tree(value: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
@@ -201,36 +206,42 @@ def _clone(value: Any) -> Any:
     return _tree(value, lambda t: t.detach().clone())
 
 
-def record(
-    pipe: Any, prompt: str, seed: int, settings: GenerationSettings, input_steps: tuple[int, ...], tracer: Tracer | None
-) -> Recording:
+@contextmanager
+def _updates(pipe: Any, callback: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    """Within, ``callback`` gets every prediction that the scheduler is given, before it updates the latent."""
+    scheduler, original = pipe.scheduler, pipe.scheduler.step
+
+    def step(model_output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        callback(model_output)
+        return original(model_output, *args, **kwargs)
+
+    scheduler.step = step
+    try:
+        yield
+    finally:
+        del scheduler.step
+
+
+def record(pipe: Any, prompt: str, seed: int, settings: GenerationSettings, tracer: Tracer | None) -> Recording:
     """Run a dense generation and keep what is needed to take it up again; with a tracer, score it too."""
     counter = tracer.counter if tracer else StepCounter()
     outputs: list[tuple[int, Any]] = []
-    inputs: dict[int, tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]] = {}
-    pending: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    guided: list[tuple[int, torch.Tensor]] = []
 
-    def before(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
-        pending.append((args, kwargs))
+    def after(module: torch.nn.Module, args: Any, output: Any) -> None:
+        outputs.append((len(counter.levels) - 1, _clone(output)))
 
-    def after(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        step = len(counter.levels) - 1
-        arguments = pending.pop()
-        outputs.append((step, _clone(output)))
-        if step in input_steps and step not in inputs:
-            inputs[step] = (module, _clone(arguments[0]), _clone(arguments[1]))
+    def update(prediction: torch.Tensor) -> None:
+        guided.append((len(counter.levels) - 1, _clone(prediction)))
 
-    handles = []
-    for module in find_transformers(pipe).values():
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(module.register_forward_hook(after, with_kwargs=True))
+    handles = [module.register_forward_hook(after) for module in find_transformers(pipe).values()]
     try:
-        with tap_attention(pipe, tracer if tracer else _counting(counter)):
+        with tap_attention(pipe, tracer if tracer else _counting(counter)), _updates(pipe, update):
             latents = final_latents(pipe, prompt, seed, settings)
     finally:
         for handle in handles:
             handle.remove()
-    return Recording(list(counter.levels), outputs, inputs, latents)
+    return Recording(list(counter.levels), outputs, guided, latents)
 
 
 def _counting(counter: StepCounter) -> Callable[[Any], None]:
@@ -296,19 +307,39 @@ def partial_error(
     return callback
 
 
-@torch.no_grad()
-def layer_effect(
-    pipe: Any, recording: Recording, step: int, layer: str, layouts: Callable[[Any], BlockLayout | None]
+class _Reached(Exception):
+    """A generation came to the update that was waited for."""
+
+
+def step_effect(
+    pipe: Any,
+    recording: Recording,
+    prompt: str,
+    seed: int,
+    settings: GenerationSettings,
+    step: int,
+    layouts: Callable[[Any], BlockLayout | None],
 ) -> float:
-    """Squared change of the model's output at a recorded step when this one layer runs sparse."""
-    module, args, kwargs = recording.inputs[step]
-    run = sparse_callback(lambda call: layouts(call) if call.layer == layer else None)
-    with tap_attention(pipe, run):
-        output = module(*_clone(args), **_clone(kwargs))
-    reference = recording.outputs[recording.first_call(step)][1]
-    return float((_sample(output) - _sample(reference)).double().square().sum())
+    """Squared change of the prediction that the scheduler gets at a recorded step when its calls run with ``layouts``.
 
+    Guidance is part of it: what an error does alike to both branches passes through once, what it does to their
+    difference is multiplied by the guidance scale.
+    """
+    wanted, found = recording.first_update(step), []
+    seen = 0
 
-def _sample(output: Any) -> torch.Tensor:
-    """A transformer's prediction, whether it came in a tuple or an output object."""
-    return (output[0] if isinstance(output, (tuple, list)) else output.sample).float()
+    def update(prediction: torch.Tensor) -> None:
+        nonlocal seen
+        if seen == wanted:
+            found.append(prediction)
+            raise _Reached
+        seen += 1
+
+    with (
+        suppress(_Reached),
+        replaying(pipe, recording, recording.first_call(step)),
+        tap_attention(pipe, sparse_callback(layouts)),
+        _updates(pipe, update),
+    ):
+        final_latents(pipe, prompt, seed, settings)
+    return float((found[0] - recording.guided[wanted][1]).double().square().sum())

@@ -2,9 +2,9 @@
 
 For a query q with softmax weights p, output o and a dropped block J of n keys, the output changes to first order by
 
-    d_J = w (m_v - o) - sum_{k in J} p_k (v_k - o)
+    d_J = sum_c w_c (m_c - o) - sum_{k in J} p_k (v_k - o)
 
-where w is the weight that the tail gives the block (0 without a tail) and m_v the block's mean value. The score of a
+where the tail gives the block's summaries, with values m_c, the weights w_c (none without a tail). The score of a
 block pair is the sum of ``||d_J||^2`` over the queries of the query block, estimated from a few sampled queries. Values
 are first taken through the head's slice of the output projection, so scores of different heads are in the same units.
 
@@ -22,6 +22,7 @@ import torch
 
 from diffsparse.entry import TAILS
 from diffsparse.grid import TokenGrid
+from diffsparse.kernels.summaries import half_lengths, summarize, summarize_halves
 from diffsparse.order import TokenOrder
 
 __all__ = ["LADDER", "BlockIndex", "CallScores", "projection_roots", "score_call"]
@@ -135,10 +136,11 @@ def score_call(
         block_keys = keys[flat].view(blocks, width, dim)
         block_values = values[flat].view(blocks, width, dim) * index.valid[..., None]
         inside = index.valid[..., None].float()
-        mean_key = (block_keys * inside).sum(1) / length[:, None]
-        variance = ((block_keys - mean_key[:, None]).square() * inside).sum(1) / length[:, None]
-        mean_value = block_values.sum(1) / length[:, None]
-        value_norm = mean_value.square().sum(1)
+        block_keys = block_keys * inside
+        mean_key, mean_value, variance = summarize(block_keys, block_values, length, moments=True)
+        assert variance is not None
+        half_keys, half_values = summarize_halves(block_keys, block_values, length)
+        summary = (mean_value, *half_values)
         for lo in range(0, blocks, rows):
             tokens = query_tokens[lo : lo + rows]
             queries = q[0, tokens.reshape(-1), head].float() * scale
@@ -152,28 +154,33 @@ def score_call(
             z = part.sum(-1)
             numerator = torch.bmm(part.transpose(0, 1), block_values).transpose(0, 1)  # [queries, NB, D]
             o_norm = output.square().sum(1, keepdim=True)
+            n_norm = numerator.square().sum(-1)
             n_o = torch.bmm(numerator, output[:, :, None])[..., 0]
-            n_m = torch.einsum("qbd,bd->qb", numerator, mean_value)
-            o_m = output @ mean_value.T
-            exact = numerator.square().sum(-1) - 2 * z * n_o + z.square() * o_norm
-            cross = n_m - n_o - z * (o_m - o_norm)
-            away = value_norm - 2 * o_m + o_norm
+            n_m = [torch.einsum("qbd,bd->qb", numerator, m) for m in summary]
+            o_m = [output @ m.T for m in summary]
             first = (queries @ mean_key.T - lse).exp() * length
             second = first * (0.5 * (queries.square() @ variance.T)).clamp_max(30.0).exp()
+            halves = [(queries @ x.T - lse).exp() * n for x, n in zip(half_keys, half_lengths(length), strict=True)]
+            # In the order of entry.TAILS: weights, each with the place of its value in the summary.
+            tails: list[list[tuple[torch.Tensor, int]]] = [[], [(first, 0)], [(second, 0)], [*zip(halves, (1, 2))]]
             share = length[lo : lo + rows] / samples
             # What text tokens add, which are never dropped; without text nothing but rounding errors is left over.
             z_rest = 1 - z.sum(1)
             z_rest = torch.where(z_rest > 1e-5, z_rest, 0.0)
             rest = torch.where(z_rest[:, None] > 0, output - numerator.sum(1), 0.0)
-            for tail, w in enumerate((None, first, second)):
-                d = exact if w is None else exact - 2 * w * cross + w.square() * away
+            for tail, parts in enumerate(tails):
+                more = sum((w for w, _ in parts), -z)
+                d = n_norm - 2 * more * (sum((w * o_m[c] for w, c in parts), -n_o)) + more.square() * o_norm
+                for w, c in parts:
+                    d = d - 2 * w * n_m[c]
+                    for other, e in parts:
+                        d = d + w * other * (summary[c] * summary[e]).sum(1)
                 d = d.clamp_min(0).view(len(tokens), samples, blocks).sum(1)
                 error[tail, i, lo : lo + rows] = d * share[:, None]
                 # [rows, ladder, NB]: the first blocks of each row's ranking
                 kept = d.argsort(1, descending=True).argsort(1)[:, None] < counts[:, None]
-                left = _masked_output(
-                    kept.repeat_interleave(samples, 0).float(), z, numerator, w, mean_value, z_rest, rest
-                )
+                weighted = [(w, summary[c]) for w, c in parts]
+                left = _masked_output(kept.repeat_interleave(samples, 0).float(), z, numerator, weighted, z_rest, rest)
                 off = (left - output[:, None]).square().sum(-1).view(len(tokens), samples, -1).sum(1)
                 true[tail, i] += (off * share[:, None]).sum(0)
                 summed[tail, i] += ((d[:, None] * ~kept).sum(-1) * share[:, None]).sum(0)
@@ -186,17 +193,19 @@ def _masked_output(
     kept: torch.Tensor,
     z: torch.Tensor,
     numerator: torch.Tensor,
-    tail: torch.Tensor | None,
-    mean_value: torch.Tensor,
+    tail: list[tuple[torch.Tensor, torch.Tensor]],
     z_rest: torch.Tensor,
     rest: torch.Tensor,
 ) -> torch.Tensor:
-    """Output of queries under several masks: ``[queries, masks, D]`` for ``kept [queries, masks, NB]``."""
+    """Output of queries under several masks: ``[queries, masks, D]`` for ``kept [queries, masks, NB]``.
+
+    ``tail``: weights ``[queries, NB]`` and values ``[NB, D]`` of the blocks' summaries.
+    """
     value = torch.bmm(kept, numerator) + rest[:, None]
     weight = torch.bmm(kept, z[..., None])[..., 0] + z_rest[:, None]
-    if tail is not None:
-        dropped = (1 - kept) * tail[:, None]
-        value = value + dropped @ mean_value
+    for summary_weight, summary_value in tail:
+        dropped = (1 - kept) * summary_weight[:, None]
+        value = value + dropped @ summary_value
         weight = weight + dropped.sum(-1)
     # A query without any key has the output zero.
     return torch.where(weight[..., None] > 1e-12, value / weight.clamp_min(1e-12)[..., None], 0.0)

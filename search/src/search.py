@@ -32,7 +32,7 @@ from diffsparse.search.cost import CostModel, measure_costs
 from diffsparse.search.environment import environment
 from diffsparse.search.errors import BadInput
 from diffsparse.search.generate import GenerationSettings, generate_clip
-from diffsparse.search.observe import Recording, Tracer, final_latents, layer_effect, partial_error, record, replaying
+from diffsparse.search.observe import Recording, Tracer, final_latents, partial_error, record, replaying, step_effect
 from diffsparse.search.options import (
     FamilyTable,
     HeadScores,
@@ -45,7 +45,7 @@ __all__ = ["SearchConfig", "run_search"]
 log = logging.getLogger("diffsparse")
 
 # Counted up whenever what the store holds changes.
-STORE_FORMAT = 2
+STORE_FORMAT = 3
 # What may differ between two searches that share a store: nothing that is measured depends on it.
 FREE_SETTINGS = ("budget", "density", "steps", "dense_steps", "validation_prompts", "candidates")
 REFERENCE_DENSITY = 0.06
@@ -144,7 +144,7 @@ class _Search:
                 screen_steps=(1, 2),
             )
             with self.bar(1, "probe") as bar:
-                record(self.pipe, self.prompts[0], self.config.seed, self.config.settings(3), (), tracer)
+                record(self.pipe, self.prompts[0], self.config.seed, self.config.settings(3), tracer)
                 bar.update()
             assert tracer.grid is not None
             chosen: dict[str, list[str]] = {}
@@ -201,7 +201,6 @@ class _Search:
                     self.prompts[p],
                     self.config.seed + p,
                     self.config.settings(self.config.trace_steps),
-                    self.effect_steps() if p == 0 else (),
                     tracer,
                 )
                 if p == 0:
@@ -226,7 +225,7 @@ class _Search:
         """The recorded generation of the first prompt; run again where an earlier process made it."""
         if self.recording is None:
             settings = self.config.settings(self.config.trace_steps)
-            self.recording = record(self.pipe, self.prompts[0], self.config.seed, settings, self.effect_steps(), None)
+            self.recording = record(self.pipe, self.prompts[0], self.config.seed, settings, None)
         return self.recording
 
     # -- validation ------------------------------------------------------------------------------------------------
@@ -336,14 +335,21 @@ class _Search:
     # -- sensitivities ---------------------------------------------------------------------------------------------
 
     def effects(self, layouts: dict[str, BlockLayout], predicted: np.ndarray) -> np.ndarray:
-        """Squared change of the model's output per predicted squared error of each layer: ``[steps, layers]``."""
+        """Squared change of the guided output per predicted squared error of each layer: ``[steps, layers]``."""
         steps = [s for s in self.effect_steps() if s < self.trace_length]
         todo = [(s, n) for s in steps for n in self.layers if f"effect/{s}/{n}" not in self.store]
         device_layouts = _on_device(layouts)
+        settings = self.config.settings(self.config.trace_steps)
         if todo:
             with self.bar(len(todo), "sensitivity") as bar:
                 for step, layer in todo:
-                    effect = layer_effect(self.pipe, self.dense_recording(), step, layer, device_layouts)
+
+                    def one(call: Any, layer: str = layer) -> BlockLayout | None:
+                        return device_layouts(call) if call.layer == layer else None
+
+                    effect = step_effect(
+                        self.pipe, self.dense_recording(), self.prompts[0], self.config.seed, settings, step, one
+                    )
                     self.store.put_json(f"effect/{step}/{layer}", effect)
                     bar.update()
         measured = np.empty((len(steps), len(self.layers)))
@@ -445,7 +451,7 @@ def _estimate(probe: dict[str, Any], config: SearchConfig, layers: int, prompts:
     """Seconds that the stages after the probe will take."""
     forward, branches, steps = probe["forward_seconds"], probe["branches"], config.trace_steps
     rest = sum(steps - s for s in {0, 3 * steps // 4})
-    return float(forward * (1.3 * prompts * branches * steps + 2 * layers + branches * rest) + 15)
+    return float(forward * (1.3 * prompts * branches * steps + 2 * branches * layers + branches * rest) + 15)
 
 
 def _run(search: _Search, out: Path) -> SparsityPlan:

@@ -33,10 +33,12 @@ MIXED = (
     head(),
     head(tail="mean"),
     head(tail="moments"),
+    head(tail="centroids"),
     head(mode="skip"),
     head(TileOrder(1, 8, 8)),
     head(AxisOrder("HWF"), "moments"),
     head(CurveOrder(), "mean"),
+    head(TileOrder(1, 8, 8), "centroids"),
 )
 
 

@@ -14,6 +14,7 @@ import torch
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels.call import make_call
 from diffsparse.kernels.triton_fwd import choose_config, launch
+from diffsparse.kernels.triton_prepare import summaries
 from diffsparse.order import TileOrder
 from tests.kernels.cases import head, inputs, random_layout
 
@@ -55,6 +56,7 @@ def main() -> None:
     if arguments.slow:
         cases += [(d, b, torch.bfloat16, "moments") for d in (32, 64, 72, 128, 256) for b in (64, 128)]
         cases += [(128, 64, torch.float16, "mean"), (64, 64, torch.float32, "moments")]
+        cases += [(d, b, torch.bfloat16, "centroids") for d in (64, 128, 256) for b in (64, 128)]
     grid = TokenGrid(2, 16, 16, text_after=70)
     for dim, block, dtype, tail in cases:
         entries = [head(tail=tail), head(TileOrder(1, 8, 8))] if arguments.slow else [head(tail=tail)]
@@ -62,9 +64,13 @@ def main() -> None:
         q, k, v = inputs(grid, len(entries), dim, dtype=dtype)
         call = make_call(q, k, v, layout, return_lse=True)
         config = choose_config(block, dim, dtype, tail != "none", divmod(capability, 10), SHARED[capability])
-        for kernel in launch(call, config, warmup=True):
+        kernels = launch(call, config, warmup=True)
+        if tail == "centroids":
+            kernels.append(summaries(call, warmup=True))
+        for kernel in kernels:
             text = kernel.asm["ptx"]
             found = {
+                "kernel": kernel.metadata.name,
                 "case": f"{dim}-{block}-{str(dtype)[6:]}-{tail}",
                 "shared": kernel.metadata.shared,
                 "allowed": SHARED[capability],

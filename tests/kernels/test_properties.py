@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from diffsparse.entry import TAILS
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels import merge_attention, reference_attention, sparse_attention
 from diffsparse.layout import BlockLayout, build_layout
@@ -34,7 +35,7 @@ entries = st.lists(
     st.builds(
         head,
         st.sampled_from(ORDERS),
-        st.sampled_from(["none", "mean", "moments"]),
+        st.sampled_from(TAILS),
         st.sampled_from(["exact", "exact", "exact", "skip"]),
     ),
     min_size=1,
@@ -97,7 +98,7 @@ def dense_layout(grid: TokenGrid, heads: list, block_size: int = 64) -> BlockLay
 
 
 @SWEEP
-@given(grid=grids, order=st.sampled_from(ORDERS), tail=st.sampled_from(["none", "moments"]))
+@given(grid=grids, order=st.sampled_from(ORDERS), tail=st.sampled_from(["none", "moments", "centroids"]))
 def test_all_blocks_are_torchs_attention(grid: TokenGrid, order: object, tail: str) -> None:
     torch.manual_seed(0)
     layout = dense_layout(grid, [head(order, tail), head()])
@@ -119,7 +120,7 @@ def test_dense_heads_are_bitwise_torchs_attention() -> None:
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("tail", ["mean", "moments"])
+@pytest.mark.parametrize("tail", TAILS[1:])
 @pytest.mark.parametrize("order", ORDERS, ids=str)
 def test_tails_are_exact_where_a_blocks_keys_and_values_are_equal(order: object, tail: str, backend: str) -> None:
     grid = TokenGrid(3, 13, 10, text_after=9)

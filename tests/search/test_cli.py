@@ -105,7 +105,7 @@ def refused(cli: Cli, *arguments: object) -> str:
         (["show", "window", "--grid", "3,8,8", "--png", "/proc/none/x.png"], "choose another --png"),
         (["bench", "kernels", "--density", "2"], "--density '2': a list of shares"),
         (["bench", "kernels", "--block-size", "77"], "--block-size 77: it is one of 64, 128"),
-        (["bench", "kernels", "--tail", "long"], "--tail 'long': it is one of none, mean, moments"),
+        (["bench", "kernels", "--tail", "long"], "--tail 'long': it is one of none, mean, moments, centroids"),
         (["bench", "kernels", "--device", "toaster"], "unknown device 'toaster'; use auto, cpu, cuda"),
         (["bench", "kernels", "--device", "meta"], "device 'meta' is not here"),
         (["bench", "kernels", "--dtype", "float8"], "unknown dtype 'float8'; use one of auto, float32"),

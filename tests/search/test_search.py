@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from diffsparse.plan import SparsityPlan
 from diffsparse.search.compose import strides, target_levels
 from diffsparse.search.errors import BadInput
 from diffsparse.search.generate import GenerationSettings
-from diffsparse.search.observe import final_latents, layer_effect, record, replaying
+from diffsparse.search.observe import final_latents, record, replaying, step_effect
 from diffsparse.search.options import HeadScores, is_stable
 from diffsparse.search.search import SearchConfig, run_search
 from diffsparse.search.show import PooledAttention
@@ -133,29 +135,38 @@ def test_what_cannot_work_is_said(pipe: Any, tmp_path: Path) -> None:
 
 
 def test_an_all_dense_replay_repeats_the_recording(pipe: Any) -> None:
-    recording = record(pipe, PROMPTS[0], 5, SETTINGS, (1,), None)
+    recording = record(pipe, PROMPTS[0], 5, SETTINGS, None)
     assert len(recording.levels) == 4 and len(recording.outputs) == 8
     for until in (8, recording.first_call(2), 0):
         with replaying(pipe, recording, until):
             assert torch.equal(final_latents(pipe, PROMPTS[0], 5, SETTINGS), recording.latents)
     assert "forward" not in pipe.transformer.__dict__
-    assert layer_effect(pipe, recording, 1, "blocks.0.attn1", lambda call: None) == 0.0
+    assert step_effect(pipe, recording, PROMPTS[0], 5, SETTINGS, 1, lambda call: None) == 0.0
+    assert "step" not in pipe.scheduler.__dict__
 
 
-def test_a_layer_has_an_effect(pipe: Any) -> None:
+def test_a_layer_has_an_effect_that_guidance_multiplies(pipe: Any) -> None:
     from diffsparse.entry import HeadEntry
     from diffsparse.pattern import Window
 
-    recording = record(pipe, PROMPTS[0], 5, SETTINGS, (1,), None)
     entry = HeadEntry(TileOrder(1, 8, 8), Window((1, 0.3, 0.3)))
-    seen = []
 
     def sparse(call: Any) -> Any:
-        seen.append(call.layer)
-        return build_layout(call.grid, [entry] * 2)
+        return build_layout(call.grid, [entry] * 2) if call.layer == "blocks.1.attn1" else None
 
-    assert layer_effect(pipe, recording, 1, "blocks.1.attn1", sparse) > 0
-    assert seen == ["blocks.1.attn1"]
+    found = []
+    for scale in (1.0, 2.0, 10.0):
+        settings = replace(SETTINGS, guidance_scale=scale)
+        recording = record(pipe, PROMPTS[0], 5, settings, None)
+        assert len(recording.guided) == len(recording.levels)
+        # The same latent for all scales: no update lies before the first step.
+        found.append(step_effect(pipe, recording, PROMPTS[0], 5, settings, 0, sparse))
+        for step in range(len(recording.levels)):
+            assert step_effect(pipe, recording, PROMPTS[0], 5, settings, step, sparse) > 0
+    # The guided error is u + scale * (c - u), so that the last one is 9 times the second less 8 times the first.
+    one, two, ten = (math.sqrt(x) for x in found)
+    assert abs(9 * two - 8 * one) * 0.999 <= ten <= (9 * two + 8 * one) * 1.001
+    assert ten != pytest.approx(one, rel=1e-3)
 
 
 def test_masks_of_several_sizes_err_as_the_trace_says(pipe: Any) -> None:
@@ -177,7 +188,7 @@ def test_masks_of_several_sizes_err_as_the_trace_says(pipe: Any) -> None:
     assert torch.allclose(scores.true[0, :, 0], scores.energy, rtol=1e-3)
     assert torch.allclose(scores.summed[:, :, 0], scores.error.sum((2, 3)), rtol=1e-3)
     dense = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-    for tail in ("mean", "moments"):
+    for tail in TAILS[1:]:
         layout = build_layout(call.grid, [HeadEntry(order, Empty(), execution=Execution(tail=tail))] * 2)
         off = (sparse_attention(q, k, v, layout, backend="reference") - dense).square().sum((0, 1, 3))
         assert torch.allclose(scores.true[TAILS.index(tail), :, 0], off, rtol=0.25)
