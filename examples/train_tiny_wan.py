@@ -74,7 +74,7 @@ class Settings:
     batch: int = 32
     lr: float = 1e-3
     level_shift: float = 2.0  # how far the noise levels of training lean towards 1
-    shift: float = 1.0  # the same for the scheduler's
+    shift: float = 2.0  # the same for the scheduler's
     no_caption: float = 0.1  # how often the caption is dropped, for guidance
     compile: bool = True
     # Bookkeeping.

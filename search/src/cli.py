@@ -166,6 +166,17 @@ def search_command(
         int,
         typer.Option("--validate", help="Prompts on which whole generations choose among the best few plans; 0: none."),
     ] = 1,
+    trace_prompts: Annotated[
+        int | None,
+        typer.Option(
+            "--trace-prompts",
+            help="Prompts to measure attention on: more make masks carry over better.  [default: 4 on a GPU, else 2]",
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option("--samples", help="Queries measured of every block of queries.  [default: 12 on a GPU, else 4]"),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -184,7 +195,7 @@ def search_command(
         _check_share("--budget", budget)
         _check_share("--density", density)
         _check_numbers(height=height, width=width, num_frames=num_frames, steps=steps, seed=seed, validate=validate)
-        _check_numbers(guidance_scale=guidance_scale)
+        _check_numbers(guidance_scale=guidance_scale, trace_prompts=trace_prompts, samples=samples)
         from diffsparse.search import load
 
         found = load.read_prompts(prompts)
@@ -192,7 +203,7 @@ def search_command(
         place = load.choose_device(device)
         precision = load.choose_dtype(dtype, place)
         folder = load.check_output(out)
-        from diffsparse.search.search import SearchConfig, run_search
+        from diffsparse.search.search import SearchConfig, run_search, thoroughness
         from diffsparse.search.store import StoreMismatch
 
         load.quiet_libraries()
@@ -208,6 +219,7 @@ def search_command(
             guidance_scale=settings.guidance_scale,
             seed=seed,
             validation_prompts=validate,
+            **thoroughness(place, trace_prompts, samples),
         )
         try:
             plan = run_search(pipe, found, config, folder, say=_say)

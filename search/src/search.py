@@ -40,7 +40,7 @@ from diffsparse.search.options import (
 )
 from diffsparse.search.store import SearchStore
 
-__all__ = ["SearchConfig", "run_search"]
+__all__ = ["SearchConfig", "run_search", "thoroughness"]
 
 log = logging.getLogger("diffsparse")
 
@@ -97,6 +97,15 @@ class SearchConfig:
 
     def settings(self, steps: int) -> GenerationSettings:
         return GenerationSettings(steps, self.guidance_scale, self.height, self.width, self.num_frames)
+
+
+def thoroughness(device: torch.device, trace_prompts: int | None = None, samples: int | None = None) -> dict[str, int]:
+    """How much to measure, where nobody said: on a GPU more than what a few CPU cores can do in minutes."""
+    on_gpu = device.type == "cuda"
+    return {
+        "trace_prompts": (4 if on_gpu else 2) if trace_prompts is None else trace_prompts,
+        "samples": (12 if on_gpu else 4) if samples is None else samples,
+    }
 
 
 @dataclass

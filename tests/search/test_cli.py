@@ -88,6 +88,8 @@ def refused(cli: Cli, *arguments: object) -> str:
         (["search", "m", "--prompts", "p", "--out", "o", "--steps", "0"], "--steps 0: it must be at least 1"),
         (["search", "m", "--prompts", "p", "--out", "o", "--seed", "-1"], "--seed -1: it must be at least 0"),
         (["search", "m", "--prompts", "p", "--out", "o", "--validate", "-1"], "--validate -1: it must be at least 0"),
+        (["search", "m", "--prompts", "p", "--out", "o", "--samples", "0"], "--samples 0: it must be at least 1"),
+        (["search", "m", "--prompts", "p", "--out", "o", "--trace-prompts", "0"], "--trace-prompts 0: it must be"),
         (["search", "m", "--prompts", "p", "--out", "o", "--guidance-scale", "-2"], "--guidance-scale -2.0"),
         (["eval", "m", "p", "--prompts", "f", "--seeds", "0"], "--seeds 0: it must be at least 1"),
         (["eval", "m", "p", "--prompts", "f", "--first-seed", "-3"], "--first-seed -3"),
