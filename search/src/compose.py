@@ -34,11 +34,11 @@ __all__ = ["Composer", "strides", "target_levels"]
 
 log = logging.getLogger("diffsparse")
 
-MAX_PHASES = 3
+MAX_PHASES = 6
 # A further phase must lower the predicted error by this share, or the plan stays simpler.
 PHASE_GAIN = 0.05
 # Masks made from other prompts may leave this many times the error of a prompt's own.
-STABILITY_BOUND = 2.0
+STABILITY_BOUND = 3.0
 # Whole-trajectory densities are kept this far below the wanted one: borders of blocks and short ones round up.
 DENSITY_MARGIN = 0.002
 # Numbers of dense steps whose predicted error is at most this many times the least are worth a generation.

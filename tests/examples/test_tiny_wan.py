@@ -178,3 +178,24 @@ def test_the_card_states_the_measured_figures() -> None:
     assert metrics["colours_real"] >= 0.98
     assert metrics["colours_shuffled_captions"] <= 0.06
     assert f"{metrics['vae_psnr_mean_db']:.1f} dB" in card
+
+
+@needs_model
+def test_the_model_ships_a_plan_that_auto_takes() -> None:
+    from diffusers import WanPipeline
+
+    import diffsparse
+    from diffsparse.grid import TokenGrid
+    from diffsparse.search.compose import target_levels
+
+    pipe = WanPipeline.from_pretrained(MODEL)
+    pipe.set_progress_bar_config(disable=True)
+    plan = diffsparse.SparsityPlan.from_pretrained(MODEL / "sparse_plan")
+    levels = target_levels(pipe.scheduler, 20, [1.0])
+    assert 0.2 < plan.trajectory_density(TokenGrid(5, 32, 32), levels) <= 0.25
+    caption = (MODEL / "prompts" / "heldout.txt").read_text().splitlines()[0]
+    # Another size than the one that the plan was searched at: bitmaps give way to their fallbacks.
+    with diffsparse.sparse_attention(pipe):
+        clips = check_colours.generate(pipe, [caption], steps=2, frames=5, height=64, width=64)
+        text = str(pipe.sparse_attention_summary())
+    assert clips.isfinite().all() and "shipped with the model" in text
