@@ -38,6 +38,7 @@ def plan_card(plan: SparsityPlan) -> str:
         "",
         "```python",
         "import diffsparse",
+        "",
         'pipe.enable_sparse_attention("this folder or repository")',
         "```",
         "",

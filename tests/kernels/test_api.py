@@ -43,7 +43,7 @@ REFUSED = {
     "devices": (lambda a: dict(k=a["k"].to("meta")), "one device"),
     "strides": (lambda a: dict(q=a["q"].transpose(2, 3).contiguous().transpose(2, 3)), "last axis of q"),
     "length": (lambda a: {n: a[n][:, :-1] for n in "qkv"}, "153 tokens, the layout is for 154"),
-    "heads": (lambda a: {n: a[n][:, :, :-1] for n in "qkv"}, "6 heads, the layout has 7"),
+    "heads": (lambda a: {n: a[n][:, :, :-1] for n in "qkv"}, "8 heads, the layout has 9"),
     "scale": (lambda a: dict(scale=-1.0), "scale must be positive"),
     "kv_len dtype": (lambda a: dict(kv_len=torch.ones(1)), "int32"),
     "kv_len shape": (lambda a: dict(kv_len=odd_lengths(1, 2)), r"\[1\] or \[1, 154\]; got"),
