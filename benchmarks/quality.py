@@ -30,7 +30,7 @@ from diffsparse.schedule import Schedule
 from diffsparse.search import load
 from diffsparse.search.evaluate import EvalReport, compare, generate_dense
 from diffsparse.search.generate import GenerationSettings
-from diffsparse.search.search import SearchConfig, run_search
+from diffsparse.search.search import SearchConfig, run_search, thoroughness
 from diffsparse.search.show import grid_of
 
 TIME_EXTENTS: tuple[float | None, ...] = (None, 0.6, 1)
@@ -156,6 +156,7 @@ def main() -> None:
             guidance_scale=a.guidance_scale,
             dense_steps=first,
             block_size=plan.block_size,
+            **thoroughness(device),
             **size,
         )
         calibration = load.read_prompts(a.calibration)

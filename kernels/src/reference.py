@@ -76,9 +76,10 @@ def _compute(call: AttentionCall, dtype: torch.dtype) -> tuple[torch.Tensor, tor
                     keys = keys[call.key_mask[b, keys]]
                 logits, values = [query @ k[keys].T], [v[keys]]
                 dropped = [j for j in range(n) if visual[j] and j not in set(kept)] if tail != "none" else []
-                for part in (
-                    p for j in dropped for p in (_halves(k, tokens[j]) if tail == "centroids" else [tokens[j]])
-                ):
+                parts = [tokens[j] for j in dropped]
+                if tail == "centroids":
+                    parts = [half for block in parts for half in _halves(k, block)]
+                for part in parts:
                     logit = query @ k[part].mean(0) + math.log(len(part))
                     if tail == "moments":
                         logit = logit + 0.5 * query.square() @ k[part].var(0, unbiased=False)

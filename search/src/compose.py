@@ -34,10 +34,12 @@ __all__ = ["Composer", "strides", "target_levels"]
 
 log = logging.getLogger("diffsparse")
 
+# On the small model the search stopped at four: a fifth no longer lowered the predicted error by PHASE_GAIN.
 MAX_PHASES = 6
 # A further phase must lower the predicted error by this share, or the plan stays simpler.
 PHASE_GAIN = 0.05
-# Masks made from other prompts may leave this many times the error of a prompt's own.
+# Masks made from other prompts may leave this many times the error of a prompt's own. What they leave is in the
+# predicted error already; this only keeps out heads whose masks say nothing about another prompt.
 STABILITY_BOUND = 3.0
 # Whole-trajectory densities are kept this far below the wanted one: borders of blocks and short ones round up.
 DENSITY_MARGIN = 0.002

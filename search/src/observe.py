@@ -209,7 +209,8 @@ def _clone(value: Any) -> Any:
 @contextmanager
 def _updates(pipe: Any, callback: Callable[[torch.Tensor], None]) -> Iterator[None]:
     """Within, ``callback`` gets every prediction that the scheduler is given, before it updates the latent."""
-    scheduler, original = pipe.scheduler, pipe.scheduler.step
+    scheduler = pipe.scheduler
+    own, original = scheduler.__dict__.get("step"), scheduler.step
 
     def step(model_output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         callback(model_output)
@@ -219,7 +220,10 @@ def _updates(pipe: Any, callback: Callable[[torch.Tensor], None]) -> Iterator[No
     try:
         yield
     finally:
-        del scheduler.step
+        if own is None:
+            del scheduler.step
+        else:
+            scheduler.step = own
 
 
 def record(pipe: Any, prompt: str, seed: int, settings: GenerationSettings, tracer: Tracer | None) -> Recording:
@@ -342,4 +346,4 @@ def step_effect(
         _updates(pipe, update),
     ):
         final_latents(pipe, prompt, seed, settings)
-    return float((found[0] - recording.guided[wanted][1]).double().square().sum())
+    return float((found[0].double() - recording.guided[wanted][1].double()).square().sum())

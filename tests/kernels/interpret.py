@@ -17,7 +17,8 @@ from tests.kernels.cases import MIXED, head, inputs, random_layout
 FAST = [
     (TokenGrid(1, 9, 15, text_before=5, text_after=20), [head(), head(TileOrder(1, 8, 8), "moments")], 64, 24,
      Config(64, 32, 16, 4, 1, True), 7),
-    (TokenGrid(1, 8, 16), [head(tail="centroids"), head(mode="skip")], 64, 32, Config(64, 64, 32, 4, 1, True), None),
+    (TokenGrid(1, 8, 16), [head(tail="mean"), head(tail="centroids"), head(mode="skip")], 64, 32,
+     Config(64, 64, 32, 4, 1, True), None),
 ]  # fmt: skip
 SLOW = [
     (TokenGrid(2, 11, 13, text_after=70), list(MIXED), 64, 72, Config(32, 32, 32, 4, 1, False), 3),

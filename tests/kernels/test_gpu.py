@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels import sparse_attention
 from diffsparse.kernels.call import make_call
-from diffsparse.kernels.summaries import summarize
+from diffsparse.kernels.summaries import summarize, summarize_halves
 from diffsparse.layout import build_layout
 from diffsparse.order import TileOrder
 from tests.kernels.cases import MIXED, assert_like_torch, head, inputs, random_layout
@@ -125,6 +125,12 @@ def test_summaries_and_bits() -> None:
             assert y is not None
             got_one = x[0, h, 0] if x.ndim == 5 else x[0, h]
             torch.testing.assert_close(got_one, y, atol=1e-5, rtol=1e-5)
+    halved = random_layout(grid, [head(tail="centroids")] * 2, 64, 0.4)
+    got = summaries(make_call(q, k, v, halved.to("cuda")))
+    for h in range(2):
+        blocks = (x[0, :, h].reshape(n, 64, 88) for x in (k, v))
+        for x, y in zip(got, summarize_halves(*blocks, length)):
+            torch.testing.assert_close(x[0, h], y, atol=1e-5, rtol=1e-5)
     words = kept_bits(call).cpu().view(2, n, -1)
     j = torch.arange(n)
     for h in range(2):
