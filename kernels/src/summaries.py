@@ -10,13 +10,6 @@ __all__ = ["AXIS_STEPS", "half_lengths", "in_first_half", "summarize", "summariz
 AXIS_STEPS = 3
 
 
-def _centred(keys: torch.Tensor, length: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean key ``[N, D]`` of each block, and the keys less it, zero beyond a block's length."""
-    mean = keys.sum(1) / length.clamp(min=1).to(keys.dtype)[:, None]
-    inside = torch.arange(keys.shape[1], device=keys.device)[None, :] < length[:, None]
-    return mean, (keys - mean[:, None]).masked_fill_(~inside[..., None], 0.0)
-
-
 def summarize(
     keys: torch.Tensor, values: torch.Tensor, length: torch.Tensor, *, moments: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -30,7 +23,9 @@ def summarize(
     if not moments:
         return keys.sum(1) / count, mean_v, None
     # Two passes: the mean of squares less the square of the mean cancels where a block's keys are nearly equal.
-    mean_k, spread = _centred(keys, length)
+    mean_k = keys.sum(1) / count
+    inside = torch.arange(keys.shape[1], device=keys.device)[None, :] < length[:, None]
+    spread = (keys - mean_k[:, None]).masked_fill_(~inside[..., None], 0.0)
     return mean_k, mean_v, spread.square_().sum(1) / count
 
 
@@ -46,16 +41,20 @@ def in_first_half(keys: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
     Tokens are ranked along the block's principal axis, ties by their place; the first ``length // 2`` are the first
     half. The axis comes from power iteration, begun at the key farthest from the mean.
     """
-    _, spread = _centred(keys, length)
-    far = spread.square().sum(2).argmax(1)
-    axis = spread[torch.arange(len(spread), device=spread.device), far]
+    number, block, _ = keys.shape
+    outside = torch.arange(block, device=keys.device)[None, :] >= length[:, None]
+    centred = keys - (keys.sum(1) / length.clamp(min=1).to(keys.dtype)[:, None])[:, None]
+    # The axis is only needed as what each key has along it, so the iteration runs on products between keys: one matrix
+    # product, where the axis itself takes two passes over all keys in every step.
+    gram = torch.bmm(centred, centred.transpose(1, 2))
+    far = gram.diagonal(dim1=1, dim2=2).masked_fill(outside, -1.0).argmax(1)
+    along = gram[torch.arange(number, device=keys.device), far].masked_fill_(outside, 0.0)
     for _ in range(AXIS_STEPS):
-        axis = axis / axis.norm(dim=1, keepdim=True).clamp(min=1e-30)
-        axis = torch.einsum("nbd,nb->nd", spread, torch.einsum("nbd,nd->nb", spread, axis))
-    along = torch.einsum("nbd,nd->nb", spread, axis)
-    along = torch.where(torch.arange(keys.shape[1], device=keys.device) < length[:, None], along, float("inf"))
-    rank = along.argsort(dim=1, stable=True).argsort(1)
-    return rank < (length // 2)[:, None]
+        along = along / along.norm(dim=1, keepdim=True).clamp(min=1e-30)
+        along = torch.bmm(along[:, None], gram)[:, 0].masked_fill_(outside, 0.0)
+    ranked = along.masked_fill_(outside, float("inf")).argsort(dim=1, stable=True)
+    low = torch.arange(block, device=keys.device)[None, :] < (length // 2)[:, None]
+    return torch.zeros_like(outside).scatter_(1, ranked, low)
 
 
 def summarize_halves(
@@ -65,10 +64,10 @@ def summarize_halves(
 
     Arguments as in :func:`summarize`; an empty half has zeros.
     """
-    first = in_first_half(keys, length).to(keys.dtype)
+    first = in_first_half(keys, length).to(keys.dtype)[:, None]
     counts = half_lengths(length).clamp(min=1).to(keys.dtype)[..., None]
     means = []
     for x in (keys, values):
-        sums = torch.einsum("nb,nbd->nd", first, x)
+        sums = torch.bmm(first, x)[:, 0]
         means.append(torch.stack([sums, x.sum(1) - sums]) / counts)
     return means[0], means[1]
