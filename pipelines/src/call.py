@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FrameType
 
 import torch
@@ -56,11 +56,28 @@ class Call:
             frame = frame.f_back
         return False
 
-    def layout(self, index: int, device: torch.device, uniform: bool = False) -> BlockLayout | str:
+    def grid_of(self, index: int, seq: int | None = None) -> TokenGrid | None:
+        """The grid of one layer's call, with ``seq`` tokens where that is known and the family takes text from it."""
+        grid, family = self.grid, self.state.family
+        if grid is None:
+            return None
+        if self.state.layers[index].visual_only:
+            return grid.visual_only()
+        if seq is not None and family.text_from_call and seq != grid.seq_len:
+            before = family.text_position == "before"
+            text = seq - grid.num_visual - (grid.text_after if before else grid.text_before)
+            if text >= 0:
+                return replace(grid, text_before=text) if before else replace(grid, text_after=text)
+        return grid
+
+    def layout(
+        self, index: int, device: torch.device, uniform: bool = False, seq: int | None = None
+    ) -> BlockLayout | str:
         """One layer's layout, or why it runs dense by the plan's word."""
-        if self.phase is None or self.grid is None:
+        grid = self.grid_of(index, seq)
+        if self.phase is None or grid is None:
             return OUTSIDE
-        return self.state.layout(self.grid, self.phase, index, device, uniform)
+        return self.state.layout(grid, self.phase, index, device, uniform)
 
     def ran_sparse(self, index: int, q: torch.Tensor, density: float, backend: str) -> None:
         self.events.setdefault(index, []).append((density, _work(q), "", backend))

@@ -12,6 +12,8 @@ import torch
 from diffsparse.grid import TokenGrid
 from diffsparse.plan import TEXT_POSITIONS, Architecture
 
+TIMESTEP_SCALES = ("train", "unit", "unit_rising")
+
 __all__ = [
     "Family",
     "UnknownGridError",
@@ -51,7 +53,12 @@ class Family:
         raises :class:`UnknownGridError` where it cannot tell.
     patch_size: ``config -> (t, h, w)``, latent pixels per token.
     text_position: ``none``, ``before`` or ``after``: where text tokens stand in the self-attention sequence.
-    timestep_scale: the unit of the forward's ``timestep``: ``train`` (0 to num_train_timesteps) or ``unit`` (0 to 1).
+    text_from_call: the number of text tokens is whatever a call has beside the visual ones, not what ``grid`` says
+        (models that cut padding off inside).
+    visual_only: paths among ``layers`` whose sequences hold no text although the model's other layers' do.
+    timestep: name of the forward's argument that tells the noise level.
+    timestep_scale: its unit: ``train`` (noise is 1 at num_train_timesteps), ``unit`` (at 1), ``unit_rising`` (at 0, and
+        the clip is clean at 1), or a function ``(value, scheduler or None) -> noise level``.
     heads, head_dim: from the configuration.
     """
 
@@ -61,7 +68,10 @@ class Family:
     grid: Callable[[Any, Mapping[str, Any]], TokenGrid]
     patch_size: Callable[[Any], tuple[int, int, int]]
     text_position: str = "none"
-    timestep_scale: str = "train"
+    text_from_call: bool = False
+    visual_only: tuple[str, ...] = ()
+    timestep: str = "timestep"
+    timestep_scale: str | Callable[[float, Any], float] = "train"
     heads: Callable[[Any], int] = _heads
     head_dim: Callable[[Any], int] = _head_dim
 
@@ -70,11 +80,34 @@ class Family:
             raise ValueError(f"family {self.name!r} needs at least one class and one layer path")
         if self.text_position not in TEXT_POSITIONS:
             raise ValueError(f"text_position must be one of {', '.join(TEXT_POSITIONS)}; got {self.text_position!r}")
-        if self.timestep_scale not in ("train", "unit"):
-            raise ValueError(f"timestep_scale must be 'train' or 'unit'; got {self.timestep_scale!r}")
+        if unknown := [path for path in self.visual_only if path not in self.layers]:
+            raise ValueError(f"visual_only names {', '.join(unknown)}, which is not among the layers")
+        if not callable(self.timestep_scale) and self.timestep_scale not in TIMESTEP_SCALES:
+            raise ValueError(
+                f"timestep_scale must be a function or one of {', '.join(TIMESTEP_SCALES)}; got {self.timestep_scale!r}"
+            )
+
+    def noise_level(self, value: float, num_train_timesteps: int, scheduler: Any = None) -> float:
+        """The noise level that a value of ``timestep`` means, clipped to [0, 1]."""
+        if callable(self.timestep_scale):
+            value = self.timestep_scale(value, scheduler)
+        elif self.timestep_scale == "train":
+            value /= num_train_timesteps
+        elif self.timestep_scale == "unit_rising":
+            value = 1.0 - value
+        return min(1.0, max(0.0, value))
+
+    def is_visual_only(self, layer: str) -> bool:
+        """Whether the sequences of this layer, a module's path, hold no text."""
+        return any(path.fullmatch(layer) for path in _patterns(self.visual_only))
 
 
 _FAMILIES: dict[str, Family] = {}
+_UNSUITABLE: dict[str, str] = {}
+
+
+def _patterns(paths: tuple[str, ...]) -> list[re.Pattern[str]]:
+    return [re.compile(re.escape(path).replace(r"\*", r"\d+")) for path in paths]
 
 
 def register_family(family: Family, *, replace: bool = False) -> None:
@@ -85,6 +118,16 @@ def register_family(family: Family, *, replace: bool = False) -> None:
     if taken and not replace:
         raise ValueError(f"{', '.join(taken)} already has a family; pass replace=True to replace it")
     _FAMILIES.update(dict.fromkeys(family.classes, family))
+
+
+def register_unsuitable(reasons: Mapping[str, str]) -> None:
+    """Transformer classes for which there cannot be a family, with the reason, which users get to read."""
+    _UNSUITABLE.update(reasons)
+
+
+def unsuitable_classes() -> dict[str, str]:
+    """Transformer classes for which there cannot be a family, with the reason."""
+    return dict(_UNSUITABLE)
 
 
 def known_classes() -> tuple[str, ...]:
@@ -99,6 +142,12 @@ def _lookup(transformer: torch.nn.Module) -> tuple[str, Family] | None:
     return None
 
 
+def _why_none(transformer: torch.nn.Module) -> str:
+    name = type(transformer).__name__
+    reason = next((_UNSUITABLE[c.__name__] for c in type(transformer).__mro__ if c.__name__ in _UNSUITABLE), None)
+    return f"{name} has no family" if reason is None else f"{name} is not suited: {reason}"
+
+
 def _unsupported(what: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"{what}; known transformers: {', '.join(sorted(_FAMILIES))}. "
@@ -110,7 +159,7 @@ def family_of(transformer: torch.nn.Module) -> Family:
     """The family of a transformer. Raises :class:`UnsupportedModelError` where there is none."""
     found = _lookup(transformer)
     if found is None:
-        raise _unsupported(f"{type(transformer).__name__} has no family")
+        raise _unsupported(_why_none(transformer))
     return found[1]
 
 
@@ -124,7 +173,7 @@ def family_by_class(name: str) -> Family:
 def layers_of(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """The self-attention modules by path, in the order of the model."""
     family = family_of(transformer)
-    paths = [re.compile(re.escape(path).replace(r"\*", r"\d+")) for path in family.layers]
+    paths = _patterns(family.layers)
     layers = {name: m for name, m in transformer.named_modules() if any(p.fullmatch(name) for p in paths)}
     if not layers:
         raise UnsupportedModelError(
@@ -174,7 +223,7 @@ def find_transformers(pipe: Any) -> dict[str, torch.nn.Module]:
         if _lookup(module) is not None and not any(module is other for other in found.values()):
             found[name] = module
     if not found:
-        others = [type(m).__name__ for name, m in modules.items() if "transformer" in name or name == "unet"]
-        what = f"its {' and '.join(others)} has no family" if others else "it has no transformer"
+        others = [_why_none(m) for name, m in modules.items() if "transformer" in name or name == "unet"]
+        what = f"its {' and its '.join(others)}" if others else "it has no transformer"
         raise _unsupported(f"{type(pipe).__name__} cannot run sparse attention: {what}")
     return found

@@ -14,11 +14,11 @@ __all__ = ["noise_level"]
 
 
 def noise_level(state: ModelState, arguments: Mapping[str, Any]) -> float | None:
-    """``timestep / num_train_timesteps``, 1 at the start; None where the forward was given no timestep.
+    """What the family makes of the forward's timestep, 1 at the start; None where the forward was given none.
 
     Of timesteps that differ between items or tokens (image-to-video holds given frames at 0) the largest counts.
     """
-    timestep = arguments.get("timestep")
+    timestep = arguments.get(state.family.timestep)
     if timestep is None:
         return None
     if isinstance(timestep, torch.Tensor):
@@ -27,10 +27,9 @@ def noise_level(state: ModelState, arguments: Mapping[str, Any]) -> float | None
             value = float(timestep.max())  # waits for the device where the tensor is on one
     else:
         value = float(timestep)
-    if state.family.timestep_scale == "train":
-        scheduler = state.scheduler
-        value /= int(scheduler.config.get("num_train_timesteps", 1000)) if scheduler else state.num_train_timesteps
-    return min(1.0, max(0.0, value))
+    scheduler = state.scheduler
+    steps = int(scheduler.config.get("num_train_timesteps", 1000)) if scheduler else state.num_train_timesteps
+    return state.family.noise_level(value, steps, scheduler)
 
 
 def _from_schedule(state: ModelState, timestep: torch.Tensor) -> float | None:

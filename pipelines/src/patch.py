@@ -193,7 +193,7 @@ def _eager(
         return dense()
     if call.state.tap is not None:
         return call.state.tap.run(call, layer, q, k, v, key_mask, scale, reason, dense)
-    layout = call.layout(index, q.device)
+    layout = call.layout(index, q.device, seq=q.shape[1])
     if reason is None:
         reason = call.problem
     if reason is None and isinstance(layout, BlockLayout):

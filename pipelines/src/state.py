@@ -48,6 +48,7 @@ class LayerState:
     name: str
     index: int
     backend: str = "auto"
+    visual_only: bool = False  # no text in this layer's sequences, though there is in other layers'
     layout: BlockLayout | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -117,7 +118,10 @@ class ModelState:
         self.source = source
         self.backend = backend
         self.skipped = skipped or {}
-        self.layers = [LayerState(name, i, backend) for i, name in enumerate(layers_of(transformer))]
+        family = self.family
+        self.layers = [
+            LayerState(name, i, backend, family.is_visual_only(name)) for i, name in enumerate(layers_of(transformer))
+        ]
         self.arguments = tuple(p for p in inspect.signature(type(transformer).forward).parameters if p != "self")
         self.num_train_timesteps = 1000
         self.counts = [LayerCounts() for _ in self.layers]

@@ -66,8 +66,10 @@ class Tap:
     ) -> torch.Tensor:
         if call.problem is not None or call.grid is None:
             raise ValueError(f"{call.state.component}: {call.problem}")
-        if reason is None and q.shape[1] != call.grid.seq_len:
-            reason = f"{q.shape[1]} tokens, the grid {call.grid} has {call.grid.seq_len}"
+        grid = call.grid_of(layer.index, q.shape[1])
+        assert grid is not None
+        if reason is None and q.shape[1] != grid.seq_len:
+            reason = f"{q.shape[1]} tokens, the grid {grid} has {grid.seq_len}"
         if reason is not None:
             call.state.log(f"the tap does not see {layer.name}: {reason}")
             return dense()
@@ -78,7 +80,7 @@ class Tap:
                 q=q,
                 k=k,
                 v=v,
-                grid=call.grid,
+                grid=grid,
                 noise_level=call.noise_level,
                 scale=scale,
                 kv_len=key_mask,

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from diffsparse.entry import Execution, HeadEntry
-from diffsparse.grid import TokenGrid
 from diffsparse.order import AxisOrder, RasterOrder, TileOrder
 from diffsparse.pattern import Diagonals, Full, Sink, Window
 from diffsparse.pipelines import AttentionCall, architecture_of
 from diffsparse.plan import SparsityPlan
 from diffsparse.schedule import Schedule
-
-Inputs = dict[str, Any]
-TEXT = 7
+from tests.pipelines import zoo_image, zoo_joint, zoo_picture, zoo_video
+from tests.pipelines.case import IMAGE_SHAPES, TEXT, Case, Inputs
 
 
 def wan(seed: int = 0, layers: int = 2, **options: Any) -> torch.nn.Module:
@@ -165,22 +162,7 @@ def flux_inputs(frames: int, height: int, width: int, timestep: float = 500) -> 
     }
 
 
-@dataclass(frozen=True)
-class Case:
-    """A family's tiny model. ``shapes``: two grids; the second is the first one's portrait."""
-
-    build: Callable[[], torch.nn.Module]
-    inputs: Callable[..., Inputs]
-    layers: tuple[str, ...]
-    before: int = 0
-    after: int = 0
-    shapes: tuple[tuple[int, int, int], tuple[int, int, int]] = ((3, 7, 9), (3, 9, 7))
-
-    def grid(self, shape: tuple[int, int, int]) -> TokenGrid:
-        return TokenGrid(*shape, text_before=self.before, text_after=self.after)
-
-
-CASES = {
+CASES: dict[str, Case] = {
     "wan": Case(wan, wan_inputs, ("blocks.0.attn1", "blocks.1.attn1")),
     "vace": Case(
         vace,
@@ -192,6 +174,7 @@ CASES = {
         hunyuan_inputs,
         ("transformer_blocks.0.attn", "single_transformer_blocks.0.attn", "single_transformer_blocks.1.attn"),
         after=TEXT,
+        masked=True,
     ),
     "cogvideox": Case(
         cogvideox, cogvideox_inputs, ("transformer_blocks.0.attn1", "transformer_blocks.1.attn1"), before=TEXT
@@ -201,8 +184,12 @@ CASES = {
         flux_inputs,
         ("transformer_blocks.0.attn", "single_transformer_blocks.0.attn", "single_transformer_blocks.1.attn"),
         before=TEXT,
-        shapes=((1, 13, 16), (1, 16, 13)),
+        shapes=IMAGE_SHAPES,
     ),
+    **zoo_video.CASES,
+    **zoo_joint.CASES,
+    **zoo_image.CASES,
+    **zoo_picture.CASES,
 }
 
 NEAR = Window((1, 3, 3))

@@ -29,19 +29,19 @@ def test_layers_and_grid(case: Case) -> None:
     model = case.build()
     architecture = architecture_of(model)
     assert architecture.layers == case.layers
-    assert architecture.heads == 3 and architecture.head_dim == 16
+    assert (architecture.heads, architecture.head_dim) == (case.heads, case.head_dim)
     calls: list[AttentionCall] = []
     dense = run(model, inputs := case.inputs(*case.shapes[0], timestep=250))
     with tap_attention(model, calls.append):
         assert torch.equal(run(model, inputs), dense)
-    assert sorted(call.layer for call in calls) == sorted(case.layers)
+    assert sorted(call.layer for call in calls) == sorted(case.layers * case.calls)
     for call in calls:
         assert architecture.layers[call.layer_index] == call.layer
-        assert call.grid == case.grid(case.shapes[0])
+        assert call.grid == case.grid(case.shapes[0], call.layer)
         assert call.q.shape == call.k.shape == call.v.shape
-        assert call.q.shape[1:] == (call.grid.seq_len, 3, 16)
+        assert call.q.shape[1:] == (call.grid.seq_len, case.heads, case.head_dim)
         assert call.noise_level == pytest.approx(0.25)
-        assert (call.kv_len is not None) == (case is CASES["hunyuan"])
+        assert (call.kv_len is not None) == case.masked
 
 
 @every_family
@@ -53,7 +53,7 @@ def test_all_dense_plan_is_bitwise_dense(case: Case, named: bool) -> None:
     with sparse_attention(model, dense_plan(model) if named else preset("dense")):
         assert torch.equal(run(model, inputs), dense)
         summary = sparse_attention_summary(model).transformers["transformer"]
-    assert summary.density == 1.0 and summary.sparse_calls == 0 and summary.dense_calls == len(case.layers)
+    assert summary.density == 1.0 and summary.sparse_calls == 0 and summary.dense_calls == len(case.layers) * case.calls
 
 
 @every_family
@@ -71,7 +71,7 @@ def test_plan_equals_masked_attention(case: Case, backend: str) -> None:
         torch.testing.assert_close(run(model, batches[i]), expected[i], rtol=1e-4, atol=1e-5)
         assert (expected[i] - dense[i]).abs().max() > 1e-3
     summary = sparse_attention_summary(model).transformers["transformer"]
-    assert summary.sparse_calls == 4 * len(case.layers) and summary.dense_calls == 0
+    assert summary.sparse_calls == 4 * len(case.layers) * case.calls and summary.dense_calls == 0
     assert summary.grids == {str(case.grid(shape)): 2 for shape in case.shapes}
     disable_sparse_attention(model)
     for inputs, output in zip(batches, dense):
@@ -82,14 +82,19 @@ def test_plan_equals_masked_attention(case: Case, backend: str) -> None:
 def test_density_is_what_the_plan_says(case: Case) -> None:
     model = case.build()
     plan = mixed_plan(model)
-    grid = case.grid(case.shapes[0])
-    expected = plan.call_densities(grid)
+    # A layer without text has the densities of a plan on the grid without text.
+    expected = plan.call_densities(case.grid(case.shapes[0]))
+    bare = plan.call_densities(case.grid(case.shapes[0]).visual_only())
+    for i, layer in enumerate(case.layers):
+        if layer in case.visual_only:
+            expected[:, i] = bare[:, i]
     with sparse_attention(model, plan):
         run(model, case.inputs(*case.shapes[0]))
         summary = sparse_attention_summary(model)
     layers = summary.transformers["transformer"].layers
     assert [layer.density for layer in layers] == pytest.approx(expected[0].tolist())
-    assert summary.density == pytest.approx(expected.mean())
+    work = [case.grid(case.shapes[0], layer).seq_len ** 2 for layer in case.layers]
+    assert summary.density == pytest.approx((expected[0] * work).sum() / sum(work))
     assert 0 < summary.density < 1
 
 
@@ -152,7 +157,7 @@ def test_only_the_familys_layers_are_touched(case: Case) -> None:
         summary = sparse_attention_summary(model).transformers["transformer"]
     for handle in handles:
         handle.remove()
-    assert summary.sparse_calls == len(case.layers) and summary.density == 0
+    assert summary.sparse_calls == len(case.layers) * case.calls and summary.density == 0
     if case is CASES["wan"]:
         assert seen == {"blocks.0.attn2", "blocks.1.attn2"}
 

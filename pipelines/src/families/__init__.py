@@ -1,13 +1,18 @@
-"""The transformer classes that are known without further ado."""
+"""The transformer classes that are known without further ado: one module a family or a few of one kind.
 
-from diffsparse.pipelines.families.cogvideox import COGVIDEOX
-from diffsparse.pipelines.families.flux import FLUX
-from diffsparse.pipelines.families.hunyuan_video import HUNYUAN_VIDEO
-from diffsparse.pipelines.families.wan import WAN
-from diffsparse.pipelines.family import Family, register_family
+A module has ``FAMILIES``, and ``UNSUITABLE`` where some classes cannot have one. Adding a family is adding a module.
+"""
 
-__all__ = ["FAMILIES"]
+from importlib import import_module
+from pkgutil import iter_modules
 
-FAMILIES: tuple[Family, ...] = (WAN, HUNYUAN_VIDEO, COGVIDEOX, FLUX)
+from diffsparse.pipelines.family import Family, register_family, register_unsuitable
+
+__all__ = ["FAMILIES", "UNSUITABLE"]
+
+_modules = [import_module(f"{__name__}.{found.name}") for found in iter_modules(__path__)]
+FAMILIES: tuple[Family, ...] = tuple(family for m in _modules for family in getattr(m, "FAMILIES", ()))
+UNSUITABLE: dict[str, str] = {name: why for m in _modules for name, why in getattr(m, "UNSUITABLE", {}).items()}
 for _family in FAMILIES:
     register_family(_family, replace=True)
+register_unsuitable(UNSUITABLE)

@@ -20,11 +20,13 @@ def _grid(config: Any, arguments: Mapping[str, Any]) -> TokenGrid:
     return TokenGrid(-(-frames // t), height // h, width // w, text_before=text)
 
 
-COGVIDEOX = Family(
-    name="cogvideox",
-    classes=("CogVideoXTransformer3DModel",),
-    layers=("transformer_blocks.*.attn1",),
-    grid=_grid,
-    patch_size=_patch_size,
-    text_position="before",
+FAMILIES = (
+    Family(
+        name="cogvideox",
+        classes=("CogVideoXTransformer3DModel",),
+        layers=("transformer_blocks.*.attn1",),
+        grid=_grid,
+        patch_size=_patch_size,
+        text_position="before",
+    ),
 )

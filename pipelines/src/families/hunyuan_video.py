@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffsparse.grid import TokenGrid
+from diffsparse.pipelines.families.common import text_length, video_of
 from diffsparse.pipelines.family import Family
 
 
@@ -14,18 +15,17 @@ def _patch_size(config: Any) -> tuple[int, int, int]:
 
 
 def _grid(config: Any, arguments: Mapping[str, Any]) -> TokenGrid:
-    frames, height, width = arguments["hidden_states"].shape[2:]  # [B, C, T, H, W]
-    t, h, w = _patch_size(config)
-    text = arguments["encoder_hidden_states"].shape[1]
-    return TokenGrid(frames // t, height // h, width // w, text_after=text)
+    return TokenGrid(*video_of(arguments["hidden_states"], _patch_size(config)), text_after=text_length(arguments))
 
 
-HUNYUAN_VIDEO = Family(
-    name="hunyuan_video",
-    classes=("HunyuanVideoTransformer3DModel",),
-    # The token refiner of the text has attention of its own, which stays as it is.
-    layers=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
-    grid=_grid,
-    patch_size=_patch_size,
-    text_position="after",
+FAMILIES = (
+    Family(
+        name="hunyuan_video",
+        classes=("HunyuanVideoTransformer3DModel",),
+        # The token refiner of the text has attention of its own, which stays as it is.
+        layers=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
+        grid=_grid,
+        patch_size=_patch_size,
+        text_position="after",
+    ),
 )
