@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,6 +87,22 @@ def lagrangian(errors: list[np.ndarray], costs: list[np.ndarray], budget: float,
     return Assignment(choice, total_error, total_cost, min(bound, total_error))
 
 
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """What compiled code prints goes to stderr: our stdout may have to be one JSON object."""
+    c_library = ctypes.CDLL(None) if os.name == "posix" else None
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        if c_library is not None:  # its buffer would be written later, to the stdout that is put back now
+            c_library.fflush(None)
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
 def assign(errors: list[np.ndarray], costs: list[np.ndarray], budget: float, time_limit: float = 60.0) -> Assignment:
     """The best assignment by mixed-integer programming (HiGHS), to a gap of 1e-4; the Lagrangian one if that is better.
 
@@ -95,17 +116,18 @@ def assign(errors: list[np.ndarray], costs: list[np.ndarray], budget: float, tim
     item = np.repeat(np.arange(len(errors)), sizes)
     one_each = coo_matrix((np.ones(n), (item, np.arange(n))), shape=(len(errors), n)).tocsr()
     scale = max(float(flat_error.max()), 1e-300)
-    result = milp(
-        flat_error / scale,
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(flat_cost[None] / max(budget, 1e-12), -np.inf, 1),
-        ],
-        integrality=np.ones(n),
-        bounds=(0, 1),
-        # Presolve gains nothing here, and some versions of HiGHS print to stdout from it.
-        options={"mip_rel_gap": 1e-4, "time_limit": time_limit, "presolve": False},
-    )
+    with _stdout_to_stderr():
+        result = milp(
+            flat_error / scale,
+            constraints=[
+                LinearConstraint(one_each, 1, 1),
+                LinearConstraint(flat_cost[None] / max(budget, 1e-12), -np.inf, 1),
+            ],
+            integrality=np.ones(n),
+            bounds=(0, 1),
+            # Presolve gains nothing here, and some versions of HiGHS print from it.
+            options={"mip_rel_gap": 1e-4, "time_limit": time_limit, "presolve": False},
+        )
     if result.x is None:
         return quick
     choice = np.array([int(result.x[a:b].argmax()) for a, b in zip(first[:-1], first[1:], strict=True)])

@@ -68,3 +68,25 @@ def test_bad_tables_are_refused():
         lagrangian([np.zeros(2)], [np.zeros(3)], 1.0)
     with pytest.raises(ValueError, match="finite"):
         lagrangian([np.array([np.nan])], [np.zeros(1)], 1.0)
+
+
+def test_what_the_solver_prints_does_not_reach_stdout(monkeypatch, capfd):
+    """HiGHS prints a line of its own from time to time, and stdout may have to be one JSON object."""
+    import ctypes
+
+    import diffsparse.search.assign as module
+
+    solve = module.milp
+
+    def chatty(*args, **kwargs):
+        ctypes.CDLL(None).puts(b"from compiled code")
+        return solve(*args, **kwargs)
+
+    monkeypatch.setattr(module, "milp", chatty)
+    print("before")
+    assign([np.array([1.0, 0.0])] * 3, [np.array([0.0, 1.0])] * 3, 2.0)
+    print("after")
+    ctypes.CDLL(None).fflush(None)
+    out, err = capfd.readouterr()
+    assert out == "before\nafter\n"
+    assert "from compiled code" in err
