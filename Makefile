@@ -22,13 +22,14 @@ GPU_PYTHON := $(PYTHON)
 GPU_NEEDS :=
 endif
 
-.PHONY: help venv demo test test-slow test-gpu lint format clean
+.PHONY: help venv demo test test-slow test-gpu test-diffusers-latest lint format clean
 
 help:
 	@echo "make demo       search a plan for the tiny model in examples/, generate with and without it (writes out/)"
 	@echo "make test       lint, types, fast tests"
 	@echo "make test-slow  whole searches, compiled models, the built wheel"
 	@echo "make test-gpu   tests that need a CUDA GPU (PYTHON=python3: with that interpreter, building nothing)"
+	@echo "make test-diffusers-latest   what touches diffusers, with the newest one on PyPI"
 	@echo "make lint       ruff (format, lint) and mypy;  make format applies what ruff can"
 	@echo "make venv       only the environment, in .venv;  make clean removes what builds and tests left"
 
@@ -67,6 +68,14 @@ test-slow: $(STAMP)
 test-gpu: $(GPU_NEEDS)
 	PYTHONPATH=. $(GPU_PYTHON) -m pytest -m gpu -p no:cacheprovider $(ARGS)
 
+# A folder beside the environment shadows its diffusers; what the newest one needs beyond it shows as an ImportError.
+test-diffusers-latest: $(STAMP)
+	rm -rf .diffusers-latest
+	$(BIN)/python -m pip install --disable-pip-version-check -q --upgrade --no-deps --target .diffusers-latest diffusers
+	@PYTHONPATH=.diffusers-latest $(BIN)/python -c 'import diffusers; print("diffusers", diffusers.__version__)'
+	PYTHONPATH=.diffusers-latest $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -p no:cacheprovider \
+	  tests/pipelines tests/house/test_private_names.py $(ARGS)
+
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info .diffusers-latest .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -11,18 +11,56 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import diffusers
 import torch
 import torch.nn.functional
-from diffusers.models import attention_dispatch
 
-__all__ = ["install", "local_folder", "original_dispatch", "replaced_forward"]
+__all__ = ["PRIVATE_NAMES", "install", "local_folder", "lost_names", "original_dispatch", "replaced_forward"]
+
+#: Undocumented names of diffusers in use, and what for.
+PRIVATE_NAMES = {
+    "diffusers.models.attention_dispatch.dispatch_attention_fn": "the call by which most models leave for attention",
+    "diffusers.models.attention_processor.F": "torch.nn.functional, by which the others do",
+    "diffusers.hooks.hooks.HookRegistry.check_if_exists_or_initialize": "what sets _diffusers_hook on a module",
+}
+
+
+def lost_names() -> list[str]:
+    """Those of :data:`PRIVATE_NAMES` that this version of diffusers has no more."""
+    return [name for name in PRIVATE_NAMES if _find(name) is None]
+
+
+def _find(name: str) -> Any:
+    """The object at a dotted path; the longest part that can be imported is the module."""
+    parts = name.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        try:
+            found: Any = import_module(".".join(parts[:end]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[end:]:
+            found = getattr(found, part, None)
+        return found
+    return None
+
+
+def _need(name: str) -> Any:
+    found = _find(name)
+    if found is None:
+        raise ImportError(
+            f"diffusers {diffusers.__version__} has no {name} ({PRIVATE_NAMES[name]}): this version of diffsparse does "
+            "not know it; install a newer diffsparse, or the diffusers that it names"
+        )
+    return found
+
 
 #: The function that runs dense attention.
-original_dispatch: Callable[..., torch.Tensor] = attention_dispatch.dispatch_attention_fn
+original_dispatch: Callable[..., torch.Tensor] = _need("diffusers.models.attention_dispatch.dispatch_attention_fn")
 
 _MODELS = "diffusers.models."
 _CALLS_SDPA = ("diffusers.models.attention_processor", "diffusers.models.transformers.")

@@ -6,6 +6,10 @@ import ast
 import re
 from pathlib import Path
 
+import diffusers
+import pytest
+import torch
+
 from tests.house.imports import ROOT, SOURCES, imports_of, module_name, source_files
 
 #: Packages of diffusers whose contents are documented; deeper paths and everything else are its own business.
@@ -57,3 +61,34 @@ def test_private_names_of_diffusers_live_in_one_module() -> None:
     }
     assert not elsewhere, f"move these to {HOME.relative_to(ROOT)}: {elsewhere}"
     assert HOME.is_file()
+
+
+def test_diffusers_still_has_the_names_in_use() -> None:
+    from diffsparse.pipelines import _diffusers
+
+    assert not (lost := _diffusers.lost_names()), f"diffusers {diffusers.__version__} has no {', '.join(lost)}"
+    assert _diffusers._find("diffusers.models.attention_processor.F.scaled_dot_product_attention") is not None
+
+
+def test_a_name_that_vanished_is_told_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers.models import attention_dispatch
+
+    from diffsparse.pipelines import _diffusers
+
+    monkeypatch.delattr(attention_dispatch, "dispatch_attention_fn")
+    name = "diffusers.models.attention_dispatch.dispatch_attention_fn"
+    assert _diffusers.lost_names() == [name]
+    with pytest.raises(ImportError, match=rf"diffusers {re.escape(diffusers.__version__)} has no {name} \(the call"):
+        _diffusers._need(name)
+
+
+def test_the_attribute_that_hooks_set() -> None:
+    """``replaced_forward`` looks for it."""
+    from diffusers.hooks import HookRegistry
+
+    from diffsparse.pipelines import _diffusers
+
+    module = torch.nn.Linear(1, 1)
+    assert not _diffusers.replaced_forward(module)
+    HookRegistry.check_if_exists_or_initialize(module)
+    assert _diffusers.replaced_forward(module)
