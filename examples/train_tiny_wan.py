@@ -6,46 +6,37 @@ Two stages. First the autoencoder (``AutoencoderKLWan``), then, on a pool of its
     accelerate launch --num_processes 2 --mixed_precision bf16 examples/train_tiny_wan.py --out out/tiny_wan
     python examples/train_tiny_wan.py --smoke --out out/smoke        # seconds, on a CPU: checks the script only
 
-Everything drawn at random depends on the seed, the stage, the step and the process alone, so a run that was killed goes
-on where its last checkpoint was (``--resume``) with the clips it would have seen. The learning rate follows the larger
-of the shares of steps and of minutes used up, so either limit ends a stage properly.
+A run that was killed goes on with ``--resume`` where its last checkpoint was: see ``training.py``.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import functools
 import json
 import math
 import time
-import zlib
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import broadcast
 from check_colours import generate, psnr, reconstruct, score
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
-from diffusers.utils import logging
-from tiny_wan_data import BACKGROUND_COLOURS, PANS, SHAPES, SPRITE_COLOURS, TEXTURES, render, sample_scenes
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tiny_wan_data import render, sample_scenes
 from torch import nn
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from training import LoopSettings, Trainer, build_tokenizer, noise_levels, plot_log, settings_from
+from transformers import UMT5Config, UMT5EncoderModel
 
 Size = tuple[int, int, int]  # frames, height, width in pixels
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(LoopSettings):
     """What is trained, and how. Batches are per process."""
 
-    seed: int = 0
     size: Size = (17, 128, 128)
     other_sizes: tuple[Size, ...] = ((9, 96, 160), (25, 160, 128))
     other_share: float = 0.15  # of the transformer's steps
@@ -77,11 +68,6 @@ class Settings:
     shift: float = 2.0  # the same for the scheduler's
     no_caption: float = 0.1  # how often the caption is dropped, for guidance
     compile: bool = True
-    # Bookkeeping.
-    ema: float = 0.998
-    warmup: int = 100  # steps
-    log_every: int = 20
-    check_minutes: float = 1.0  # between checkpoints, each with a look at held-out clips
 
     @classmethod
     def smoke(cls) -> Settings:
@@ -111,25 +97,6 @@ class Settings:
 
 
 # ---------------------------------------------------------------------------------------------------------- models
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each word a caption can hold, ``</s>`` at the end, as T5 has it."""
-    words = ["<pad>", "</s>", "<unk>", ",", "a", "an", "and", "over", "panning"]
-    for group in (SPRITE_COLOURS, BACKGROUND_COLOURS, SHAPES, TEXTURES, PANS):
-        words += [word for word in group if word not in words]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        model_max_length=512,
-        clean_up_tokenization_spaces=False,
-    )
 
 
 def build_vae(settings: Settings) -> AutoencoderKLWan:
@@ -273,48 +240,15 @@ class Pool:
 # --------------------------------------------------------------------------------------------------------- training
 
 
-class Trainer:
-    """Both stages, their checkpoints and their log."""
+class WanTrainer(Trainer):
+    """Both stages."""
 
     def __init__(self, settings: Settings, out: Path, resume: bool) -> None:
-        self.settings = settings
-        self.out = out
-        self.accelerator = Accelerator()
-        logging.set_verbosity_error()  # casting whole modules to bf16 for saving is meant
-        logging.disable_progress_bar()
-        self.device = self.accelerator.device
-        self.rank = self.accelerator.process_index
-        out.mkdir(parents=True, exist_ok=True)
-        torch.manual_seed(settings.seed)
-        torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")
+        super().__init__(settings, out, resume)
         self.tokenizer = build_tokenizer()
         self.vae = build_vae(settings).to(self.device)
         text_encoder = build_text_encoder(settings, len(self.tokenizer))
         self.denoiser = Denoiser(text_encoder, build_transformer(settings), 512).to(self.device)
-        self.state: dict[str, Any] = {"stage": "vae", "step": 0, "minutes": 0.0}
-        if resume and (out / "checkpoint.pt").exists():
-            self.state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
-            self.say(f"resumed {self.state['stage']} at step {self.state['step']}")
-        elif self.accelerator.is_main_process:
-            (out / "log.jsonl").write_text("")
-
-    def say(self, text: str) -> None:
-        """Print once, at once."""
-        if self.accelerator.is_main_process:
-            print(text, flush=True)
-
-    def log(self, **values: Any) -> None:
-        """Append one line to ``log.jsonl`` and print it."""
-        if self.accelerator.is_main_process:
-            line = json.dumps({k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in values.items()})
-            print(line, flush=True)
-            with (self.out / "log.jsonl").open("a") as file:
-                file.write(line + "\n")
-
-    def seed_of(self, *parts: int | str) -> int:
-        """A seed for this process that depends on the parts and on nothing else."""
-        return zlib.crc32(repr((self.settings.seed, self.rank, *parts)).encode())
 
     def clips(self, batch: int, size: Size, *parts: int | str, heldout: bool = False) -> tuple[torch.Tensor, list[str]]:
         """Fresh clips ``[batch, 3, *size]`` in [-1, 1] and their captions."""
@@ -323,101 +257,6 @@ class Trainer:
         frames, height, width = size
         clips = render(scenes, seed, frames=frames, height=height, width=width, device=self.device)
         return clips * 2 - 1, [scene.caption for scene in scenes]
-
-    def fit(
-        self,
-        stage: str,
-        model: nn.Module,
-        averaged: nn.Module,
-        loss_of: Callable[[nn.Module, int], tuple[torch.Tensor, torch.Tensor]],
-        check: Callable[[int], bool],
-        *,
-        lr: float,
-        steps: int,
-        minutes: float,
-        weight_decay: float,
-    ) -> None:
-        """Train ``model`` until its steps or minutes are used up, or ``check`` says that it is good enough.
-
-        Args:
-            averaged: A copy of ``model`` that follows it as an exponential moving average.
-            loss_of: Loss and a second figure for the log, from the wrapped model and the step.
-            check: Called every ``check_minutes`` with the step.
-        """
-        settings, accelerator = self.settings, self.accelerator
-        decayed = [p for p in model.parameters() if p.ndim > 1]
-        plain = [p for p in model.parameters() if p.ndim <= 1]
-        groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=self.device.type == "cuda")
-        step, before = 0, 0.0
-        if self.state["stage"] == stage and "model" in self.state:
-            model.load_state_dict(self.state["model"])
-            averaged.load_state_dict(self.state["ema"])
-            optimizer.load_state_dict(self.state["optimizer"])
-            step, before = self.state["step"], self.state["minutes"]
-        wrapped, optimizer = accelerator.prepare(model, optimizer)
-        begin = last_log = time.monotonic()
-        last_step, progress, next_check = step, 0.0, 0.0
-        while True:
-            if step % 10 == 0 or steps < 100:
-                # Every process must stop at the same step, so the first one's clock counts.
-                progress = max(step / steps, (before + (time.monotonic() - begin) / 60) / minutes)
-                progress = broadcast(torch.tensor([progress], device=self.device)).item()
-                if progress >= 1:
-                    break
-                if next_check == 0.0:
-                    next_check = progress + settings.check_minutes / minutes
-                elif progress >= next_check:
-                    next_check = progress + settings.check_minutes / minutes
-                    self.state = {
-                        "stage": stage,
-                        "step": step,
-                        "minutes": before + (time.monotonic() - begin) / 60,
-                        "model": model.state_dict(),
-                        "ema": averaged.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                        "vae": self.vae.state_dict() if stage != "vae" else {},
-                    }
-                    self.save()
-                    if check(step):
-                        break
-            rate = lr * min(1, (step + 1) / settings.warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            torch.manual_seed(self.seed_of(stage, "noise", step))
-            loss, extra = loss_of(wrapped, step)
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            step += 1
-            decay = min(settings.ema, (1 + step) / (10 + step))
-            with torch.no_grad():
-                torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
-            if step % settings.log_every == 0:
-                now = time.monotonic()
-                self.log(
-                    stage=stage,
-                    step=step,
-                    minutes=before + (now - begin) / 60,
-                    loss=loss.item(),
-                    extra=extra.item(),
-                    lr=rate,
-                    steps_per_s=(step - last_step) / (now - last_log),
-                )
-                last_log, last_step = now, step
-        model.load_state_dict(averaged.state_dict())
-        self.log(stage=stage, step=step, minutes=before + (time.monotonic() - begin) / 60, done=True)
-
-    def save(self) -> None:
-        """Write ``checkpoint.pt``, whole or not at all."""
-        if self.accelerator.is_main_process:
-            torch.save(self.state, self.out / "checkpoint.tmp")
-            (self.out / "checkpoint.tmp").replace(self.out / "checkpoint.pt")
-
-    def agreed(self, value: float) -> float:
-        """The mean of a figure over all processes."""
-        return self.accelerator.reduce(torch.tensor(value, device=self.device), "mean").item()
 
     def train_vae(self) -> None:
         """Stage one."""
@@ -450,7 +289,7 @@ class Trainer:
             self.log(stage="vae", step=step, heldout_psnr_db=quality)
             return quality >= settings.vae_good_db
 
-        self.fit(
+        step = self.fit(
             "vae",
             model,
             averaged,
@@ -461,7 +300,7 @@ class Trainer:
             minutes=settings.vae_minutes,
             weight_decay=0.0,
         )
-        check(-1)
+        check(step)
 
     @torch.no_grad()
     def build_pools(self) -> dict[Size, Pool]:
@@ -502,6 +341,7 @@ class Trainer:
         """Stage two."""
         settings = self.settings
         self.vae.eval().requires_grad_(False)
+        self.kept["vae"] = self.vae.state_dict()
         torch.backends.cudnn.benchmark = False  # it would take longer than encoding the few clips of the other sizes
         pools = self.build_pools()
         self.denoiser.train()
@@ -527,9 +367,7 @@ class Trainer:
             drop = (torch.rand(batch, 1, generator=own) < settings.no_caption).to(self.device)
             ids = torch.where(drop, empty_ids, pool.ids[index])
             mask = torch.where(drop, empty_mask, pool.mask[index])
-            # Stratified, so that every batch covers all noise levels, up to the noise alone that sampling begins with.
-            even = (torch.arange(batch) + torch.rand(batch, generator=own)) / batch
-            level = (settings.level_shift * even / (1 + (settings.level_shift - 1) * even)).to(self.device)
+            level = noise_levels(batch, settings.level_shift, own).to(self.device)
             noise = torch.randn_like(clean)
             mix = level.view(-1, 1, 1, 1, 1)
             predicted = wrapped(torch.lerp(clean, noise, mix), level, ids, mask).float()
@@ -549,7 +387,7 @@ class Trainer:
             self.log(stage="denoiser", step=step, heldout_colours=self.agreed(score(clips, captions)))
             return False
 
-        self.fit(
+        step = self.fit(
             "denoiser",
             self.denoiser,
             averaged,
@@ -560,7 +398,7 @@ class Trainer:
             minutes=settings.minutes,
             weight_decay=0.01,
         )
-        check(-1)
+        check(step)
 
     def pipeline(self, denoiser: Denoiser) -> WanPipeline:
         """A pipeline of the parts as they are."""
@@ -609,56 +447,19 @@ class Trainer:
         self.export(self.out / "model", self.denoiser)
         if self.accelerator.is_main_process:
             (self.out / "settings.json").write_text(json.dumps(asdict(self.settings), indent=1) + "\n")
-            plot_log(self.out / "log.jsonl", self.out / "loss.png")
+            looks = {
+                "vae": ("Autoencoder", "heldout_psnr_db", "held-out PSNR, dB"),
+                "denoiser": ("Transformer and text encoder", "heldout_colours", "held-out captions shown"),
+            }
+            plot_log(self.out / "log.jsonl", self.out / "loss.png", looks)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 
 
-def plot_log(log: Path, picture: Path) -> None:
-    """Draw both stages' losses and what was measured on held-out clips."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
-    looks = {
-        "vae": ("Autoencoder", "heldout_psnr_db", "held-out PSNR, dB"),
-        "denoiser": ("Transformer and text encoder", "heldout_colours", "held-out captions shown"),
-    }
-    for axis, (stage, (title, key, label)) in zip(axes, looks.items(), strict=True):
-        losses = [(line["step"], line["loss"]) for line in lines if line["stage"] == stage and "loss" in line]
-        checks = [(line["step"], line[key]) for line in lines if line["stage"] == stage and line.get(key) is not None]
-        last = max((step for step, _ in losses), default=0)
-        axis.plot(*zip(*losses, strict=True), lw=0.8, color="tab:blue") if losses else None
-        axis.set(title=title, xlabel="step", ylabel="loss", yscale="log")
-        if checks:
-            right = axis.twinx()
-            steps, values = zip(*[(last if step < 0 else step, value) for step, value in checks], strict=True)
-            right.plot(steps, values, "o-", ms=3, color="tab:orange")
-            right.set_ylabel(label)
-    figure.savefig(picture, dpi=90)
-
-
 def main() -> None:
     """Read the settings from the command line and train."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="checkpoint, log and the finished model/ go here")
-    parser.add_argument("--smoke", action="store_true", help="seconds on a CPU, to check the script")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
-    parser.add_argument("--start-from", type=Path, help="a finished folder whose weights to train further (stage two)")
-    simple = {k: v for k, v in asdict(Settings()).items() if isinstance(v, bool | int | float)}
-    for name, value in simple.items():
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, bool):
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None)
-        else:
-            parser.add_argument(flag, type=type(value), default=None, help=f"default {value}")
-    args = parser.parse_args()
-    given = {name: getattr(args, name) for name in simple if getattr(args, name) is not None}
-    settings = replace(Settings.smoke() if args.smoke else Settings(), **given)
-    Trainer(settings, args.out, args.resume).run(args.start_from)
+    settings, args = settings_from(__doc__, Settings(), Settings.smoke())
+    WanTrainer(settings, args.out, args.resume).run(args.start_from)
 
 
 if __name__ == "__main__":

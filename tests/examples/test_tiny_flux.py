@@ -1,0 +1,104 @@
+"""The small text-to-image model: its training script, its check, and the command line on an image pipeline."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.house.process import ROOT
+
+EXAMPLES = ROOT / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import check_pictures  # noqa: E402
+import tiny_wan_data as data  # noqa: E402
+import train_tiny_flux  # noqa: E402
+
+
+def run(*arguments: object) -> str:
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env={**{k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}, "CUDA_VISIBLE_DEVICES": ""},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_captions_of_pictures_do_not_move() -> None:
+    scenes = data.sample_scenes(50, "stills")
+    captions = [check_pictures.picture_caption(scene) for scene in scenes]
+    assert not any("panning" in caption for caption in captions)
+    assert [check_pictures.clip_matches(*pair) for pair in zip(render(scenes), captions)].count(False) <= 1
+
+
+def render(scenes: list[data.Scene]) -> torch.Tensor:
+    return data.render(scenes, 0, frames=1, height=128, width=128)
+
+
+def test_tokens_are_packed_as_the_pipeline_does() -> None:
+    from diffusers import FluxPipeline
+
+    latents = torch.randn(2, 4, 8, 12)
+    assert torch.equal(train_tiny_flux.pack(latents), FluxPipeline._pack_latents(latents, 2, 4, 8, 12))
+    ids = FluxPipeline._prepare_latent_image_ids(2, 4, 6, "cpu", torch.float32)
+    assert torch.equal(train_tiny_flux.positions(4, 6, torch.device("cpu")), ids)
+
+
+def test_the_full_model_fits_its_bounds() -> None:
+    settings = train_tiny_flux.Settings()
+    words = len(train_tiny_flux.build_tokenizer())
+    parts = [
+        train_tiny_flux.build_vae(settings),
+        train_tiny_flux.build_clip(settings, words),
+        train_tiny_flux.build_t5(settings, words),
+        train_tiny_flux.build_transformer(settings),
+    ]
+    assert sum(2 * p.numel() for part in parts for p in part.parameters()) <= 11_800_000  # of 12 MB
+    height, width = settings.size
+    assert (height // 4) * (width // 4) >= 4096  # image tokens
+
+
+@pytest.mark.slow
+def test_training_search_and_eval_of_an_image_pipeline(tmp_path: Path) -> None:
+    from diffusers import FluxPipeline
+
+    run(EXAMPLES / "train_tiny_flux.py", "--smoke", "--out", tmp_path)
+    model = tmp_path / "model"
+    pipe = FluxPipeline.from_pretrained(model, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.default_sample_size * pipe.vae_scale_factor == 256
+    pictures = check_pictures.generate(pipe, ["a red ring over teal dots"], steps=2, height=32, width=48)
+    assert pictures.shape == (1, 3, 1, 32, 48) and pictures.isfinite().all()
+    # With fresh weights the output layer is zero, and sparse attention would change nothing.
+    torch.manual_seed(0)
+    torch.nn.init.normal_(pipe.transformer.proj_out.weight, std=0.1)
+    for name, parameter in pipe.transformer.named_parameters():
+        if ".norm" in name and name.endswith(".linear.weight"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    pipe.save_pretrained(model)
+
+    prompts, plan = tmp_path / "prompts.txt", tmp_path / "plan"
+    prompts.write_text("a red circle over grey dots\na blue square over teal waves\n")
+    command = ("-m", "diffsparse.search")
+    shape = ("--height", 64, "--width", 96, "--steps", 4)
+    found = json.loads(
+        run(*command, "search", model, "--prompts", prompts, "--out", plan, "--density", 0.9, *shape, "--json")
+    )
+    assert found["architecture"]["model_class"] == "FluxTransformer2DModel"
+    report = json.loads(run(*command, "eval", model, plan, "--prompts", prompts, "--seeds", 1, "--json"))
+    assert report["passed"] and len(report["clips"]) == 2
+    assert 0 < report["trajectory_density"] <= 0.95
+    assert all(20 < clip["psnr"] < 115 for clip in report["clips"])  # pictures like dense's, and not the same ones
+    shown = run(*command, "show", plan, "--grid", "1,16,24")
+    assert "FluxTransformer2DModel" in shown and "single_transformer_blocks.0.attn" in shown
