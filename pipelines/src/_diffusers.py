@@ -20,12 +20,22 @@ import diffusers
 import torch
 import torch.nn.functional
 
-__all__ = ["PRIVATE_NAMES", "install", "local_folder", "lost_names", "original_dispatch", "replaced_forward"]
+__all__ = [
+    "PRIVATE_NAMES",
+    "StandIn",
+    "gist_counts",
+    "install",
+    "local_folder",
+    "lost_names",
+    "original_dispatch",
+    "replaced_forward",
+]
 
 #: Undocumented names of diffusers in use, and what for.
 PRIVATE_NAMES = {
     "diffusers.models.attention_dispatch.dispatch_attention_fn": "the call by which most models leave for attention",
     "diffusers.models.attention_processor.F": "torch.nn.functional, by which the others do",
+    "diffusers.models.transformers.transformer_bria_fibo2.compute_gist_count": "FIBO 2's number of gist tokens",
     "diffusers.hooks.hooks.HookRegistry.check_if_exists_or_initialize": "what sets _diffusers_hook on a module",
 }
 
@@ -96,7 +106,46 @@ def replaced_forward(module: torch.nn.Module) -> bool:
     return getattr(module, "_diffusers_hook", None) is not None
 
 
+def gist_counts(text_lengths: list[int], **bounds: int) -> list[int]:
+    """Gist tokens of each prompt in BRIA FIBO 2, from its number of text tokens and the model's bounds."""
+    count = _need("diffusers.models.transformers.transformer_bria_fibo2.compute_gist_count")
+    found: list[int] = count(text_lengths, **bounds)
+    return found
+
+
 def local_folder(loaded: Any) -> Path | None:
     """The folder that a pipeline or a model was loaded from, or None (built in memory, or named by a Hub id)."""
     name = getattr(getattr(loaded, "config", None), "_name_or_path", None)
     return Path(name) if isinstance(name, (str, os.PathLike)) and str(name) and Path(name).is_dir() else None
+
+
+class StandIn:
+    """An attention processor of ours, in the place of a model's own for as long as hooks are attached.
+
+    ``original`` is the model's own. Subclasses are called as it is, with the same names of arguments (diffusers passes
+    on only those that it finds in the signature), and hand over to it whenever they are not needed.
+    """
+
+    def __init__(self, original: Any) -> None:
+        self.original = original
+
+    # What diffusers sets on processors goes to the original, and is still there when it is back in its place.
+    @property
+    def _attention_backend(self) -> Any:
+        return self.original._attention_backend
+
+    @_attention_backend.setter
+    def _attention_backend(self, backend: Any) -> None:
+        self.original._attention_backend = backend
+
+    @property
+    def _parallel_config(self) -> Any:
+        return self.original._parallel_config
+
+    @_parallel_config.setter
+    def _parallel_config(self, config: Any) -> None:
+        self.original._parallel_config = config
+
+    def dispatch_options(self) -> dict[str, Any]:
+        """What the original passes to ``dispatch_attention_fn`` beside the tensors."""
+        return {"backend": self._attention_backend, "parallel_config": self._parallel_config}

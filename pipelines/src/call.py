@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field, replace
 from types import FrameType
+from typing import Any
 
 import torch
 
@@ -24,6 +25,7 @@ COMPILED = "compiled"
 class Call:
     """Lives in the thread-local context from the root's pre-hook to its post-hook.
 
+    ``config``: the model's, for families whose layers see different grids.
     ``problem``: why nothing of this forward can run sparse (an unknown grid), or None.
     ``phase``: the plan's phase, or None where the schedule says dense.
     """
@@ -33,6 +35,7 @@ class Call:
     noise_level: float
     phase: int | None
     batch: int
+    config: Any = None
     problem: str | None = None
     previous: Call | None = None
     frame: FrameType | None = None
@@ -63,6 +66,8 @@ class Call:
             return None
         if self.state.layers[index].visual_only:
             return grid.visual_only()
+        if family.layer_grid is not None:
+            return family.layer_grid(self.config, self.state.layers[index].name, grid)
         if seq is not None and family.text_from_call and seq != grid.seq_len:
             before = family.text_position == "before"
             text = seq - grid.num_visual - (grid.text_after if before else grid.text_before)
@@ -124,7 +129,8 @@ class Call:
     def _compiled_event(self, index: int) -> tuple[float | None, float, str, str]:
         """What a compiled layer ran: counters live outside traced code, so it is known from the layouts."""
         layout = self.state.layers[index].layout
-        work = float(self.batch * self.state.architecture.heads * (self.grid.seq_len**2 if self.grid else 0))
+        grid = self.grid_of(index)
+        work = float(self.batch * self.state.architecture.heads * (grid.seq_len**2 if grid else 0))
         if layout is not None:
             return (layout.density, work, "", COMPILED)
         reason = self.problem or OUTSIDE

@@ -56,10 +56,17 @@ class Family:
     text_from_call: the number of text tokens is whatever a call has beside the visual ones, not what ``grid`` says
         (models that cut padding off inside).
     visual_only: paths among ``layers`` whose sequences hold no text although the model's other layers' do.
+    layer_grid: ``(config, layer, grid) -> TokenGrid``, what one layer sees, from its path and the forward's grid, where
+        layers differ in more than that.
     timestep: name of the forward's argument that tells the noise level.
     timestep_scale: its unit: ``train`` (noise is 1 at num_train_timesteps), ``unit`` (at 1), ``unit_rising`` (at 0, and
         the clip is clean at 1), or a function ``(value, scheduler or None) -> noise level``.
     heads, head_dim: from the configuration.
+    stays_dense: for the table of supported models: what of the self-attention a plan does not reach, and when.
+    stand_in: for models whose attention processors build a mask of all pairs of tokens: ``processor -> processor``, the
+        one that a layer gets while hooks are attached instead of its own, or None to leave that one. It is a
+        ``_diffusers.StandIn`` around its own, and calls attention with a key-padding mask in the place of a full one
+        where :func:`diffsparse.pipelines.patch.takes_key_mask` says so.
     """
 
     name: str
@@ -70,10 +77,13 @@ class Family:
     text_position: str = "none"
     text_from_call: bool = False
     visual_only: tuple[str, ...] = ()
+    layer_grid: Callable[[Any, str, TokenGrid], TokenGrid] | None = None
     timestep: str = "timestep"
     timestep_scale: str | Callable[[float, Any], float] = "train"
     heads: Callable[[Any], int] = _heads
     head_dim: Callable[[Any], int] = _head_dim
+    stays_dense: str = ""
+    stand_in: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
         if not self.classes or not self.layers:
@@ -149,10 +159,13 @@ def _why_none(transformer: torch.nn.Module) -> str:
 
 
 def _unsupported(what: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"{what}; known transformers: {', '.join(sorted(_FAMILIES))}. "
-        "Describe another one with diffsparse.register_family(diffsparse.pipelines.Family(...))"
-    )
+    """The error; where the matter is not settled by a reason, with what can be done."""
+    if "is not suited" not in what:
+        what += (
+            f". `diffsparse models` lists the {len(_FAMILIES)} transformers that can run; describe another one with "
+            "diffsparse.register_family(diffsparse.pipelines.Family(...))"
+        )
+    return UnsupportedModelError(what)
 
 
 def family_of(transformer: torch.nn.Module) -> Family:

@@ -8,12 +8,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from diffsparse.layout import BlockLayout
-from diffsparse.pipelines._diffusers import replaced_forward
+from diffsparse.pipelines._diffusers import StandIn, replaced_forward
 from diffsparse.pipelines.call import Call
 from diffsparse.pipelines.context import CTX, EPOCH
 from diffsparse.pipelines.family import UnknownGridError
@@ -34,6 +35,8 @@ def attach(transformer: torch.nn.Module, state: ModelState) -> None:
         module = modules[layer.name]
         setattr(module, LAYER_STATE, layer)
         _add_hooks(module, _before_layer, _after_layer)
+        if state.family.stand_in is not None:
+            _put_stand_in(module, state.family.stand_in)
     setattr(transformer, MODEL_STATE, state)
     _add_hooks(transformer, _before_model, _after_model)
     EPOCH.bump()
@@ -45,6 +48,8 @@ def detach(transformer: torch.nn.Module) -> None:
         _remove_hooks(module)
         for name in (LAYER_STATE, MODEL_STATE):
             module.__dict__.pop(name, None)
+        if isinstance(processor := module.__dict__.get("processor"), StandIn):
+            module.processor = processor.original
     EPOCH.bump()
 
 
@@ -58,6 +63,15 @@ def _add_hooks(module: torch.nn.Module, before: Any, after: Any) -> None:
     module._forward_hooks[KEY] = after  # type: ignore[index]
     module._forward_hooks_with_kwargs[KEY] = True  # type: ignore[index]
     module._forward_hooks_always_called[KEY] = True  # type: ignore[index]
+
+
+def _put_stand_in(module: torch.nn.Module, stand_in: Callable[[Any], StandIn | None]) -> None:
+    own = module.__dict__.get("processor")  # one that is a module itself is somewhere else, and none that we know
+    if own is None or isinstance(own, StandIn):
+        return
+    ours = stand_in(own)
+    if ours is not None:
+        module.processor = ours  # type: ignore[assignment]
 
 
 def _remove_hooks(module: torch.nn.Module) -> None:
@@ -121,8 +135,6 @@ def _after_model(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -
 def _read_call(module: torch.nn.Module, state: ModelState, args: Any, kwargs: Any) -> Call:
     """Grid, noise level and phase from the forward's own arguments."""
     arguments = dict(zip(state.arguments, args), **kwargs)
-    hidden = arguments.get("hidden_states")
-    batch = hidden.shape[0] if isinstance(hidden, torch.Tensor) else 1
     level = noise_level(state, arguments)
     grid, problem = None, None
     try:
@@ -130,14 +142,27 @@ def _read_call(module: torch.nn.Module, state: ModelState, args: Any, kwargs: An
         state.saw_grid(grid)
     except UnknownGridError as error:
         problem = f"the token grid is unknown: {error}"
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
+    except (KeyError, AttributeError, TypeError, ValueError, ImportError) as error:
         problem = f"the token grid is unknown: {type(error).__name__}: {error}"
     if level is None:
         problem = problem or "the forward was given no timestep"
     phase = state.plan.schedule.phase(level) if state.plan is not None and level is not None else None
     return Call(
-        state=state, grid=grid, noise_level=-1.0 if level is None else level, phase=phase, batch=batch, problem=problem
+        state=state,
+        grid=grid,
+        noise_level=-1.0 if level is None else level,
+        phase=phase,
+        batch=_batch_of(arguments.get(state.arguments[0])),
+        config=module.config,
+        problem=problem,
     )
+
+
+def _batch_of(first: Any) -> int:
+    """Items of the batch: a model's first argument is a tensor of them, or (Z-Image) a list."""
+    if isinstance(first, torch.Tensor) and first.ndim:
+        return first.shape[0]
+    return len(first) if isinstance(first, (list, tuple)) else 1
 
 
 def _device_of(args: Any, kwargs: Any) -> torch.device | None:

@@ -16,7 +16,7 @@ __all__ = ["noise_level"]
 def noise_level(state: ModelState, arguments: Mapping[str, Any]) -> float | None:
     """What the family makes of the forward's timestep, 1 at the start; None where the forward was given none.
 
-    Of timesteps that differ between items or tokens (image-to-video holds given frames at 0) the largest counts.
+    Of timesteps that differ between items or tokens (image-to-video holds given frames at 0) the noisiest counts.
     """
     timestep = arguments.get(state.family.timestep)
     if timestep is None:
@@ -24,7 +24,9 @@ def noise_level(state: ModelState, arguments: Mapping[str, Any]) -> float | None
     if isinstance(timestep, torch.Tensor):
         value = _from_schedule(state, timestep) if timestep.device.type != "cpu" else None
         if value is None:
-            value = float(timestep.max())  # waits for the device where the tensor is on one
+            # Waits for the device where the tensor is on one.
+            rising = state.family.timestep_scale == "unit_rising"
+            value = float(timestep.min() if rising else timestep.max())
     else:
         value = float(timestep)
     scheduler = state.scheduler
@@ -51,7 +53,8 @@ def _from_schedule(state: ModelState, timestep: torch.Tensor) -> float | None:
     if rest or not 0 <= position < len(timesteps):
         return None
     known = state.schedule
-    if known is None or known[0][0]() is not timesteps or known[0][1] != timesteps._version:
-        known = ((weakref.ref(timesteps), timesteps._version), timesteps.tolist())
+    version = None if timesteps.is_inference() else timesteps._version  # those made in inference mode count none
+    if known is None or known[0][0]() is not timesteps or known[0][1] != version:
+        known = ((weakref.ref(timesteps), version), timesteps.tolist())
         state.schedule = known
     return float(known[1][position])

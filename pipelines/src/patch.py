@@ -19,7 +19,7 @@ from diffsparse.pipelines.call import Call
 from diffsparse.pipelines.context import CTX, EPOCH
 from diffsparse.pipelines.state import LayerState
 
-__all__ = ["install_patch", "routed_dispatch", "routed_sdpa"]
+__all__ = ["install_patch", "routed_dispatch", "routed_sdpa", "takes_key_mask"]
 
 _dispatch = _diffusers.original_dispatch
 
@@ -111,6 +111,25 @@ def routed_sdpa(
     return out
 
 
+def takes_key_mask(device: torch.device) -> bool:
+    """Whether the layer that is running has block lists in this forward, or a tap that is to see its call.
+
+    For processors that stand in for a model's own (``Family.stand_in``). Where it is False the call runs dense by the
+    plan's word, or nothing is attached, and the model's own processor must run.
+    """
+    layer = CTX.layer
+    if layer is None:
+        return False
+    if torch.compiler.is_compiling():
+        return layer.layout is not None
+    call = CTX.call
+    if call is None or not call.is_running():
+        return False
+    if call.state.tap is not None:
+        return True
+    return call.problem is None and isinstance(call.layout(layer.index, device), BlockLayout)
+
+
 def _special(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float, is_causal: bool, enable_gqa: bool
 ) -> str | None:
@@ -189,13 +208,15 @@ def _eager(
 ) -> torch.Tensor:
     index = layer.index
     if q.shape[1] != k.shape[1]:  # an adapter's or an image's keys beside the self-attention
-        call.foreign.add(index)
+        if call.problem is not None and index not in call.events:  # keys of earlier images may be among them
+            call.ran_dense(index, q, call.problem, issue=True)
+        else:
+            call.foreign.add(index)
         return dense()
     if call.state.tap is not None:
         return call.state.tap.run(call, layer, q, k, v, key_mask, scale, reason, dense)
     layout = call.layout(index, q.device, seq=q.shape[1])
-    if reason is None:
-        reason = call.problem
+    reason = call.problem or reason  # what holds for the whole forward says more than its effect on one call
     if reason is None and isinstance(layout, BlockLayout):
         reason = _misfit(layout, q, k, v, key_mask)
     if reason is not None and (call.problem is not None or isinstance(layout, BlockLayout)):

@@ -386,6 +386,30 @@ def env_command(as_json: Json = False) -> None:
         answer(found, environment_table(found))
 
 
+@app.command("models")
+def models_command(
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="The page docs/models.md.")] = False,
+    as_json: Json = False,
+) -> None:
+    """The models that a plan can be attached to, and what of them stays dense.
+
+    \b
+    Example:
+      diffsparse models
+    """
+    if as_markdown and as_json:
+        raise BadInput("--markdown and --json are two different answers; give one of them")
+    with _answers(as_json) as answer:
+        from diffsparse.search.tables import models_data, models_table
+
+        if as_markdown:
+            from diffsparse.pipelines.matrix import markdown
+
+            answer({}, markdown().rstrip("\n"))
+        else:
+            answer(models_data(), models_table())
+
+
 # Typer carries its own copy of click in some versions and uses the package in others; the base class is the same one.
 _ClickException: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 

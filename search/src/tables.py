@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from diffsparse.search.evaluate import EvalReport
     from diffsparse.search.statistics import Mean
 
-__all__ = ["environment_table", "eval_table", "shorten", "text_table"]
+__all__ = ["environment_table", "eval_table", "models_data", "models_table", "shorten", "text_table"]
 
 
 def text_table(rows: Sequence[Sequence[str]], header: Sequence[str] | None = None, right: Sequence[int] = ()) -> str:
@@ -126,3 +126,28 @@ def environment_table(found: dict[str, Any]) -> str:
 
 def _indent(rows: Sequence[Sequence[str]]) -> str:
     return textwrap.indent(text_table(rows), "  ")
+
+
+def models_data() -> dict[str, Any]:
+    """Supported transformer classes, and those that cannot be, as plain data."""
+    from dataclasses import asdict
+
+    from diffsparse.pipelines.families import UNSUITABLE
+    from diffsparse.pipelines.matrix import model_rows
+
+    return {"models": [{**asdict(row), "grid": row.grid.shape} for row in model_rows()], "unsuitable": UNSUITABLE}
+
+
+def models_table() -> str:
+    """The same for reading in a terminal."""
+    from diffsparse.pipelines.families import UNSUITABLE
+    from diffsparse.pipelines.matrix import model_rows
+
+    rows = [
+        (row.model_class, row.order.split(" (")[0], row.size, f"{row.grid.num_visual:,}", shorten(row.stays_dense, 60))
+        for row in model_rows()
+    ]
+    header = ("transformer", "sequence", "a usual size", "tokens", "stays dense")
+    names = sorted(UNSUITABLE, key=str.lower)
+    cannot = text_table([(name, shorten(UNSUITABLE[name], 100)) for name in names], ("cannot run sparse", "reason"))
+    return f"{text_table(rows, header, right=(3,))}\n\n{cannot}\n"

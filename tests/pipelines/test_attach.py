@@ -103,7 +103,9 @@ def test_unknown_backend_is_refused() -> None:
 
 
 def test_unknown_model_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"Linear has no family.*WanTransformer3DModel.*register_family"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"Linear has no family. `diffsparse models` lists .*register_family"
+    ):
         enable_sparse_attention(torch.nn.Linear(2, 2))
     with pytest.raises(TypeError, match="expected a diffusers pipeline or a transformer, got int"):
         enable_sparse_attention(3)
@@ -312,6 +314,20 @@ def test_noise_level_takes_any_form_of_timestep() -> None:
         with torch.no_grad():
             model(inputs["hidden_states"], torch.tensor([300]), inputs["encoder_hidden_states"])
     assert levels == pytest.approx([0.3] * 8)
+
+
+@pytest.mark.parametrize("scale", ["unit", "unit_rising"])
+def test_the_noisiest_of_several_timesteps_counts(scale: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "_FAMILIES", dict(families._FAMILIES))
+    known = families.family_by_class("WanTransformer3DModel")
+    register_family(replace(known, timestep_scale=scale), replace=True)
+    levels: list[float] = []
+    model = wan()
+    with tap_attention(model, lambda call: levels.append(call.noise_level)):
+        values = torch.full((1, 189), 0.7 if scale == "unit" else 0.3)
+        values[:, :63] = 0.0 if scale == "unit" else 1.0
+        run(model, {**wan_inputs(*SHAPE), "timestep": values})
+    assert levels == pytest.approx([0.7] * 2)
 
 
 def test_gradients_run_dense(caplog: pytest.LogCaptureFixture) -> None:
@@ -596,6 +612,9 @@ def test_timesteps_of_a_schedule_are_read_without_their_values() -> None:
         assert _from_schedule(state, other) is None
     scheduler.timesteps = torch.arange(4)
     assert _from_schedule(state, scheduler.timesteps) is None  # not one value
+    with torch.inference_mode():
+        scheduler.timesteps = torch.tensor([700, 100])
+        assert _from_schedule(state, scheduler.timesteps[1]) == 100
 
 
 def test_public_functions_are_these() -> None:

@@ -174,7 +174,7 @@ def test_first_block_cache_skips_what_it_skips() -> None:
 
 
 def test_a_pipeline_without_a_known_transformer() -> None:
-    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+    from diffusers import DDPMPipeline, DDPMScheduler, SanaTransformer2DModel, UNet2DModel
 
     unet = UNet2DModel(
         sample_size=8,
@@ -184,8 +184,19 @@ def test_a_pipeline_without_a_known_transformer() -> None:
         up_block_types=("UpBlock2D", "UpBlock2D"),
     )
     pipe = DDPMPipeline(unet, DDPMScheduler())
-    with pytest.raises(UnsupportedModelError, match="UNet2DModel has no family; known transformers"):
+    with pytest.raises(UnsupportedModelError, match="its UNet2DModel is not suited: it is a U-Net"):
         pipe.enable_sparse_attention()
+    pipe.unet = torch.nn.Linear(1, 1)
+    with pytest.raises(
+        UnsupportedModelError, match=r"its Linear has no family. `diffsparse models` lists the \d+ trans"
+    ):
+        pipe.enable_sparse_attention()
+    sana = SanaTransformer2DModel(
+        num_layers=1, num_attention_heads=1, attention_head_dim=4, num_cross_attention_heads=1,
+        cross_attention_head_dim=4, cross_attention_dim=4, caption_channels=4, sample_size=4,
+    )  # fmt: skip
+    with pytest.raises(UnsupportedModelError, match=r"SanaTransformer2DModel is not suited: .*linear"):
+        find_transformers(sana)
 
 
 # -- plan="auto" -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""CogVideoX: one sequence of text (padded, not masked), then video."""
+"""CogVideoX (1.0 and 1.5, image-to-video, Fun) and ConsisID: one sequence of text (padded, not masked), then video."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from diffsparse.pipelines.family import Family
 
 
 def _patch_size(config: Any) -> tuple[int, int, int]:
-    return (int(config.patch_size_t or 1), int(config.patch_size), int(config.patch_size))
+    # Only 1.5 has patches of several frames; ConsisID does not know the name.
+    return (int(getattr(config, "patch_size_t", None) or 1), int(config.patch_size), int(config.patch_size))
 
 
 def _grid(config: Any, arguments: Mapping[str, Any]) -> TokenGrid:
@@ -23,7 +24,8 @@ def _grid(config: Any, arguments: Mapping[str, Any]) -> TokenGrid:
 FAMILIES = (
     Family(
         name="cogvideox",
-        classes=("CogVideoXTransformer3DModel",),
+        classes=("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel"),
+        # ConsisID's attention to the face has modules of its own, which stay as they are.
         layers=("transformer_blocks.*.attn1",),
         grid=_grid,
         patch_size=_patch_size,

@@ -1,0 +1,53 @@
+"""The table of supported models is true and fresh."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from diffsparse.pipelines.families import FAMILIES, UNSUITABLE
+from diffsparse.pipelines.families.sizes import USUAL_SIZES
+from diffsparse.pipelines.matrix import markdown, model_rows
+from tests.house.process import ROOT
+from tests.pipelines.models import CASES
+
+CLASSES = {name for family in FAMILIES for name in family.classes}
+
+
+def test_every_class_has_a_usual_size_and_none_is_left_over() -> None:
+    assert set(USUAL_SIZES) == CLASSES
+    assert not CLASSES & set(UNSUITABLE)
+
+
+def test_every_class_has_a_case() -> None:
+    tested = {cls.__name__ for case in CASES.values() for cls in type(case.build()).__mro__}
+    assert not (missing := CLASSES - tested), f"no tiny model in the tests: {sorted(missing)}"
+
+
+@pytest.mark.parametrize("name", sorted(CLASSES | set(UNSUITABLE)))
+def test_every_class_is_in_diffusers(name: str) -> None:
+    import diffusers
+    from diffusers.models import transformers
+
+    assert hasattr(diffusers, name) or hasattr(transformers, name)
+
+
+def test_the_page_is_fresh() -> None:
+    page = ROOT / "docs" / "models.md"
+    assert page.read_text("utf-8") == markdown(), "run: diffsparse models --markdown > docs/models.md"
+    assert len(list(model_rows())) == len(CLASSES)
+
+
+def test_the_command() -> None:
+    def run(*arguments: str) -> str:
+        command = [sys.executable, "-m", "diffsparse.search", "models", *arguments]
+        return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+    assert run("--markdown") == markdown()
+    shown = run()
+    assert all(name in shown for name in CLASSES)
+    data = json.loads(run("--json"))
+    assert {row["model_class"] for row in data["models"]} == CLASSES and data["unsuitable"] == UNSUITABLE
