@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -112,6 +113,41 @@ def test_families_with_text(name: str) -> None:
     eager = case.build()
     with sparse_attention(eager, plan):
         torch.testing.assert_close(compiled, run(eager, other), rtol=1e-4, atol=1e-5)
+
+
+# Cases whose blocks cannot be compiled into one graph each, diffsparse or not, and why.
+BREAK_BY_THEMSELVES: dict[str, str] = {}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_blocks_of_every_family(name: str) -> None:
+    """Every block that holds attention, compiled by itself with ``fullgraph``, gives what eager gives."""
+    case = CASES[name]
+    model = case.build()
+    inputs = case.inputs(*case.shapes[0])
+    plan = mixed_plan(model)
+    dense = run(model, inputs)
+    with sparse_attention(model, plan):
+        sparse = run(model, inputs)
+    for block in _blocks(model, case.layers):
+        block.compile(fullgraph=True, backend="aot_eager")
+    if name in BREAK_BY_THEMSELVES:
+        with pytest.raises(torch._dynamo.exc.TorchDynamoException):
+            run(model, inputs)
+        return
+    torch.testing.assert_close(run(model, inputs), dense, rtol=1e-3, atol=1e-4)
+    enable_sparse_attention(model, plan)  # after compiling
+    torch.testing.assert_close(run(model, inputs), sparse, rtol=1e-3, atol=1e-4)
+    found = sparse_attention_summary(model).transformers["transformer"]
+    assert found.dense_calls == 0 and found.sparse_calls == len(case.layers)
+    disable_sparse_attention(model)
+    torch.testing.assert_close(run(model, inputs), dense, rtol=1e-3, atol=1e-4)
+
+
+def _blocks(model: torch.nn.Module, layers: tuple[str, ...]) -> list[torch.nn.Module]:
+    """The modules in lists of blocks that hold these layers: ``blocks.0`` for ``blocks.0.attn1``."""
+    names = {re.match(r".*?\.\d+(?=\.)", layer)[0] for layer in layers}  # type: ignore[index]
+    return [model.get_submodule(name) for name in sorted(names)]
 
 
 def test_a_tap_refuses_compiled_models() -> None:
