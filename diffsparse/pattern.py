@@ -422,6 +422,9 @@ class Radial(Pattern):
     ``max(decay * base(d), min_span)`` with base(d) = 2^(floor(log2 s) - floor(log2 d)), whole frames up to d = 1,
     thinned frames once base falls below ``min_span``, and a block kept where enough of its columns are covered.
     ``sink_frames``: the first frames are keys of every query.
+
+    On a grid of one frame, an image, rows take the place of frames: the further apart two rows are, the closer two
+    tokens must lie across them. ``sink_frames`` are then its first rows.
     """
 
     decay: float = 1.0
@@ -441,21 +444,25 @@ class Radial(Pattern):
             return super().block_mask(grid, order, block_size)
         if not order.is_raster:
             raise ValueError(f"radial(rule='code') is defined on the raster order only, got {order}")
-        return _radial_code_mask(self, grid.frames, grid.tokens_per_frame, block_size)
+        return _radial_code_mask(self, *_slices(grid), block_size)
 
     def pairs(self, queries: BlockPartition, keys: BlockPartition) -> np.ndarray:
         if self.rule == "code":
             raise ValueError("radial(rule='code') has no token rule; use block_mask")
-        mask = _radial_paper_pairs(queries, keys, self.decay)
-        return mask | Sink(frames=self.sink_frames).pairs(queries, keys) if self.sink_frames else mask
+        return _radial_paper_pairs(queries, keys, self.decay, self.sink_frames)
 
     def __str__(self) -> str:
         return f"radial({self.rule}, {self.decay:g}" + (f", sink {self.sink_frames})" if self.sink_frames else ")")
 
 
+def _slices(grid: TokenGrid) -> tuple[int, int]:
+    """How many frames there are and tokens in each; of an image, rows."""
+    return (grid.frames, grid.tokens_per_frame) if grid.frames > 1 else (grid.height, grid.width)
+
+
 def _frame_segments(blocks: BlockPartition) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Blocks as runs of consecutive spatial indices inside one frame: ``owner, frame, first, last``, int64 each."""
-    s = blocks.grid.tokens_per_frame
+    """Blocks as runs of consecutive indices inside one frame (of an image: row): ``owner, frame, first, last``."""
+    _, s = _slices(blocks.grid)
     block = np.repeat(np.arange(blocks.num_blocks), blocks.lengths)
     order = np.lexsort((blocks.permutation, block))
     token, block = blocks.permutation[order], block[order]
@@ -468,9 +475,8 @@ def _frame_segments(blocks: BlockPartition) -> tuple[np.ndarray, np.ndarray, np.
     return block[first], token[first] // s, token[first] % s, token[last] % s
 
 
-def _radial_paper_pairs(queries: BlockPartition, keys: BlockPartition, decay: float) -> np.ndarray:
-    s = queries.grid.tokens_per_frame
-    frames = queries.grid.frames
+def _radial_paper_pairs(queries: BlockPartition, keys: BlockPartition, decay: float, sink: int) -> np.ndarray:
+    frames, s = _slices(queries.grid)
     distance = np.arange(frames)
     doubling = 2 ** np.floor(np.log2(np.maximum(distance, 1))).astype(np.int64)
     # Largest |k - l| kept at each frame distance; -1 where the whole frame pair is dropped.
@@ -489,6 +495,7 @@ def _radial_paper_pairs(queries: BlockPartition, keys: BlockPartition, decay: fl
         kept = np.maximum(gap, 0) <= reach[np.abs(q_frame[part, None] - k_frame[None])]
         kept = np.logical_or.reduceat(kept, k_begin, axis=1)
         np.logical_or.at(mask, q_owner[part], kept)
+    mask[:, k_owner[k_frame < sink]] = True
     return mask
 
 

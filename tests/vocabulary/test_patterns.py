@@ -121,6 +121,23 @@ def test_radial_paper_rule_token_by_token():
             assert mask[q, k] == (near or site), (q, k)
 
 
+@pytest.mark.parametrize("pattern", [Radial(), Radial(0.3), Radial(0.5, sink_frames=2), Radial(0.2, "code", 1)])
+@pytest.mark.parametrize("height, width", [(16, 16), (19, 23), (64, 64)])
+def test_radial_on_an_image_has_rows_for_frames(pattern, height, width):
+    image, video = TokenGrid(1, height, width), TokenGrid(height, 1, width)
+    mask = pattern.block_mask(image, RasterOrder(), 64)
+    assert np.array_equal(mask, pattern.block_mask(video, RasterOrder(), 64))
+    assert pattern.rule == "code" or mask.diagonal().all()  # the published code keeps nothing of frames so small
+
+
+def test_radial_thins_out_with_the_distance_of_rows():
+    mask = Radial(0.5).block_mask(TokenGrid(1, 64, 64), RasterOrder(), 64)  # a block is a row
+    assert mask.all()  # whole rows always touch: it pays on tiles and on more tokens
+    mask = Radial(0.5).block_mask(TokenGrid(1, 256, 256), TileOrder(1, 8, 8), 64)
+    assert 0.02 < mask.mean() < 0.3
+    assert len(set(mask.sum(1).tolist())) > 1
+
+
 def test_radial_code_rule_is_refused_off_the_raster():
     with pytest.raises(ValueError, match="raster order only"):
         Radial(rule="code").block_mask(TokenGrid(2, 16, 16), TileOrder(1, 8, 8), 64)
