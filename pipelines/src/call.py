@@ -19,6 +19,7 @@ OUTSIDE = "noise level outside the plan's sparse range"
 UNSEEN = "no attention call was seen (a processor from outside diffusers?)"
 FOREIGN = "queries and keys had different lengths only"
 COMPILED = "compiled"
+UNKNOWN_TEXT = "compiled code does not know the number of text tokens"
 
 
 @dataclass(eq=False)
@@ -131,9 +132,11 @@ class Call:
         layout = self.state.layers[index].layout
         grid = self.grid_of(index)
         work = float(self.batch * self.state.architecture.heads * (grid.seq_len**2 if grid else 0))
-        if layout is not None:
+        if layout is not None and not self.state.family.text_from_call:
             return (layout.density, work, "", COMPILED)
         reason = self.problem or OUTSIDE
+        if layout is not None:
+            return (None, work, UNKNOWN_TEXT, "")
         if self.problem is None and self.phase is not None and self.grid is not None:
             found = self.layout(index, torch.device("cpu"))
             reason = found if isinstance(found, str) else "the layout was not ready when compiled code ran"

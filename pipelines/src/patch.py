@@ -181,7 +181,7 @@ def _route(
             reason = "a mask that is not a key-padding mask"
     if torch.compiler.is_compiling():
         layout = layer.layout
-        if layout is None or reason is not None:
+        if layout is None or reason is not None or layer.text_from_call:
             return dense()
         if q.shape[1] != layout.seq_len or q.shape[2] != layout.num_heads:
             return dense()

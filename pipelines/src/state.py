@@ -49,6 +49,7 @@ class LayerState:
     index: int
     backend: str = "auto"
     visual_only: bool = False  # no text in this layer's sequences, though there is in other layers'
+    text_from_call: bool = False  # the number of text tokens is known in the call only, which compiled code is not
     layout: BlockLayout | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -120,7 +121,8 @@ class ModelState:
         self.skipped = skipped or {}
         family = self.family
         self.layers = [
-            LayerState(name, i, backend, family.is_visual_only(name)) for i, name in enumerate(layers_of(transformer))
+            LayerState(name, i, backend, family.is_visual_only(name), family.text_from_call)
+            for i, name in enumerate(layers_of(transformer))
         ]
         self.arguments = tuple(p for p in inspect.signature(type(transformer).forward).parameters if p != "self")
         self.num_train_timesteps = 1000

@@ -33,5 +33,6 @@ FAMILIES = (
         text_position="after",
         text_from_call=True,
         timestep_scale=_noise_level,
+        stays_dense="everything inside compiled code, which does not know the number of text tokens",
     ),
 )
