@@ -12,14 +12,24 @@ import numpy as np
 
 from diffsparse.entry import HeadEntry
 from diffsparse.grid import TokenGrid
-from diffsparse.layout import build_layout
 from diffsparse.order import TokenOrder, parse_order
 from diffsparse.pattern import Bitmap, Intersection, Pattern, Union
 from diffsparse.plan import SparsityPlan
+from diffsparse.search.density import call_density
 from diffsparse.search.errors import BadInput
 from diffsparse.search.tables import text_table
 
-__all__ = ["PooledAttention", "describe", "draw", "family", "grid_of", "parse_grid", "plan_table", "tail_of"]
+__all__ = [
+    "PooledAttention",
+    "describe",
+    "draw",
+    "family",
+    "grid_of",
+    "parse_grid",
+    "phase_names",
+    "plan_table",
+    "tail_of",
+]
 
 ATTENTION_NAME = "attention.safetensors"
 
@@ -106,7 +116,7 @@ def _read_grid(text: str) -> TokenGrid | None:
 def _entry_densities(plan: SparsityPlan, grid: TokenGrid | None) -> list[float | None]:
     if grid is None:
         return [None] * len(plan.entries)
-    return [build_layout(grid, [entry], plan.block_size).density for entry in plan.entries]
+    return [call_density(entry, grid, plan.block_size) for entry in plan.entries]
 
 
 def describe(plan: SparsityPlan, grid: TokenGrid | None = None) -> dict[str, Any]:
@@ -174,7 +184,7 @@ def plan_table(plan: SparsityPlan, grid: TokenGrid | None = None) -> str:
         ["dense", f"above noise level {s.sparse_below:g}"
          + (f", at {s.dense_below:g} and below" if s.dense_below else "")
          + (f", layers {', '.join(s.dense_layers)}" if s.dense_layers else "")],
-        ["phases", ", ".join(_phase_names(plan))],
+        ["phases", ", ".join(phase_names(plan))],
         ["grid", str(grid) if grid is not None else "not known; --grid T,H,W gives densities"],
     ]  # fmt: skip
     if data["call_density"] is not None:
@@ -196,7 +206,8 @@ def plan_table(plan: SparsityPlan, grid: TokenGrid | None = None) -> str:
     return f"{text_table(head)}\n\n{table}"
 
 
-def _phase_names(plan: SparsityPlan) -> list[str]:
+def phase_names(plan: SparsityPlan) -> list[str]:
+    """Each phase with its noise levels: ``0: 0.9 to 0.5``."""
     s = plan.schedule
     bounds = [s.sparse_below, *s.phase_bounds, s.dense_below]
     return [f"{i}: {high:g} to {low:g}" for i, (high, low) in enumerate(zip(bounds, bounds[1:], strict=False))]
@@ -220,7 +231,7 @@ def draw(
     if attention is not None and (attention.grid.shape != grid.shape or attention.pooled.shape[:3] != plan.index.shape):
         attention = None
     phases = range(plan.schedule.num_phases) if phase is None else [phase]
-    picture = plan_sheet(plan, grid, attention, phases=list(phases), phase_names=_phase_names(plan))
+    picture = plan_sheet(plan, grid, attention, phases=list(phases), phase_names=phase_names(plan))
     path = Path(file)
     if path.suffix.lower() != ".png":
         raise BadInput(f"--png {str(file)!r}: the name must end in .png")
