@@ -306,15 +306,21 @@ def show_command(
         str | None, typer.Option("--grid", metavar="T,H,W", help="Latent tokens to show the plan on.")
     ] = None,
     png: Annotated[str | None, typer.Option("--png", metavar="FILE", help="Draw every layer and head.")] = None,
-    phase: Annotated[int | None, typer.Option("--phase", help="Draw this phase only, counted from 0.")] = None,
+    html: Annotated[
+        str | None, typer.Option("--html", metavar="FILE", help="Write one page to look at every head in a browser.")
+    ] = None,
+    phase: Annotated[
+        int | None, typer.Option("--phase", help="Draw this phase only, or open the page at it; counted from 0.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show what a plan does, layer by layer, and draw it.
 
     \b
     Example:
-      diffsparse show plan --grid 21,30,52 --png plan.png
+      diffsparse show plan --grid 21,30,52 --png plan.png --html plan.html
     """
+    terminal = sys.stdout.isatty() and not as_json
     with _answers(as_json) as answer:
         from diffsparse.search import load
         from diffsparse.search.show import describe, draw, grid_of, parse_grid, plan_table
@@ -324,10 +330,15 @@ def show_command(
         on = parse_grid(grid) if grid else grid_of(chosen, folder)
         if phase is not None and not 0 <= phase < chosen.schedule.num_phases:
             raise BadInput(f"--phase {phase}: the plan has phases 0 to {chosen.schedule.num_phases - 1}")
-        data, text = describe(chosen, on), plan_table(chosen, on)
+        data, text = describe(chosen, on), plan_table(chosen, on, styled=terminal)
         if png is not None:
             data["png"] = str(draw(chosen, on, png, folder=folder, phase=phase))
             text += f"\n\nwritten: {png}"
+        if html is not None:
+            from diffsparse.search.html import write_html
+
+            data["html"] = str(write_html(chosen, on, html, folder=folder, phase=phase))
+            text += f"\n\nwritten: {html}"
         answer(data, text)
 
 

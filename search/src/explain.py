@@ -27,7 +27,16 @@ from diffsparse.search.scale import scale_of_class, scale_of_pipeline, scale_of_
 from diffsparse.search.show import grid_of, phase_names
 from diffsparse.search.tables import printable, text_table
 
-__all__ = ["Explanation", "LayerForecast", "Shape", "explain", "explain_table", "recorded_costs", "shape_for"]
+__all__ = [
+    "Explanation",
+    "HeadForecaster",
+    "LayerForecast",
+    "Shape",
+    "explain",
+    "explain_table",
+    "recorded_costs",
+    "shape_for",
+]
 
 #: Head dimension that kernels are asked about where neither plan nor model tells one.
 USUAL_HEAD_DIM = 128
@@ -248,20 +257,29 @@ def break_even(costs: CostModel) -> dict[str, float]:
     }
 
 
-class _Forecaster:
+@dataclass(frozen=True)
+class HeadForecast:
+    """One head. ``kept``: density without its tail. ``time``: over dense. ``fallback``: its bitmap does not fit."""
+
+    kept: float
+    density: float
+    time: float | None
+    fallback: bool
+
+
+class HeadForecaster:
     """Figures of entries, each worked out once."""
 
     def __init__(self, plan: SparsityPlan, costs: CostModel | None) -> None:
         self.plan, self.costs = plan, costs
-        self.known: dict[tuple[HeadEntry, TokenGrid], tuple[float, float, float | None, bool]] = {}
+        self.known: dict[tuple[HeadEntry, TokenGrid], HeadForecast] = {}
 
-    def head(self, entry: HeadEntry, grid: TokenGrid) -> tuple[float, float, float | None, bool]:
-        """``(density of kept blocks, density with the tail, time over dense, its fallback runs)``."""
+    def head(self, entry: HeadEntry, grid: TokenGrid) -> HeadForecast:
         if (entry, grid) not in self.known:
             self.known[entry, grid] = self._head(entry, grid)
         return self.known[entry, grid]
 
-    def _head(self, entry: HeadEntry, grid: TokenGrid) -> tuple[float, float, float | None, bool]:
+    def _head(self, entry: HeadEntry, grid: TokenGrid) -> HeadForecast:
         size = self.plan.block_size
         skipped = entry.execution.mode == "skip"
         kept = kept_density(entry, grid, size)
@@ -273,7 +291,7 @@ class _Forecaster:
         if self.costs is not None:
             time = 0.0 if skipped else 1.0 if entry.is_dense else self.costs.relative(kept, tail)
         fallback = not skipped and uses_fallback(entry.pattern, grid, entry.order, size)
-        return kept, density, time, fallback
+        return HeadForecast(kept, density, time, fallback)
 
     def phase(self, phase: int, layer: str, heads: int, grid: TokenGrid) -> PhaseForecast:
         from diffsparse.search.show import family
@@ -283,12 +301,12 @@ class _Forecaster:
         if isinstance(entries, str):
             return PhaseForecast(1.0, one, entries, 0, {"dense": heads})
         found = [self.head(entry, grid) for entry in entries]
-        density = float(np.mean([f[1] for f in found]))
+        density = float(np.mean([f.density for f in found]))
         families = dict(Counter(family(entry) for entry in entries).most_common())
-        fallback = sum(f[3] for f in found)
-        if min(f[1] for f in found) >= 1:
+        fallback = sum(f.fallback for f in found)
+        if min(f.density for f in found) >= 1:
             return PhaseForecast(1.0, one, FULL, fallback, families)
-        time = None if self.costs is None else float(np.mean([f[2] for f in found if f[2] is not None]))
+        time = None if self.costs is None else float(np.mean([f.time for f in found if f.time is not None]))
         return PhaseForecast(density, time, None, fallback, families)
 
 
@@ -316,7 +334,7 @@ def explain(
         raise BadInput(f"--backend {backend}: {error}; see `diffsparse env`") from None
     family = _family(architecture, model_class)
     costs = recorded_costs(plan)
-    forecaster = _Forecaster(plan, costs)
+    forecaster = HeadForecaster(plan, costs)
     rows = []
     for layer in layers:
         own = grid.visual_only() if family is not None and family.is_visual_only(layer) else grid
@@ -430,10 +448,14 @@ def explain_table(found: Explanation, name: str = "") -> str:
         head.append(["attention time", " ".join(f"{t:.2f}" for t in time) + " of dense (a sparse step, by phase)"])
         limits = found.break_even
         told = ", ".join(f"{d:.2f} with tail {tail}" for tail, d in limits.items())
-        head.append(["break-even", "density " + (f"{told[:4]} with any tail" if len(set(limits.values())) == 1 else told)])
+        head.append(
+            ["break-even", "density " + (f"{told[:4]} with any tail" if len(set(limits.values())) == 1 else told)]
+        )
     if found.fallback_heads:
         heads = sum(sum(phase.families.values()) for layer in found.layers for phase in layer.phases)
-        text = f"{found.fallback_heads} of {heads} heads (of all phases) have a bitmap that was measured on another grid"
+        text = (
+            f"{found.fallback_heads} of {heads} heads (of all phases) have a bitmap that was measured on another grid"
+        )
         head.append(["fallbacks", text])
     rows = []
     for cells, group in groupby(found.layers, key=_cells):
