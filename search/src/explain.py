@@ -424,7 +424,7 @@ def _cells(layer: LayerForecast) -> tuple[str, ...]:
         layer.backend or "dense",
         str(layer.tokens),
         " ".join(f"{p.density:.3f}" for p in phases),
-        " ".join("-" if t is None else f"{t:.2f}" for t in times),
+        "-" if None in times else " ".join(f"{t:.2f}" for t in times),
         " ".join(map(str, fallback)) if any(fallback) else "-",
         "; ".join(reasons) or "-",
     )

@@ -82,7 +82,7 @@ def inspector(
     for character in "<>&":
         data = data.replace(character, f"\\u{ord(character):04x}")
     values = {
-        "TITLE": html.escape(f"Sparsity plan {name}".strip()),
+        "TITLE": html.escape(f"Sparsity plan {name}" if name else "Sparsity plan"),
         "POLICY": html.escape(_policy(template)),
         "DATA": data,
     }

@@ -239,8 +239,8 @@ def load_shapes(folder: str) -> Any:
             options[name] = value
             continue
         parts[name] = None
-        kind = getattr(diffusers, str(value[1]), None) if value[0] == "diffusers" else None
-        if not (isinstance(kind, type) and hasattr(kind, "load_config")):
+        kind: Any = getattr(diffusers, str(value[1]), None) if value[0] == "diffusers" else None
+        if not hasattr(kind, "load_config"):  # of another library, or no model
             continue
         try:
             with torch.device("meta" if issubclass(kind, torch.nn.Module) else "cpu"):
