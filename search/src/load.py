@@ -228,7 +228,7 @@ def load_shapes(folder: str) -> Any:
     quiet_libraries()
     index = json.loads((Path(folder) / "model_index.json").read_text("utf-8"))
     cls = getattr(diffusers, str(index["_class_name"]), None)
-    if cls is None:
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.DiffusionPipeline)):
         raise BadInput(f"{folder!r}: this diffusers has no pipeline {index['_class_name']!r}; update diffusers")
     parts: dict[str, Any] = {}
     options = {}
@@ -245,7 +245,7 @@ def load_shapes(folder: str) -> Any:
         try:
             with torch.device("meta" if issubclass(kind, torch.nn.Module) else "cpu"):
                 parts[name] = kind.from_config(kind.load_config(folder, subfolder=name))
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RuntimeError) as error:
             raise BadInput(f"{folder!r}: the configuration of {name!r} cannot be read: {_first_line(error)}") from error
     try:
         pipe = cls(**parts, **options)
@@ -253,7 +253,9 @@ def load_shapes(folder: str) -> Any:
     except UnsupportedModelError as error:
         raise BadInput(f"{folder!r}: {error}") from None
     except (ValueError, TypeError, AttributeError) as error:
-        raise BadInput(f"{folder!r} cannot be understood without its weights: {_first_line(error)}") from error
+        raise BadInput(
+            f"{folder!r} cannot be understood without its weights ({_first_line(error)}); give --grid T,H,W instead"
+        ) from error
     return pipe
 
 
