@@ -32,11 +32,13 @@ TARGETS = {
 MARK = "_diffsparse"
 
 
-def enable_sparse_attention(self: Any, plan: Any = "auto", *, backend: str = "auto", strict: bool = True) -> Any:
+def enable_sparse_attention(
+    self: Any, plan: Any = "auto", *, backend: str = "auto", strict: bool = True, timing: bool = False
+) -> Any:
     """Compute only the attention blocks that ``plan`` keeps. See :func:`diffsparse.enable_sparse_attention`."""
     from diffsparse import pipelines
 
-    return pipelines.enable_sparse_attention(self, plan, backend=backend, strict=strict)
+    return pipelines.enable_sparse_attention(self, plan, backend=backend, strict=strict, timing=timing)
 
 
 def disable_sparse_attention(self: Any) -> Any:

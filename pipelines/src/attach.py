@@ -22,7 +22,12 @@ logger = logging.getLogger("diffsparse")
 
 
 def enable_sparse_attention(
-    pipe_or_transformer: Any, plan: Any = "auto", *, backend: str = "auto", strict: bool = True
+    pipe_or_transformer: Any,
+    plan: Any = "auto",
+    *,
+    backend: str = "auto",
+    strict: bool = True,
+    timing: bool = False,
 ) -> None:
     """Compute only the attention blocks that a plan keeps, in every self-attention layer of the denoiser.
 
@@ -35,6 +40,9 @@ def enable_sparse_attention(
         backend: the kernel, ``"auto"`` or one of ``diffsparse.kernels.BACKENDS``, which then runs or raises.
         strict: refuse a plan for another architecture. With False, layers that the plan and the model do not share run
             dense and are listed in the summary.
+        timing: on a GPU, time every attention call for the summary, by two CUDA events around it; nothing waits for
+            them. What that costs on a GPU has not been measured, so it has to be asked for. On a CPU calls are timed
+            in any case, which takes about a microsecond a call. Calls in compiled code are not timed.
 
     What cannot run sparse (causal, gradients needed, an unknown mask, ...) runs dense; it is logged once with its
     reason and counted in ``sparse_attention_summary``. One transformer runs in several threads at once only uncompiled.
@@ -63,6 +71,7 @@ def enable_sparse_attention(
             source=source,
             backend=backend,
             skipped=_fit(chosen, architecture, name, strict),
+            timing=timing,
         )
     for name, state in states.items():
         attach(transformers[name], state)
@@ -78,10 +87,15 @@ def disable_sparse_attention(pipe_or_transformer: Any) -> None:
 
 @contextmanager
 def sparse_attention(
-    pipe_or_transformer: Any, plan: Any = "auto", *, backend: str = "auto", strict: bool = True
+    pipe_or_transformer: Any,
+    plan: Any = "auto",
+    *,
+    backend: str = "auto",
+    strict: bool = True,
+    timing: bool = False,
 ) -> Iterator[Any]:
     """``with sparse_attention(pipe, plan): ...``, dense again afterwards in any case. Gives the pipeline."""
-    enable_sparse_attention(pipe_or_transformer, plan, backend=backend, strict=strict)
+    enable_sparse_attention(pipe_or_transformer, plan, backend=backend, strict=strict, timing=timing)
     try:
         yield pipe_or_transformer
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from diffsparse.grid import TokenGrid
 from diffsparse.layout import BlockLayout
 from diffsparse.pipelines.state import ModelState
+from diffsparse.pipelines.timing import Watch, start_watch
 
 __all__ = ["Call"]
 
@@ -42,6 +44,7 @@ class Call:
     frame: FrameType | None = None
     # layer index -> (density executed, work of the dense call, why dense, backend)
     events: dict[int, list[tuple[float | None, float, str, str]]] = field(default_factory=dict)
+    watches: list[tuple[int, bool, Watch]] = field(default_factory=list)
     foreign: set[int] = field(default_factory=set)
     compiled: frozenset[int] = frozenset()
 
@@ -85,13 +88,29 @@ class Call:
             return OUTSIDE
         return self.state.layout(grid, self.phase, index, device, uniform)
 
-    def ran_sparse(self, index: int, q: torch.Tensor, density: float, backend: str) -> None:
-        self.events.setdefault(index, []).append((density, _work(q), "", backend))
+    def start_watch(self, q: torch.Tensor) -> Watch | None:
+        """For the call that comes next, where it can be timed."""
+        return start_watch(q.device, self.state.timing)
 
-    def ran_dense(self, index: int, q: torch.Tensor, reason: str, *, issue: bool) -> None:
+    def ran_sparse(self, index: int, q: torch.Tensor, density: float, backend: str, watch: Watch | None) -> None:
+        self.events.setdefault(index, []).append((density, _work(q), "", backend))
+        if watch is not None:
+            watch.stop()
+            self.watches.append((index, True, watch))
+
+    def run_dense(
+        self, index: int, q: torch.Tensor, reason: str, dense: Callable[[], torch.Tensor], *, issue: bool
+    ) -> torch.Tensor:
+        """The output of a dense call, which is counted with its reason."""
         self.events.setdefault(index, []).append((None, _work(q), reason, ""))
         if issue:
             self.state.log(f"runs dense: {reason}")
+        watch = self.start_watch(q)
+        out = dense()
+        if watch is not None:
+            watch.stop()
+            self.watches.append((index, False, watch))
+        return out
 
     def finish(self, complete: bool, cached: bool) -> None:
         """Add this forward to the model's counters.
@@ -104,6 +123,7 @@ class Call:
         unseen = ""
         with state.counting() as counts:
             state.forwards += 1
+            state.pending.extend(self.watches)
             for layer in state.layers:
                 events = self.events.get(layer.index)
                 if events is None and complete:

@@ -209,9 +209,8 @@ def _eager(
     index = layer.index
     if q.shape[1] != k.shape[1]:  # an adapter's or an image's keys beside the self-attention
         if call.problem is not None and index not in call.events:  # keys of earlier images may be among them
-            call.ran_dense(index, q, call.problem, issue=True)
-        else:
-            call.foreign.add(index)
+            return call.run_dense(index, q, call.problem, dense, issue=True)
+        call.foreign.add(index)
         return dense()
     if call.state.tap is not None:
         return call.state.tap.run(call, layer, q, k, v, key_mask, scale, reason, dense)
@@ -220,13 +219,12 @@ def _eager(
     if reason is None and isinstance(layout, BlockLayout):
         reason = _misfit(layout, q, k, v, key_mask)
     if reason is not None and (call.problem is not None or isinstance(layout, BlockLayout)):
-        call.ran_dense(index, q, reason, issue=True)
-        return dense()
+        return call.run_dense(index, q, reason, dense, issue=True)
     if isinstance(layout, str):
-        call.ran_dense(index, q, layout, issue=False)
-        return dense()
+        return call.run_dense(index, q, layout, dense, issue=False)
+    watch = call.start_watch(q)
     out = sparse_attention(q, k, v, layout, scale=scale, kv_len=key_mask, backend=layer.backend)
-    call.ran_sparse(index, q, layout.density, choose_backend(layer.backend, q))
+    call.ran_sparse(index, q, layout.density, choose_backend(layer.backend, q), watch)
     return out
 
 

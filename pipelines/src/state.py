@@ -10,7 +10,7 @@ import inspect
 import logging
 import threading
 import weakref
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,9 +23,19 @@ from diffsparse.grid import TokenGrid
 from diffsparse.layout import BlockLayout, build_layout
 from diffsparse.pattern import uses_fallback
 from diffsparse.pipelines.family import Family, architecture_of, family_by_class, layers_of
+from diffsparse.pipelines.timing import Watch
 from diffsparse.plan import Architecture, SparsityPlan
 
-__all__ = ["LAYER_STATE", "MODEL_STATE", "LayerCounts", "LayerState", "LayoutCache", "ModelState", "state_of"]
+__all__ = [
+    "LAYER_STATE",
+    "MODEL_STATE",
+    "LayerCounts",
+    "LayerState",
+    "LayoutCache",
+    "ModelState",
+    "sparse_entries",
+    "state_of",
+]
 
 logger = logging.getLogger("diffsparse")
 
@@ -35,10 +45,20 @@ LAYER_STATE = "_diffsparse"
 
 # Block lists of long videos are large (0.35 MB a head at 75,600 tokens and density 0.25). What was used last stays.
 MAX_LAYOUT_BYTES = 2 * 2**30
+# Watches that the GPU has not passed yet: far more than a forward has calls; beyond it the oldest are given up.
+MAX_PENDING = 16384
 
 FULL = "every block is kept on this grid"
 DENSE_ENTRIES = "all heads are dense in the plan"
 NOT_IN_PLAN = "dense layer of the plan"
+
+
+def sparse_entries(plan: SparsityPlan, phase: int, layer: str, heads: int) -> tuple[HeadEntry, ...] | str:
+    """One layer's entries, or why the plan has it dense whatever the grid."""
+    entries = plan.layer_entries(phase, layer, heads)
+    if entries is None:
+        return NOT_IN_PLAN
+    return DENSE_ENTRIES if all(entry.is_dense for entry in entries) else entries
 
 
 @dataclass(eq=False)
@@ -58,7 +78,10 @@ class LayerState:
 
 @dataclass
 class LayerCounts:
-    """What one layer did so far. ``work`` and ``done`` are query-key pairs: of dense attention, and as executed."""
+    """What one layer did so far. ``work`` and ``done`` are query-key pairs: of dense attention, and as executed.
+
+    Times are sums over the calls that were timed, which may be fewer than those that were made.
+    """
 
     sparse_calls: int = 0
     dense_calls: int = 0
@@ -66,6 +89,10 @@ class LayerCounts:
     done: float = 0.0
     sparse_density: float = 0.0  # summed over sparse calls
     unseen: int = 0  # forwards in which the layer made no attention call
+    sparse_seconds: float = 0.0
+    dense_seconds: float = 0.0
+    timed_sparse: int = 0
+    timed_dense: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     backends: Counter[str] = field(default_factory=Counter)
 
@@ -111,6 +138,7 @@ class ModelState:
         backend: str = "auto",
         skipped: dict[str, str] | None = None,
         tap: Any = None,
+        timing: bool = False,
     ) -> None:
         self.component = component
         self.architecture: Architecture = architecture_of(transformer)
@@ -119,6 +147,7 @@ class ModelState:
         self.source = source
         self.backend = backend
         self.skipped = skipped or {}
+        self.timing = timing
         family = self.family
         self.layers = [
             LayerState(name, i, backend, family.is_visual_only(name), family.text_from_call)
@@ -141,12 +170,13 @@ class ModelState:
         # A strong reference would make a deep copy of the transformer copy the whole pipeline.
         self._pipe = weakref.ref(pipe) if pipe is not None else None
         self.schedule: tuple[Any, list[float]] | None = None
+        self.pending: deque[tuple[int, bool, Watch]] = deque(maxlen=MAX_PENDING)
         scheduler = self.scheduler
         if scheduler is not None:
             self.num_train_timesteps = int(scheduler.config.get("num_train_timesteps", self.num_train_timesteps))
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("layouts", "lock", "tap", "_pipe", "schedule")
+        own = ("layouts", "lock", "tap", "_pipe", "schedule", "pending")
         return {k: v for k, v in self.__dict__.items() if k not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -186,11 +216,9 @@ class ModelState:
         name = self.layers[index].name
         if name in self.skipped:
             return self.skipped[name]
-        entries = self.plan.layer_entries(phase, name, self.architecture.heads)
-        if entries is None:
-            return NOT_IN_PLAN
-        if all(entry.is_dense for entry in entries):
-            return DENSE_ENTRIES
+        entries = sparse_entries(self.plan, phase, name, self.architecture.heads)
+        if isinstance(entries, str):
+            return entries
         return self.layouts.get(
             (grid, phase, device, uniform), entries, lambda: self._expand(grid, entries, device, uniform)
         )
@@ -234,9 +262,26 @@ class ModelState:
 
     @contextmanager
     def counting(self) -> Iterator[list[LayerCounts]]:
-        """The counters, held against other threads."""
+        """The counters, held against other threads; times that are known by now are added to them."""
         with self.lock:
+            self._collect_times()
             yield self.counts
+
+    def _collect_times(self) -> None:
+        """Read the watches whose calls have ended. Calls end in the order they were made, so it stops at the first."""
+        while self.pending:
+            index, sparse, watch = self.pending[0]
+            seconds = watch.seconds()
+            if seconds is None:
+                return
+            self.pending.popleft()
+            count = self.counts[index]
+            if sparse:
+                count.sparse_seconds += seconds
+                count.timed_sparse += 1
+            else:
+                count.dense_seconds += seconds
+                count.timed_dense += 1
 
 
 def state_of(transformer: torch.nn.Module) -> ModelState | None:

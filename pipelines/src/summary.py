@@ -17,6 +17,8 @@ class LayerSummary:
 
     density: mean over its sparse calls. total_density: over all its calls. unseen_calls: forwards in which it made no
     attention call that can be seen: a cache skipped it, or its processor is from outside diffusers.
+    sparse_ms, dense_ms: mean milliseconds of the calls that were timed (``timed_calls``); None where none was. On a GPU
+    only with ``timing=True``, and the last calls are missing where the GPU has not ended them yet.
     """
 
     name: str
@@ -27,6 +29,10 @@ class LayerSummary:
     dense_reasons: dict[str, int]
     backends: dict[str, int]
     unseen_calls: int
+    sparse_ms: float | None = None
+    dense_ms: float | None = None
+    timed_calls: int = 0
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,16 @@ class TransformerSummary:
         return dict(sorted(total.items(), key=lambda item: -item[1]))
 
     @property
+    def seconds(self) -> float | None:
+        """Time in the attention calls that were timed; None where none was."""
+        timed = [layer.seconds for layer in self.layers if layer.seconds is not None]
+        return sum(timed) if timed else None
+
+    @property
+    def timed_calls(self) -> int:
+        return sum(layer.timed_calls for layer in self.layers)
+
+    @property
     def backends(self) -> dict[str, int]:
         """Sparse calls by the kernel that ran them."""
         total: dict[str, int] = {}
@@ -105,6 +121,8 @@ class SparseSummary:
                 "dense_calls": t.dense_calls,
                 "dense_reasons": t.dense_reasons,
                 "backends": t.backends,
+                "timed_calls": t.timed_calls,
+                "seconds": t.seconds,
             }
             result["transformers"][name] = {**asdict(t), "layers": [asdict(x) for x in t.layers], **totals}
         return result
@@ -121,22 +139,47 @@ class SparseSummary:
             )
             for title, counts in (
                 ("ran on", t.backends),
-                ("dense because", t.dense_reasons),
+                ("dense because", _where(t)),
                 ("grids", t.grids),
                 ("bitmaps that ran their fallback", t.fallbacks),
             ):
                 if counts:
                     lines.append(f"  {title}: " + ", ".join(f"{key} ({count})" for key, count in counts.items()))
+            if t.seconds is not None:
+                calls = t.sparse_calls + t.dense_calls
+                of = f" ({t.timed_calls} of {calls} calls timed)" if t.timed_calls != calls else ""
+                lines.append(f"  time in attention: {t.seconds:.3f} s{of}")
             if unseen := sum(layer.unseen_calls for layer in t.layers):
                 lines.append(f"  no attention call seen (skipped by a cache, or a foreign processor): {unseen}")
             lines += [f"  skipped {name}: {why}" for name, why in t.skipped.items()]
-            lines.append(f"  {'layer':<40} {'sparse':>7} {'dense':>7} {'density':>8} {'total':>8}")
-            for x in t.layers:
-                lines.append(
-                    f"  {x.name:<40} {x.sparse_calls:>7} {x.dense_calls:>7} {_figure(x.density):>8} "
-                    f"{_figure(x.total_density):>8}"
-                )
+            lines += ["  " + line for line in _layer_table(t.layers)]
         return "\n".join(lines)
+
+
+def _where(t: TransformerSummary) -> dict[str, int]:
+    """Reasons for dense calls, with the number of layers where they do not hold for all."""
+    named = {}
+    for reason, count in t.dense_reasons.items():
+        layers = sum(reason in layer.dense_reasons for layer in t.layers)
+        named[reason if layers == len(t.layers) else f"{reason}, in {layers} of {len(t.layers)} layers"] = count
+    return named
+
+
+def _layer_table(layers: tuple[LayerSummary, ...]) -> list[str]:
+    """One line a layer. The columns of times are there where a call was timed."""
+    width = max([len("layer"), *(len(x.name) for x in layers)])
+    ran_by = {x.name: "+".join(x.backends) or "-" for x in layers}
+    by = max([len("backend"), *(len(name) for name in ran_by.values())])
+    timed = any(x.timed_calls for x in layers)
+    times = f" {'sparse ms':>10} {'dense ms':>10}" if timed else ""
+    lines = [f"{'layer':<{width}} {'backend':<{by}} {'sparse':>7} {'dense':>7} {'density':>8} {'total':>8}{times}"]
+    for x in layers:
+        times = f" {_figure(x.sparse_ms):>10} {_figure(x.dense_ms):>10}" if timed else ""
+        lines.append(
+            f"{x.name:<{width}} {ran_by[x.name]:<{by}} {x.sparse_calls:>7} {x.dense_calls:>7} "
+            f"{_figure(x.density):>8} {_figure(x.total_density):>8}{times}"
+        )
+    return lines
 
 
 def _figure(value: float | None) -> str:
@@ -144,7 +187,11 @@ def _figure(value: float | None) -> str:
 
 
 def sparse_attention_summary(pipe_or_transformer: Any) -> SparseSummary:
-    """Plan, calls, densities, kernels, grids and reasons for dense attention, since sparse attention was enabled."""
+    """Plan, calls, densities, kernels, grids, times and reasons for dense attention, since it was enabled.
+
+    Asking makes no GPU wait. Times are there on a CPU, and on a GPU where ``timing=True`` was given to
+    :func:`enable_sparse_attention`; calls in compiled code are not timed.
+    """
     result = {}
     for name, transformer in find_transformers(pipe_or_transformer).items():
         state = state_of(transformer)
@@ -165,6 +212,10 @@ def _summarise(name: str, state: ModelState) -> TransformerSummary:
                 dense_reasons=dict(c.reasons),
                 backends=dict(c.backends),
                 unseen_calls=c.unseen,
+                sparse_ms=1e3 * c.sparse_seconds / c.timed_sparse if c.timed_sparse else None,
+                dense_ms=1e3 * c.dense_seconds / c.timed_dense if c.timed_dense else None,
+                timed_calls=c.timed_sparse + c.timed_dense,
+                seconds=c.sparse_seconds + c.dense_seconds if c.timed_sparse + c.timed_dense else None,
             )
             for layer, c in zip(state.layers, counts)
         )

@@ -306,15 +306,21 @@ def show_command(
         str | None, typer.Option("--grid", metavar="T,H,W", help="Latent tokens to show the plan on.")
     ] = None,
     png: Annotated[str | None, typer.Option("--png", metavar="FILE", help="Draw every layer and head.")] = None,
-    phase: Annotated[int | None, typer.Option("--phase", help="Draw this phase only, counted from 0.")] = None,
+    html: Annotated[
+        str | None, typer.Option("--html", metavar="FILE", help="Write one page to look at every head in a browser.")
+    ] = None,
+    phase: Annotated[
+        int | None, typer.Option("--phase", help="Draw this phase only, or open the page at it; counted from 0.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show what a plan does, layer by layer, and draw it.
 
     \b
     Example:
-      diffsparse show plan --grid 21,30,52 --png plan.png
+      diffsparse show plan --grid 21,30,52 --png plan.png --html plan.html
     """
+    terminal = sys.stdout.isatty() and not as_json
     with _answers(as_json) as answer:
         from diffsparse.search import load
         from diffsparse.search.show import describe, draw, grid_of, parse_grid, plan_table
@@ -324,11 +330,75 @@ def show_command(
         on = parse_grid(grid) if grid else grid_of(chosen, folder)
         if phase is not None and not 0 <= phase < chosen.schedule.num_phases:
             raise BadInput(f"--phase {phase}: the plan has phases 0 to {chosen.schedule.num_phases - 1}")
-        data, text = describe(chosen, on), plan_table(chosen, on)
+        data, text = describe(chosen, on), plan_table(chosen, on, styled=terminal)
         if png is not None:
             data["png"] = str(draw(chosen, on, png, folder=folder, phase=phase))
             text += f"\n\nwritten: {png}"
+        if html is not None:
+            from diffsparse.search.html import write_html
+
+            data["html"] = str(write_html(chosen, on, html, folder=folder, phase=phase))
+            text += f"\n\nwritten: {html}"
         answer(data, text)
+
+
+@app.command("explain")
+@_interruptible("nothing was written")
+def explain_command(
+    plan: Plan,
+    height: Height = None,
+    width: Width = None,
+    num_frames: Frames = None,
+    model_shape: Annotated[
+        str | None,
+        typer.Option(
+            "--model-shape", metavar="MODEL", help="A model's folder or a transformer class: what a token covers."
+        ),
+    ] = None,
+    grid: Annotated[
+        str | None, typer.Option("--grid", metavar="T,H,W", help="Latent tokens, instead of a size in pixels.")
+    ] = None,
+    backend: Annotated[str, typer.Option("--backend", help="Attention backend: auto, or a name of `env`.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Say what a plan would do at a size on this machine, layer by layer, before anything is generated.
+
+    Which kernel runs, density, predicted time, what stays dense and why, which heads run their fallback. Without a
+    size it is the one that the plan was searched with. No weights are read.
+
+    \b
+    Example:
+      diffsparse explain plan --height 480 --width 832 --num-frames 81
+    """
+    with _answers(as_json) as answer:
+        _check_numbers(height=height, width=width, num_frames=num_frames)
+        from diffsparse.search import load
+        from diffsparse.search.explain import explain, explain_table, shape_for
+        from diffsparse.search.show import parse_grid
+
+        chosen = load.load_plan(plan)
+        place = load.choose_device(device)
+        load.check_backend(backend)
+        shape = shape_for(
+            chosen,
+            folder=None if plan in load.NAMED_PLANS else plan,
+            grid=parse_grid(grid) if grid else None,
+            model_shape=model_shape,
+            height=height,
+            width=width,
+            num_frames=num_frames,
+        )
+        found = explain(
+            chosen,
+            shape,
+            device=place,
+            dtype=load.choose_dtype(dtype, place),
+            backend=backend,
+            model_class=model_shape,
+        )
+        answer({"plan": plan, **found.to_dict()}, explain_table(found, plan))
 
 
 @bench_app.command("kernels")

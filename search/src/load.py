@@ -31,8 +31,10 @@ __all__ = [
     "check_shape",
     "choose_device",
     "choose_dtype",
+    "compression",
     "load_pipeline",
     "load_plan",
+    "load_shapes",
     "quiet_libraries",
     "read_prompts",
 ]
@@ -187,17 +189,74 @@ def shape_rule(pipe: Any) -> ShapeRule:
     """From the autoencoder's factors and the transformer's patches. A pipeline of images has no ``frames``."""
     from diffsparse.pipelines import architecture_of, find_transformers
 
-    def attribute(*names: str) -> int:
-        return next((int(v) for n in names if (v := getattr(pipe, n, None)) is not None), 1)
-
     patch = architecture_of(next(iter(find_transformers(pipe).values()))).patch_size
-    spatial = attribute("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_scale_factor")
-    temporal = attribute("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
+    temporal, spatial = compression(pipe)
     height, width = spatial * patch[1], spatial * patch[2]
     if type(pipe).__name__.startswith("Wan"):  # Wan's pipelines refuse anything but multiples of 16, whatever the model
         height, width = math.lcm(height, 16), math.lcm(width, 16)
     video = "num_frames" in _call_parameters(pipe)
     return ShapeRule(height, width, temporal if video else None)
+
+
+def compression(pipe: Any) -> tuple[int, int]:
+    """Frames and pixels of the clip for each one of the latent: ``(temporal, spatial)``."""
+
+    def attribute(*names: str) -> int:
+        return next((int(v) for n in names if (v := getattr(pipe, n, None)) is not None), 1)
+
+    return (
+        attribute("vae_scale_factor_temporal", "vae_temporal_compression_ratio"),
+        attribute("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_scale_factor"),
+    )
+
+
+def load_shapes(folder: str) -> Any:
+    """A pipeline as :func:`load_pipeline` gives it, of a local folder's configuration alone.
+
+    Its transformers and its autoencoder are on the meta device, without weights, and the text encoders are missing: it
+    knows sizes and layers and cannot generate. Raises :class:`BadInput`.
+    """
+    check_model_name(folder)
+    if not Path(folder).is_dir():
+        raise BadInput(f"--model-shape {folder!r}: no such folder; give a model's folder, or a transformer class")
+    import diffusers
+    import torch
+
+    from diffsparse.pipelines import find_transformers
+    from diffsparse.pipelines.family import UnsupportedModelError
+
+    quiet_libraries()
+    index = json.loads((Path(folder) / "model_index.json").read_text("utf-8"))
+    cls = getattr(diffusers, str(index["_class_name"]), None)
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.DiffusionPipeline)):
+        raise BadInput(f"{folder!r}: this diffusers has no pipeline {index['_class_name']!r}; update diffusers")
+    parts: dict[str, Any] = {}
+    options = {}
+    for name, value in index.items():
+        if name.startswith("_"):
+            continue
+        if not (isinstance(value, list) and len(value) == 2):
+            options[name] = value
+            continue
+        parts[name] = None
+        kind: Any = getattr(diffusers, str(value[1]), None) if value[0] == "diffusers" else None
+        if not hasattr(kind, "load_config"):  # of another library, or no model
+            continue
+        try:
+            with torch.device("meta" if issubclass(kind, torch.nn.Module) else "cpu"):
+                parts[name] = kind.from_config(kind.load_config(folder, subfolder=name))
+        except (OSError, ValueError, TypeError, RuntimeError) as error:
+            raise BadInput(f"{folder!r}: the configuration of {name!r} cannot be read: {_first_line(error)}") from error
+    try:
+        pipe = cls(**parts, **options)
+        find_transformers(pipe)
+    except UnsupportedModelError as error:
+        raise BadInput(f"{folder!r}: {error}") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise BadInput(
+            f"{folder!r} cannot be understood without its weights ({_first_line(error)}); give --grid T,H,W instead"
+        ) from error
+    return pipe
 
 
 def _call_parameters(pipe: Any) -> Any:

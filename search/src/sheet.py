@@ -19,7 +19,7 @@ from diffsparse.plan import SparsityPlan
 if TYPE_CHECKING:
     from diffsparse.search.show import PooledAttention
 
-__all__ = ["colour_ramp", "contact_sheet", "kept_share", "plan_sheet", "side_by_side_frames"]
+__all__ = ["colour_ramp", "contact_sheet", "heat_of", "kept_share", "plan_sheet", "side_by_side_frames"]
 
 PAPER = (250, 250, 248)
 INK = (28, 32, 38)
@@ -108,6 +108,19 @@ def _bins(order: TokenOrder, grid: TokenGrid, block_size: int, m: int | None) ->
     return bins, m
 
 
+@lru_cache(maxsize=32)  # few orders occur in a plan of many heads
+def _overlap(order: TokenOrder, shown: TokenOrder, visual: TokenGrid, block_size: int, m: int | None) -> np.ndarray:
+    """Tokens that each block of ``order`` has in each bin of ``shown``: float ``[blocks, m]``."""
+    bins, m = _bins(shown, visual, block_size, m)
+    blocks = order.partition(visual, block_size)
+    block_of = np.empty(visual.num_visual, np.int64)
+    block_of[blocks.permutation] = np.repeat(np.arange(blocks.num_blocks), blocks.lengths)
+    overlap = np.zeros((blocks.num_blocks, m))
+    np.add.at(overlap, (block_of, bins), 1.0)
+    overlap.setflags(write=False)
+    return overlap
+
+
 def kept_share(
     entry: HeadEntry, grid: TokenGrid, block_size: int, order: TokenOrder | None = None, m: int | None = None
 ) -> np.ndarray:
@@ -119,18 +132,13 @@ def kept_share(
     if entry.execution.mode == "skip":
         m = _bins(order or entry.order, visual, block_size, m)[1]
         return np.zeros((m, m))
-    bins, m = _bins(order or entry.order, visual, block_size, m)
-    blocks = entry.order.partition(visual, block_size)
-    block_of = np.empty(visual.num_visual, np.int64)
-    block_of[blocks.permutation] = np.repeat(np.arange(blocks.num_blocks), blocks.lengths)
-    overlap = np.zeros((blocks.num_blocks, m))
-    np.add.at(overlap, (block_of, bins), 1.0)
+    overlap = _overlap(entry.order, order or entry.order, visual, block_size, m)
     mask = entry.pattern.block_mask(visual, entry.order, block_size)
     size = overlap.sum(0).clip(1)
     return (overlap.T @ mask @ overlap) / np.outer(size, size)
 
 
-def _heat(pooled: np.ndarray) -> np.ndarray:
+def heat_of(pooled: np.ndarray) -> np.ndarray:
     """Attention on a log scale, the largest as 1 and :data:`DECADES` decades below as 0."""
     top = max(float(pooled.max()), 1e-12)
     return 1 + np.log10(np.maximum(pooled / top, 10**-DECADES)) / DECADES
@@ -141,7 +149,7 @@ def _cell(share: np.ndarray, pooled: np.ndarray | None, pixels: int) -> Image.Im
         kept, dropped = np.array([0.16, 0.30, 0.52]), np.array([0.90, 0.91, 0.92])
         rgb = dropped + (kept - dropped) * share[..., None]
     else:
-        heat = _heat(pooled)
+        heat = heat_of(pooled)
         rgb = _grey(heat) + (colour_ramp(heat) - _grey(heat)) * share[..., None]
     smaller = share.shape[0] > pixels
     return _image(rgb).resize((pixels, pixels), Image.Resampling.BOX if smaller else Image.Resampling.NEAREST)

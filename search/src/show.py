@@ -12,14 +12,25 @@ import numpy as np
 
 from diffsparse.entry import HeadEntry
 from diffsparse.grid import TokenGrid
-from diffsparse.layout import build_layout
 from diffsparse.order import TokenOrder, parse_order
 from diffsparse.pattern import Bitmap, Intersection, Pattern, Union
 from diffsparse.plan import SparsityPlan
+from diffsparse.search.density import call_density
 from diffsparse.search.errors import BadInput
-from diffsparse.search.tables import text_table
+from diffsparse.search.tables import printable, styled_table, text_table
 
-__all__ = ["PooledAttention", "describe", "draw", "family", "grid_of", "parse_grid", "plan_table", "tail_of"]
+__all__ = [
+    "PooledAttention",
+    "describe",
+    "draw",
+    "family",
+    "fitting_attention",
+    "grid_of",
+    "parse_grid",
+    "phase_names",
+    "plan_table",
+    "tail_of",
+]
 
 ATTENTION_NAME = "attention.safetensors"
 
@@ -106,7 +117,7 @@ def _read_grid(text: str) -> TokenGrid | None:
 def _entry_densities(plan: SparsityPlan, grid: TokenGrid | None) -> list[float | None]:
     if grid is None:
         return [None] * len(plan.entries)
-    return [build_layout(grid, [entry], plan.block_size).density for entry in plan.entries]
+    return [call_density(entry, grid, plan.block_size) for entry in plan.entries]
 
 
 def describe(plan: SparsityPlan, grid: TokenGrid | None = None) -> dict[str, Any]:
@@ -163,8 +174,8 @@ def _counts(counts: dict[str, int], total: int) -> str:
     return ", ".join(f"{n} {name}" for name, n in counts.items()) if total > 1 else next(iter(counts))
 
 
-def plan_table(plan: SparsityPlan, grid: TokenGrid | None = None) -> str:
-    """:func:`describe` for readers."""
+def plan_table(plan: SparsityPlan, grid: TokenGrid | None = None, *, styled: bool = False) -> str:
+    """:func:`describe` for readers; ``styled``: with colours and as wide as the terminal."""
     data = describe(plan, grid)
     a, s = data["architecture"], plan.schedule
     head = [
@@ -174,7 +185,7 @@ def plan_table(plan: SparsityPlan, grid: TokenGrid | None = None) -> str:
         ["dense", f"above noise level {s.sparse_below:g}"
          + (f", at {s.dense_below:g} and below" if s.dense_below else "")
          + (f", layers {', '.join(s.dense_layers)}" if s.dense_layers else "")],
-        ["phases", ", ".join(_phase_names(plan))],
+        ["phases", ", ".join(phase_names(plan))],
         ["grid", str(grid) if grid is not None else "not known; --grid T,H,W gives densities"],
     ]  # fmt: skip
     if data["call_density"] is not None:
@@ -192,14 +203,30 @@ def plan_table(plan: SparsityPlan, grid: TokenGrid | None = None) -> str:
                 "-" if row["density"] is None else f"{row['density']:.3f}",
             ]
         )
-    table = text_table(rows, header=["phase", "layer", "families (heads)", "tails", "orders", "density"], right=[0, 5])
-    return f"{text_table(head)}\n\n{table}"
+    header = ["phase", "layer", "families (heads)", "tails", "orders", "density"]
+    if styled:
+        table = styled_table(rows, header, right=[0, 5], styles=["dim", "bold", "cyan", "", "dim", "green"])
+    else:
+        table = text_table([[printable(cell) for cell in row] for row in rows], header=header, right=[0, 5])
+    return f"{text_table([[printable(cell) for cell in row] for row in head])}\n\n{table}"
 
 
-def _phase_names(plan: SparsityPlan) -> list[str]:
+def phase_names(plan: SparsityPlan) -> list[str]:
+    """Each phase with its noise levels: ``0: 0.9 to 0.5``."""
     s = plan.schedule
     bounds = [s.sparse_below, *s.phase_bounds, s.dense_below]
     return [f"{i}: {high:g} to {low:g}" for i, (high, low) in enumerate(zip(bounds, bounds[1:], strict=False))]
+
+
+def fitting_attention(plan: SparsityPlan, grid: TokenGrid, folder: str | Path | None) -> PooledAttention | None:
+    """The measured attention beside a plan, or None: what is of another grid or other layers says nothing here."""
+    found = PooledAttention.beside(folder)
+    if found is None or found.grid.shape != grid.shape or found.block_size != plan.block_size:
+        return None
+    shape, heads = found.pooled.shape, plan.index.shape[2]
+    square = len(shape) == 5 and shape[:3] == plan.index.shape and shape[3] == shape[4] > 0
+    ordered = all(len(found.orders.get(layer, ())) == heads for layer in plan.layers)
+    return found if square and ordered else None
 
 
 def draw(
@@ -215,12 +242,9 @@ def draw(
 
     if grid is None:
         raise BadInput("the grid to draw the plan on is not known; give --grid T,H,W, for example --grid 21,30,52")
-    attention = PooledAttention.beside(folder)
-    # What was measured on another grid, or for other layers, says nothing here.
-    if attention is not None and (attention.grid.shape != grid.shape or attention.pooled.shape[:3] != plan.index.shape):
-        attention = None
+    attention = fitting_attention(plan, grid, folder)
     phases = range(plan.schedule.num_phases) if phase is None else [phase]
-    picture = plan_sheet(plan, grid, attention, phases=list(phases), phase_names=_phase_names(plan))
+    picture = plan_sheet(plan, grid, attention, phases=list(phases), phase_names=phase_names(plan))
     path = Path(file)
     if path.suffix.lower() != ".png":
         raise BadInput(f"--png {str(file)!r}: the name must end in .png")

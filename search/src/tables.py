@@ -10,7 +10,16 @@ if TYPE_CHECKING:
     from diffsparse.search.evaluate import EvalReport
     from diffsparse.search.statistics import Mean
 
-__all__ = ["environment_table", "eval_table", "models_data", "models_table", "shorten", "text_table"]
+__all__ = [
+    "environment_table",
+    "eval_table",
+    "models_data",
+    "models_table",
+    "printable",
+    "shorten",
+    "styled_table",
+    "text_table",
+]
 
 
 def text_table(rows: Sequence[Sequence[str]], header: Sequence[str] | None = None, right: Sequence[int] = ()) -> str:
@@ -29,6 +38,45 @@ def text_table(rows: Sequence[Sequence[str]], header: Sequence[str] | None = Non
     if header:
         rendered.insert(1, "  ".join("-" * w for w in widths))
     return "\n".join(rendered)
+
+
+def printable(text: str) -> str:
+    """The text without what a terminal would obey: names in a plan come from a file of somebody else."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+def styled_table(
+    rows: Sequence[Sequence[str]],
+    header: Sequence[str],
+    right: Sequence[int] = (),
+    styles: Sequence[str] = (),
+    width: int | None = None,
+) -> str:
+    """The table for a terminal of ``width`` columns (None: this one's): long cells are folded, columns coloured.
+
+    ``styles``: of the columns, as rich names them. Without colours where ``NO_COLOR`` is set.
+    """
+    import io
+
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold", expand=False)
+    for i, name in enumerate(header):
+        table.add_column(
+            name,
+            justify="right" if i in right else "left",
+            style=styles[i] if i < len(styles) else "",
+            overflow="fold",
+        )
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))  # Text: brackets in a name are no markup
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=width)
+    console.print(table)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip("\n")
 
 
 def shorten(text: str, width: int) -> str:

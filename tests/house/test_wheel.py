@@ -82,7 +82,12 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path, source: Path) -> 
         names = set(archive.namelist())
     info = f"{wheel.name.split('-py3')[0]}.dist-info"
     assert wheel.name.endswith("-py3-none-any.whl")
-    assert {"diffsparse/py.typed", f"{info}/licenses/LICENSE", f"{info}/entry_points.txt"} <= names
+    assert {
+        "diffsparse/py.typed",
+        "diffsparse/search/inspector.html",
+        f"{info}/licenses/LICENSE",
+        f"{info}/entry_points.txt",
+    } <= names
     assert {name.split("/")[0] for name in names} == {"diffsparse", info}
     expected = {f"diffsparse/{path.name}" for path in (source / "diffsparse").glob("*.py")}
     for room in ROOMS:

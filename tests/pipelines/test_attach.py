@@ -469,6 +469,93 @@ def test_summary_is_plain_data() -> None:
         assert part in str(summary)
 
 
+def test_the_summary_times_every_layer_on_a_cpu() -> None:
+    model = wan()
+    enable_sparse_attention(model, mixed_plan(model))
+    for timestep in (500, 500):
+        run(model, wan_inputs(*SHAPE, timestep=timestep))
+    found = sparse_attention_summary(model).transformers["transformer"]
+    for layer in found.layers:
+        assert layer.timed_calls == layer.sparse_calls + layer.dense_calls == 2
+        assert layer.sparse_ms is not None and layer.sparse_ms > 0 and layer.dense_ms is None
+        assert layer.seconds == pytest.approx(layer.sparse_ms * 2 / 1e3)
+    assert found.seconds == pytest.approx(sum(layer.seconds or 0 for layer in found.layers))
+    text = str(sparse_attention_summary(model))
+    assert "sparse ms" in text and "time in attention" in text and "calls timed" not in text
+    assert sparse_attention_summary(model).to_dict()["transformers"]["transformer"]["timed_calls"] == 4
+
+
+class LateWatch:
+    """A call on a device that is behind: its time is known once ``ended`` is set."""
+
+    ended = False
+
+    def __init__(self, *args: Any) -> None:
+        self.stopped = False
+
+    def stop(self) -> None:
+        self.stopped = True
+
+    def seconds(self) -> float | None:
+        assert self.stopped
+        return 0.25 if self.ended else None
+
+
+def test_times_that_are_not_known_yet_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffsparse.pipelines import call
+
+    monkeypatch.setattr(call, "start_watch", LateWatch)
+    model = wan()
+    plan = mixed_plan(model)
+    one_dense = replace(plan, schedule=replace(plan.schedule, dense_layers=("blocks.1.attn1",)))
+    enable_sparse_attention(model, one_dense)
+    run(model, wan_inputs(*SHAPE))
+    before = sparse_attention_summary(model)
+    assert before.transformers["transformer"].timed_calls == 0
+    assert before.transformers["transformer"].seconds is None and "sparse ms" not in str(before)
+    again = copy.deepcopy(model)  # watches belong to one device's stream and stay behind
+    assert "dense because: dense layer of the plan, in 1 of 2 layers (1)" in str(before)
+    monkeypatch.setattr(LateWatch, "ended", True)
+    first, second = sparse_attention_summary(model).transformers["transformer"].layers
+    assert (first.sparse_ms, first.dense_ms, second.sparse_ms, second.dense_ms) == (250.0, None, None, 250.0)
+    assert sparse_attention_summary(again).transformers["transformer"].timed_calls == 0
+    run(again, wan_inputs(*SHAPE))
+    assert "time in attention: 0.500 s (2 of 4 calls timed)" in str(sparse_attention_summary(again))
+
+
+def test_gpu_calls_are_timed_where_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffsparse.pipelines import timing
+
+    class Event:
+        marks: list[str] = []
+
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: str) -> None:
+            self.marks.append(stream)
+
+        def query(self) -> bool:
+            return len(self.marks) > 2
+
+        def elapsed_time(self, other: Any) -> float:
+            return 3.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    gpu = torch.device("cuda:1")
+    assert timing.start_watch(gpu, False) is None and timing.start_watch(torch.device("mps"), True) is None
+    watch = timing.start_watch(gpu, True)
+    assert watch is not None
+    watch.stop()
+    assert watch.seconds() is None and Event.marks == ["stream of cuda:1"] * 2
+    Event.marks.append("later")
+    assert watch.seconds() == pytest.approx(3e-3)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert timing.start_watch(gpu, True) is None
+
+
 def test_layout_memory_is_bounded() -> None:
     model = wan()
     inputs = [wan_inputs(3, 7, w) for w in (9, 10, 11, 12)]

@@ -43,7 +43,7 @@ def once_loaded(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 # -- help --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [["search"], ["eval"], ["show"], ["bench", "kernels"], ["env"]])
+@pytest.mark.parametrize("command", [["search"], ["eval"], ["show"], ["explain"], ["bench", "kernels"], ["env"]])
 def test_help_has_an_example(cli: Cli, command: list[str]) -> None:
     code, out, _ = cli(*command, "--help")
     assert code == 0
@@ -105,6 +105,21 @@ def refused(cli: Cli, *arguments: object) -> str:
         (["show", "window", "--png", "x.png"], "give --grid T,H,W"),
         (["show", "window", "--grid", "3,8,8", "--png", "x.gif"], "must end in .png"),
         (["show", "window", "--grid", "3,8,8", "--png", "/proc/none/x.png"], "choose another --png"),
+        (["show", "window", "--html", "x.html"], "give --grid T,H,W"),
+        (["show", "window", "--grid", "3,8,8", "--html", "x.png"], "must end in .html"),
+        (["show", "window", "--grid", "3,8,8", "--html", "/proc/none/x.html"], "choose another --html"),
+        (["explain", "window"], "the size is not known: give --height"),
+        (["explain", "window", "--height", "480", "--width", "832"], "how many pixels a token covers"),
+        (["explain", "window", "--height", "0"], "--height 0: it must be at least 1"),
+        (["explain", "window", "--grid", "3,8,8", "--width", "64"], "--grid and --width both give the size"),
+        (["explain", "window", "--model-shape", "NoModel"], "neither a folder nor a transformer class that is known"),
+        (["explain", "window", "--model-shape", "WanTransformer3DModel", "--height", "481"], "for example 480 or 496"),
+        (["explain", "window", "--model-shape", "WanTransformer3DModel", "--num-frames", "80"], "4k+1 frames"),
+        (["explain", "window", "--model-shape", "FluxTransformer2DModel", "--num-frames", "5"], "makes images"),
+        (["explain", "window", "--model-shape", "WanAnimateTransformer3DModel"], "does not tell the grid of others"),
+        (["explain", "window", "--model-shape", "tests"], "no model_index.json"),
+        (["explain", "window", "--grid", "3,8,8", "--backend", "warp"], "unknown backend 'warp'"),
+        (["explain", "window", "--grid", "3,8,8", "--dtype", "float8"], "unknown dtype 'float8'"),
         (["bench", "kernels", "--density", "2"], "--density '2': a list of shares"),
         (["bench", "kernels", "--block-size", "77"], "--block-size 77: it is one of 64, 128"),
         (["bench", "kernels", "--tail", "long"], "--tail 'long': it is one of none, mean, moments, centroids"),
@@ -367,3 +382,29 @@ def test_bench(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [r["backend"] for r in data["sparse"]].count("cpu") == 2
     assert data["sparse"][-1]["density"] == 1.0 and "reference" not in str(data["sparse"])
     assert "dense: flash_attention" in cli(*arguments, "--device", "cpu")[1]
+
+
+def test_show_writes_the_page_and_the_table_is_plain_where_it_is_piped(
+    cli: Cli, tmp_path: Path, plan_folder: Path
+) -> None:
+    page = tmp_path / "deep" / "plan.html"
+    code, out, err = cli("show", plan_folder, "--html", page, "--phase", 1)
+    assert code == 0, err
+    assert f"written: {page}" in out and "\x1b" not in out
+    assert '"start":1' in page.read_text("utf-8")
+    data = json.loads(cli("show", plan_folder, "--html", page, "--json")[1])
+    assert data["html"] == str(page) and '"start":0' in page.read_text("utf-8")
+
+
+def test_explain(cli: Cli, plan_folder: Path, model_folder: Path) -> None:
+    code, out, err = cli("explain", plan_folder)
+    assert code == 0, err
+    assert "432 (3x12x12)" in out and "no predicted times" in out
+    code, out, err = cli("explain", plan_folder, "--height", 64, "--model-shape", model_folder, "--json")
+    assert code == 0, err
+    data = json.loads(out)
+    assert data["grid"] == "3x16x12" and data["model_class"] == "WanTransformer3DModel"
+    assert [layer["layer"] for layer in data["layers"]] == ["blocks.0.attn1", "blocks.1.attn1"]
+    assert "heads: the plan has 4, the model 2" in refused(
+        cli, "explain", make_plan(heads=4).save_pretrained(plan_folder.parent / "four"), "--model-shape", model_folder
+    )

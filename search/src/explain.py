@@ -1,0 +1,468 @@
+"""What a plan would do on this machine at a size, before anything is generated."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+
+from diffsparse.entry import TAILS, HeadEntry
+from diffsparse.grid import TokenGrid
+from diffsparse.kernels.checks import choose_backend
+from diffsparse.layout import TAIL_COST
+from diffsparse.pattern import uses_fallback
+from diffsparse.pipelines.family import Family, UnsupportedModelError, family_by_class
+from diffsparse.pipelines.state import FULL, sparse_entries
+from diffsparse.plan import Architecture, SparsityPlan
+from diffsparse.search.cost import CostModel
+from diffsparse.search.density import kept_density
+from diffsparse.search.environment import environment
+from diffsparse.search.errors import BadInput
+from diffsparse.search.scale import scale_of_class, scale_of_pipeline, scale_of_record
+from diffsparse.search.show import grid_of, phase_names
+from diffsparse.search.tables import printable, text_table
+
+__all__ = [
+    "Explanation",
+    "HeadForecaster",
+    "LayerForecast",
+    "Shape",
+    "explain",
+    "explain_table",
+    "recorded_costs",
+    "shape_for",
+]
+
+#: Head dimension that kernels are asked about where neither plan nor model tells one.
+USUAL_HEAD_DIM = 128
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The call that is forecast. ``architecture``: the model's, where one was named, else the plan's, else None."""
+
+    grid: TokenGrid
+    architecture: Architecture | None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PhaseForecast:
+    """One layer in one phase. ``time``: of its attention over dense, None where the plan records no costs."""
+
+    density: float
+    time: float | None
+    dense_because: str | None
+    fallback_heads: int
+    families: dict[str, int]
+
+
+@dataclass(frozen=True)
+class LayerForecast:
+    """One layer. ``backend``: the kernel that would run it; None where it is dense in every phase."""
+
+    layer: str
+    backend: str | None
+    tokens: int
+    phases: tuple[PhaseForecast, ...]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """``break_even``: for each tail the density of kept blocks below which sparse is faster, by the recorded costs."""
+
+    shape: Shape
+    device: str
+    backend: str
+    sparse_below: float
+    dense_below: float
+    phases: tuple[str, ...]
+    layers: tuple[LayerForecast, ...]
+    costs: CostModel | None
+    break_even: dict[str, float]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON; layers are not folded."""
+        grid = self.shape.grid
+        return {
+            "grid": str(grid),
+            "tokens": grid.seq_len,
+            "model_class": None if self.shape.architecture is None else self.shape.architecture.model_class,
+            "device": self.device,
+            "backend": self.backend,
+            "schedule": {
+                "sparse_below": self.sparse_below,
+                "dense_below": self.dense_below,
+                "phases": list(self.phases),
+            },
+            "call_density": self.call_density,
+            "time": self.time,
+            "break_even_density": self.break_even,
+            "fallback_heads": self.fallback_heads,
+            "costs_device": None if self.costs is None else self.costs.device,
+            "layers": [asdict(layer) for layer in self.layers],
+            "notes": list(self.notes),
+        }
+
+    @property
+    def call_density(self) -> list[float]:
+        """Mean over layers, for each phase."""
+        return [float(np.mean([layer.phases[p].density for layer in self.layers])) for p in range(len(self.phases))]
+
+    @property
+    def time(self) -> list[float] | None:
+        """Attention time of a sparse step over a dense one, for each phase."""
+        if self.costs is None:
+            return None
+        work = np.array([float(layer.tokens) ** 2 for layer in self.layers])
+        times = np.array([[p.time for p in layer.phases] for layer in self.layers], dtype=np.float64)
+        return [float(t) for t in (work @ times) / work.sum()]
+
+    @property
+    def fallback_heads(self) -> int:
+        return sum(phase.fallback_heads for layer in self.layers for phase in layer.phases)
+
+
+# -- the call ----------------------------------------------------------------------------------------------------------
+
+
+def shape_for(
+    plan: SparsityPlan,
+    *,
+    folder: str | None = None,
+    grid: TokenGrid | None = None,
+    model_shape: str | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    num_frames: int | None = None,
+) -> Shape:
+    """The call that the arguments describe.
+
+    Sizes are turned into tokens by the model's folder or transformer class ``model_shape``, else by the plan's own
+    record. What is not given is as the plan was searched. ``folder``: the plan's. Raises :class:`BadInput`.
+    """
+    from pathlib import Path
+
+    asked = {"--height": height, "--width": width, "--num-frames": num_frames}
+    given = [name for name, value in asked.items() if value is not None]
+    if grid is not None and given:
+        raise BadInput(f"--grid and {given[0]} both give the size; leave one of them out")
+    architecture, scale, usual = plan.architecture, None, None
+    notes: list[str] = []
+    if model_shape is not None and Path(model_shape).exists():
+        from diffsparse.pipelines import architecture_of, find_transformers
+        from diffsparse.search.load import check_plan_fits, check_shape, load_shapes
+
+        pipe = load_shapes(model_shape)
+        check_plan_fits(plan, pipe)
+        check_shape(pipe, height, width, num_frames)
+        architecture = architecture_of(next(iter(find_transformers(pipe).values())))
+        scale = scale_of_pipeline(pipe)
+    elif model_shape is not None:
+        scale, usual = scale_of_class(model_shape)
+        if architecture is not None and architecture.model_class != model_shape:
+            raise BadInput(f"the plan is for {architecture.model_class}, --model-shape says {model_shape}")
+    recorded = grid_of(plan, folder)
+    calibration = plan.record.get("calibration")
+    if grid is None:
+        if not given and usual is None:
+            grid = recorded
+        else:
+            grid = _grid_by_size(calibration, recorded, scale, usual, height, width, num_frames)
+        if grid is None:
+            raise BadInput(
+                "the size is not known: give --height, --width and --num-frames with --model-shape (a model's folder, "
+                "or a transformer class of `diffsparse models`), or --grid T,H,W"
+            )
+    if recorded is not None and not (grid.text_before or grid.text_after):
+        grid = replace(grid, text_before=recorded.text_before, text_after=recorded.text_after)
+    position = _text_position(architecture, model_shape)
+    if position != "none":
+        known = grid.text_before + grid.text_after
+        notes.append(f"text tokens: {known} as in the search" if known else "text tokens are not known and not counted")
+    return Shape(grid, architecture, tuple(notes))
+
+
+def _grid_by_size(
+    calibration: Any,
+    recorded: TokenGrid | None,
+    scale: Any,
+    usual: tuple[int, int, int | None] | None,
+    height: int | None,
+    width: int | None,
+    num_frames: int | None,
+) -> TokenGrid | None:
+    if scale is None and recorded is not None:
+        scale = scale_of_record(calibration, recorded)
+    if scale is None:
+        raise BadInput(
+            "the plan does not say how many pixels a token covers: give --model-shape (a model's folder, or a "
+            "transformer class of `diffsparse models`), or --grid T,H,W"
+        )
+    known = calibration if isinstance(calibration, dict) else {}
+    defaults = usual or tuple(known.get(name) for name in ("height", "width", "num_frames"))
+    size = [d if v is None else v for v, d in zip((height, width, num_frames), defaults, strict=True)]
+    for name, value in zip(("--height", "--width"), size, strict=False):
+        if not isinstance(value, int):
+            raise BadInput(f"{name} is missing, and the plan does not say what it was searched with; give it too")
+    return scale.grid(*size)
+
+
+def _text_position(architecture: Architecture | None, model_shape: str | None) -> str:
+    if architecture is not None:
+        return architecture.text_position
+    found = _family(architecture, model_shape)
+    return "none" if found is None else found.text_position
+
+
+def _family(architecture: Architecture | None, name: str | None) -> Family | None:
+    """The family of the plan's model, or of a class; None where this version knows none."""
+    try:
+        return family_by_class(architecture.model_class if architecture else name or "")
+    except UnsupportedModelError:
+        return None
+
+
+# -- the forecast ------------------------------------------------------------------------------------------------------
+
+
+def recorded_costs(plan: SparsityPlan) -> CostModel | None:
+    """The costs that the search measured and saved with the plan, or None. Raises :class:`BadInput` if damaged."""
+    data = plan.record.get("costs")
+    if data is None:
+        return None
+    try:
+        costs = CostModel.from_dict(data)
+        n = len(costs.densities)
+        numbers = np.array([costs.densities, *(costs.share[tail] for tail in TAILS)], dtype=np.float64)
+        if n < 2 or not np.isfinite(numbers).all() or (np.diff(numbers[0]) <= 0).any() or (numbers < 0).any():
+            raise ValueError("they are not shares at ascending densities")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BadInput(f"the costs in the plan's record cannot be read ({error}); search the plan again") from None
+    return costs
+
+
+def break_even(costs: CostModel) -> dict[str, float]:
+    """For each tail the largest density of kept blocks, in steps of 0.01, at which sparse is faster than dense."""
+    steps = np.linspace(0, 1, 101)
+    return {
+        tail: max((float(round(d, 2)) for d in steps if costs.relative(float(d), tail) < 1), default=0.0)
+        for tail in TAILS
+    }
+
+
+@dataclass(frozen=True)
+class HeadForecast:
+    """One head. ``kept``: density without its tail. ``time``: over dense. ``fallback``: its bitmap does not fit."""
+
+    kept: float
+    density: float
+    time: float | None
+    fallback: bool
+
+
+class HeadForecaster:
+    """Figures of entries, each worked out once."""
+
+    def __init__(self, plan: SparsityPlan, costs: CostModel | None) -> None:
+        self.plan, self.costs = plan, costs
+        self.known: dict[tuple[HeadEntry, TokenGrid], HeadForecast] = {}
+
+    def head(self, entry: HeadEntry, grid: TokenGrid) -> HeadForecast:
+        if (entry, grid) not in self.known:
+            self.known[entry, grid] = self._head(entry, grid)
+        return self.known[entry, grid]
+
+    def _head(self, entry: HeadEntry, grid: TokenGrid) -> HeadForecast:
+        size = self.plan.block_size
+        skipped = entry.execution.mode == "skip"
+        kept = kept_density(entry, grid, size)
+        tail = "none" if skipped or kept >= 1 else entry.execution.tail
+        text = sum(-(-n // size) for n in (grid.text_before, grid.text_after))
+        rows = entry.order.partition(grid.visual_only(), size).num_blocks + text
+        density = min(1.0, kept + TAIL_COST[tail] * rows / grid.seq_len)
+        time = None
+        if self.costs is not None:
+            time = 0.0 if skipped else 1.0 if entry.is_dense else self.costs.relative(kept, tail)
+        fallback = not skipped and uses_fallback(entry.pattern, grid, entry.order, size)
+        return HeadForecast(kept, density, time, fallback)
+
+    def phase(self, phase: int, layer: str, heads: int, grid: TokenGrid) -> PhaseForecast:
+        from diffsparse.search.show import family
+
+        entries = sparse_entries(self.plan, phase, layer, heads)
+        one = 1.0 if self.costs is not None else None
+        if isinstance(entries, str):
+            return PhaseForecast(1.0, one, entries, 0, {"dense": heads})
+        found = [self.head(entry, grid) for entry in entries]
+        density = float(np.mean([f.density for f in found]))
+        families = dict(Counter(family(entry) for entry in entries).most_common())
+        fallback = sum(f.fallback for f in found)
+        if min(f.density for f in found) >= 1:
+            return PhaseForecast(1.0, one, FULL, fallback, families)
+        time = None if self.costs is None else float(np.mean([f.time for f in found if f.time is not None]))
+        return PhaseForecast(density, time, None, fallback, families)
+
+
+def explain(
+    plan: SparsityPlan,
+    shape: Shape,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str = "auto",
+    model_class: str | None = None,
+) -> Explanation:
+    """What every layer would do at ``shape`` on ``device``; nothing is computed there.
+
+    ``model_class``: what is said of it in the table of models is repeated, where the plan itself is for any model.
+    Raises :class:`BadInput` for a backend that cannot run here.
+    """
+    architecture, grid = shape.architecture, shape.grid
+    layers = architecture.layers if architecture is not None else plan.layers
+    heads = architecture.heads if architecture is not None else plan.index.shape[2]
+    head_dim = architecture.head_dim if architecture is not None else USUAL_HEAD_DIM
+    try:
+        chosen = choose_backend(backend, torch.empty((1, 1, heads, head_dim), device=device, dtype=dtype))
+    except ValueError as error:
+        raise BadInput(f"--backend {backend}: {error}; see `diffsparse env`") from None
+    family = _family(architecture, model_class)
+    costs = recorded_costs(plan)
+    forecaster = HeadForecaster(plan, costs)
+    rows = []
+    for layer in layers:
+        own = grid.visual_only() if family is not None and family.is_visual_only(layer) else grid
+        phases = tuple(forecaster.phase(p, layer, heads, own) for p in range(plan.schedule.num_phases))
+        sparse = any(phase.dense_because is None for phase in phases)
+        rows.append(LayerForecast(layer, chosen if sparse else None, own.seq_len, phases))
+    notes = [*shape.notes]
+    if architecture is None and plan.is_uniform:
+        notes.append("one rule for all layers and heads of any model")
+    if family is not None and family.layer_grid is not None:
+        notes.append("layers of this model may see other grids than the one shown")
+    if family is not None and family.stays_dense:
+        notes.append(f"dense in this model: {family.stays_dense}")
+    if costs is None:
+        notes.append("no predicted times: the plan records no measured costs")
+    else:
+        notes += _about_costs(plan, costs, grid, device)
+    return Explanation(
+        shape=shape,
+        device=str(environment(device)["device"]),
+        backend=chosen,
+        sparse_below=plan.schedule.sparse_below,
+        dense_below=plan.schedule.dense_below,
+        phases=tuple(phase_names(plan)),
+        layers=tuple(rows),
+        costs=costs,
+        break_even={} if costs is None else break_even(costs),
+        notes=tuple(notes),
+    )
+
+
+def _about_costs(plan: SparsityPlan, costs: CostModel, grid: TokenGrid, device: torch.device) -> list[str]:
+    notes = []
+    recorded = grid_of(plan)
+    if recorded is not None and recorded.shape != grid.shape:
+        notes.append(f"times are by costs that were measured on {recorded}; on another grid they are estimates")
+    here = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    if costs.device != here:
+        notes.append(f"times are by costs that were measured on {costs.device}, this is {here}")
+    search = plan.record.get("search")
+    if isinstance(search, dict) and recorded is not None and recorded.shape == grid.shape:
+        density, time = search.get("trajectory_density"), search.get("predicted_attention_time")
+        steps = search.get("of_steps")
+        if isinstance(density, (int, float)) and isinstance(time, (int, float)) and isinstance(steps, int):
+            notes.append(
+                f"by the search, over all {steps} steps, dense ones included: density {density:.3f}, attention time "
+                f"{time:.2f} of dense"
+            )
+    return notes
+
+
+# -- for readers -------------------------------------------------------------------------------------------------------
+
+
+def _folded_name(names: list[str]) -> str:
+    """``blocks.0-7.attn1 (8)`` for layers that differ in one number, else the first and the last."""
+    if len(names) == 1:
+        return names[0]
+    parts = [re.split(r"(\d+)", name) for name in names]
+    if len({len(p) for p in parts}) == 1:
+        differing = [i for i in range(len(parts[0])) if len({p[i] for p in parts}) > 1]
+        if len(differing) == 1 and differing[0] % 2:
+            i = differing[0]
+            numbers = [int(p[i]) for p in parts]
+            if numbers == list(range(numbers[0], numbers[0] + len(numbers))):
+                head, tail = "".join(parts[0][:i]), "".join(parts[0][i + 1 :])
+                return f"{head}{numbers[0]}-{numbers[-1]}{tail} ({len(names)})"
+    return f"{names[0]} ... {names[-1]} ({len(names)})"
+
+
+def _cells(layer: LayerForecast) -> tuple[str, ...]:
+    """What is printed of a layer, its name apart: layers that print alike are folded."""
+    phases = layer.phases
+    why = dict.fromkeys(p.dense_because for p in phases if p.dense_because is not None)
+    everywhere = all(p.dense_because is not None for p in phases)
+    reasons = [
+        reason if everywhere and len(why) == 1 else
+        f"phase {','.join(str(i) for i, p in enumerate(phases) if p.dense_because == reason)}: {reason}"
+        for reason in why
+    ]  # fmt: skip
+    slow = [str(i) for i, p in enumerate(phases) if p.dense_because is None and p.time is not None and p.time >= 1]
+    if slow:
+        reasons.append(f"phase {','.join(slow)}: sparse, but no faster than dense")
+    times = [p.time for p in phases]
+    fallback = [p.fallback_heads for p in phases]
+    return (
+        layer.backend or "dense",
+        str(layer.tokens),
+        " ".join(f"{p.density:.3f}" for p in phases),
+        "-" if None in times else " ".join(f"{t:.2f}" for t in times),
+        " ".join(map(str, fallback)) if any(fallback) else "-",
+        "; ".join(reasons) or "-",
+    )
+
+
+def explain_table(found: Explanation, name: str = "") -> str:
+    """:class:`Explanation` for readers: layers that agree are one line."""
+    a, grid = found.shape.architecture, found.shape.grid
+    levels = [f"above noise level {found.sparse_below:g}"] if found.sparse_below < 1 else []
+    levels += [f"at noise level {found.dense_below:g} and below"] if found.dense_below else []
+    head = [["plan", printable(name)]] if name else []
+    head += [
+        ["model", "any" if a is None else printable(f"{a.model_class}, {len(a.layers)} layers, {a.heads} heads")],
+        ["tokens", f"{grid.seq_len:,} ({grid})"],
+        ["machine", f"{found.device}; backend {found.backend}"],
+        ["dense steps", " and ".join(levels) or "none"],
+        ["phases", ", ".join(found.phases)],
+        ["density", " ".join(f"{d:.3f}" for d in found.call_density) + " (a sparse step, by phase, tails counted)"],
+    ]
+    if (time := found.time) is not None:
+        head.append(["attention time", " ".join(f"{t:.2f}" for t in time) + " of dense (a sparse step, by phase)"])
+        limits = found.break_even
+        told = ", ".join(f"{d:.2f} with tail {tail}" for tail, d in limits.items())
+        head.append(
+            ["break-even", "density " + (f"{told[:4]} with any tail" if len(set(limits.values())) == 1 else told)]
+        )
+    if found.fallback_heads:
+        heads = sum(sum(phase.families.values()) for layer in found.layers for phase in layer.phases)
+        text = (
+            f"{found.fallback_heads} of {heads} heads (of all phases) have a bitmap that was measured on another grid"
+        )
+        head.append(["fallbacks", text])
+    rows = []
+    for cells, group in groupby(found.layers, key=_cells):
+        rows.append([printable(_folded_name([layer.layer for layer in group])), *map(printable, cells)])
+    header = ["layer", "backend", "tokens", "density", "time", "fallback heads", "dense because"]
+    rows = [["all layers" if row[0] == "*" else row[0], *row[1:]] for row in rows]
+    parts = [text_table(head), text_table(rows, header=header, right=[2])]
+    if found.notes:
+        parts.append("\n".join(f"note: {printable(note)}" for note in found.notes))
+    return "\n\n".join(parts)
