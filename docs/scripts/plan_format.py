@@ -127,8 +127,8 @@ def page() -> str:
         "Made from the code by `python docs/scripts/plan_format.py --write`.",
         "",
         f"A plan is a folder, or a repository on the Hub, with `{plans.JSON_NAME}`; `{plans.ARRAYS_NAME}` where a "
-        f"pattern is a bitmap; and a generated `{plans.CARD_NAME}`. There is no pickle and no YAML in it, and nothing of "
-        f"it is run. A JSON file of more than {plans.MAX_JSON_BYTES >> 20} MiB is refused.",
+        f"pattern is a bitmap; and a generated `{plans.CARD_NAME}`. There is no pickle and no YAML in it, and nothing "
+        f"of it is run. A JSON file of more than {plans.MAX_JSON_BYTES >> 20} MiB is refused.",
         "",
         f"## `{plans.JSON_NAME}`",
         "",
@@ -137,8 +137,8 @@ def page() -> str:
         *(f"| `{key}` | {text} |" for key, text in TOP.items()),
         "",
         "A key that this version does not know is refused, since it might change the output; a newer writer lists "
-        "under `ignorable` the keys that do not, and those only warn. A key that stands twice, `NaN` and infinities are "
-        "refused. The same plan always gives the same bytes.",
+        "under `ignorable` the keys that do not, and those only warn. A key that stands twice, `NaN` and infinities "
+        "are refused. The same plan always gives the same bytes.",
         "",
         "For example:",
         "",
