@@ -80,7 +80,7 @@ def run(
         pipe, inputs = random_pipeline()
     else:
         check_model_name(model)
-        pipe = FluxPipeline.from_pretrained(model, torch_dtype=choose_dtype("auto", place))
+        pipe = FluxPipeline.from_pretrained(model, dtype=choose_dtype("auto", place))
         inputs = {"prompt": prompt, "height": height, "width": width, "num_inference_steps": steps}
     pipe.to(place)
     pipe.enable_sparse_attention(plan)

@@ -98,7 +98,7 @@ def run(
         pipe, inputs = random_pipeline()
     else:
         check_model_name(model)
-        pipe = HunyuanVideoPipeline.from_pretrained(model, torch_dtype=choose_dtype("auto", place))
+        pipe = HunyuanVideoPipeline.from_pretrained(model, dtype=choose_dtype("auto", place))
         inputs = {"prompt": prompt, "height": height, "width": width, "num_frames": num_frames}
         inputs["num_inference_steps"] = steps
         pipe.vae.enable_tiling()

@@ -79,7 +79,7 @@ def run(
         pipe, inputs = random_pipeline()
     else:
         check_model_name(model)
-        pipe = WanPipeline.from_pretrained(model, torch_dtype=choose_dtype("auto", place))
+        pipe = WanPipeline.from_pretrained(model, dtype=choose_dtype("auto", place))
         inputs = {"prompt": prompt, "height": height, "width": width, "num_frames": num_frames}
         inputs["num_inference_steps"] = steps
     pipe.to(place)
