@@ -53,7 +53,7 @@ demo: $(STAMP)
 
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet $(ARGS)
-	@echo "open site/index.html"
+	@echo "open site/index.html; with its search box: $(BIN)/python -m http.server -d site"
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -20,6 +20,8 @@ def to_markdown(text: str) -> str:
     """A docstring with roles as code and runs of attribute lines as lists."""
     lines = []
     in_list = False
+    # Two attributes described in one line of the source.
+    text = re.sub(r"(?<=\.) (?=``[a-z_]+``: )", "\n", text)
     for line in ROLE.sub(r"`\1`", text).split("\n"):
         found = ATTRIBUTE.match(line)
         if found:

@@ -28,21 +28,20 @@ from diffsparse import (
 
 FOLDER = Path(__file__).resolve().parents[1] / "pictures"
 
-#: 8 frames of 16 x 32 latent tokens: 64 blocks of 64.
-GRID = TokenGrid(8, 16, 32)
+#: 4 frames of 32 x 64 latent tokens: 128 blocks of 64.
+GRID = TokenGrid(4, 32, 64)
 RASTER, TILE = RasterOrder(), TileOrder(1, 8, 8)
-NEAR = Window((3, 0.4, 0.4))
+NEAR = Window((3, 0.3, 0.3))
 
 PICTURES: dict[str, tuple[Pattern, TokenOrder]] = {
     "window_raster": (NEAR, RASTER),
     "window_tile": (NEAR, TILE),
     "radial": (Radial(decay=0.4), RASTER),
-    "diagonals": (Diagonals(((0, 0, 0), (1, 0, 0), (2, 0, 0)), (0, 0.1, 0.1)), TILE),
+    "diagonals": (Diagonals(((0, 0, 0), (1, 0, 8), (2, 0, 16)), (0, 0, 0)), TILE),
     "band": (Band(0.08), RASTER),
     "columns": (Columns(((0, 1, 0.25, 0.5, 0.25, 0.5),)), TILE),
     "grid": (GridStripes("frame", key_phases=(0.2,), query_phases=(0.7,)), RASTER),
     "sink": (Sink(frames=1) | Window((1, None, None)), RASTER),
-    "both": (NEAR & Window((None, 0.4, None)) | Sink(frames=1), TILE),
 }
 
 

@@ -52,7 +52,7 @@ def test_pictures_are_fresh_and_small() -> None:
 
 def test_docstrings_become_markdown() -> None:
     text = (
-        "What it is: a thing.\n\n``a``, b: the first,\n  and more. :class:`~x.Y` raises.\nname: the second\n\n"
+        "What it is: a thing.\n\n``a``, b: the first,\n  and more. :class:`~x.Y` raises. ``name``: the second\n\n"
         "Args:\n    q: as is."
     )
     assert docstrings.to_markdown(text).split("\n") == [
