@@ -22,7 +22,7 @@ GPU_PYTHON := $(PYTHON)
 GPU_NEEDS :=
 endif
 
-.PHONY: help venv demo test test-slow test-gpu test-diffusers-latest lint format clean
+.PHONY: help venv demo test test-slow test-gpu test-diffusers-latest docs lint format clean
 
 help:
 	@echo "make demo       search a plan for the tiny model in examples/, generate with and without it (writes out/)"
@@ -30,6 +30,7 @@ help:
 	@echo "make test-slow  whole searches, compiled models, the built wheel"
 	@echo "make test-gpu   tests that need a CUDA GPU (PYTHON=python3: with that interpreter, building nothing)"
 	@echo "make test-diffusers-latest   what touches diffusers, with the newest one on PyPI"
+	@echo "make docs       the documentation's pages, in site/"
 	@echo "make lint       ruff (format, lint) and mypy;  make format applies what ruff can"
 	@echo "make venv       only the environment, in .venv;  make clean removes what builds and tests left"
 
@@ -49,6 +50,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py $(ARGS)
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet $(ARGS)
+	@echo "open site/index.html; with its search box: $(BIN)/python -m http.server -d site"
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -77,5 +82,5 @@ test-diffusers-latest: $(STAMP)
 	  tests/pipelines tests/house/test_private_names.py $(ARGS)
 
 clean:
-	rm -rf build dist *.egg-info .diffusers-latest .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .diffusers-latest .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

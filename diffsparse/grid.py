@@ -47,6 +47,7 @@ class TokenGrid:
 
     @property
     def tokens_per_frame(self) -> int:
+        """``height * width``."""
         return self.height * self.width
 
     @property

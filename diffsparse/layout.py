@@ -62,6 +62,7 @@ class BlockLayout:
 
     @property
     def num_heads(self) -> int:
+        """``H``."""
         return self.head_order.shape[0]
 
     @property
@@ -71,10 +72,12 @@ class BlockLayout:
 
     @property
     def seq_len(self) -> int:
+        """``S``, all tokens of the call, text included."""
         return self.gather.shape[1]
 
     @property
     def device(self) -> torch.device:
+        """Where the layout's tensors are; q, k and v must be there too."""
         return self.col_idx.device
 
     @property

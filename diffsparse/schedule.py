@@ -39,6 +39,7 @@ class Schedule:
 
     @property
     def num_phases(self) -> int:
+        """One more than there are bounds between phases."""
         return len(self.phase_bounds) + 1
 
     def phase(self, noise_level: float) -> int | None:

@@ -60,10 +60,12 @@ class TransformerSummary:
 
     @property
     def sparse_calls(self) -> int:
+        """Sparse attention calls of all layers."""
         return sum(layer.sparse_calls for layer in self.layers)
 
     @property
     def dense_calls(self) -> int:
+        """Dense attention calls of all layers."""
         return sum(layer.dense_calls for layer in self.layers)
 
     @property
@@ -103,6 +105,7 @@ class SparseSummary:
 
     @property
     def enabled(self) -> bool:
+        """Whether sparse attention is enabled on any of them."""
         return bool(self.transformers)
 
     @property

@@ -1,0 +1,219 @@
+"""Writes ``docs/plan_format.md`` from the code that reads and writes plans.
+
+    python docs/scripts/plan_format.py          # to stdout
+    python docs/scripts/plan_format.py --write  # the page itself
+
+A test holds the page fresh.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import sys
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any
+
+from diffsparse import plan as plans
+from diffsparse.codec import PATTERNS, encode_entry, encode_pattern
+from diffsparse.entry import MODES, NUMERICS, SELECTIONS, TAILS, Execution, HeadEntry
+from diffsparse.layout import BLOCK_SIZES
+from diffsparse.order import AxisOrder, CurveOrder, PhaseOrder, RasterOrder, TileOrder, TokenOrder, parse_order
+from diffsparse.pattern import Pattern, Sink, Window
+from diffsparse.plan import Architecture, SparsityPlan
+from diffsparse.schedule import Schedule
+
+PAGE = Path(__file__).resolve().parents[1] / "plan_format.md"
+
+# What a field's annotation is in the file. A new annotation has to be described here before the page can be made.
+JSON_FORM = {
+    "int": "integer",
+    "int | str": "integer or string",
+    "float": "number",
+    "str": "string",
+    "bytes": "name of an array in the safetensors file",
+    "Pattern": "pattern",
+    "TokenGrid": "`[frames, height, width]`",
+    "TokenOrder": "order",
+    "Execution": "object, below",
+    "tuple[Pattern, ...]": "list of patterns",
+    "tuple[float, ...]": "list of numbers",
+    "tuple[str, ...]": "list of strings",
+    "tuple[int, int, int]": "`[t, h, w]`, integers",
+    "tuple[Extent, Extent, Extent]": "`[t, h, w]`: integers, fractions or null",
+    "tuple[tuple[int, int, int], ...]": "list of `[f, h, w]`",
+    "tuple[tuple[float, float, float, float, float, float], ...]": "list of `[f0, f1, h0, h1, w0, w1]`",
+}
+
+ORDERS: tuple[TokenOrder, ...] = (
+    RasterOrder(),
+    *(AxisOrder(axes) for axes in ("FHW", "FWH", "HWF", "HFW", "WHF", "WFH")),
+    TileOrder(1, 8, 8),
+    PhaseOrder("frame"),
+    PhaseOrder("row"),
+    PhaseOrder(16),
+    CurveOrder(),
+)
+
+# The file's keys at the top, in the order in which they are written.
+TOP = {
+    "format": '`"diffsparse.sparse_plan"`.',
+    "format_version": f"`{plans.FORMAT_VERSION}`. A higher one is refused.",
+    "block_size": f"Tokens of a block, {' or '.join(map(str, BLOCK_SIZES))}.",
+    "architecture": "What the plan shares with the model it is for, with its fingerprint; null for any model.",
+    "schedule": "When the plan runs sparse.",
+    "entries": "The distinct choices that heads make.",
+    "layers": f'Paths of the attention modules, one for each row of `index`; `["{plans.ANY_LAYER}"]` for any model.',
+    "index": "For each phase a list with one string a layer: the heads' places in `entries`, parted by spaces.",
+    "record": "Where the plan comes from: free JSON. No number of the output depends on it.",
+}
+
+
+def prose(text: str) -> str:
+    """A docstring as Markdown: without roles, with single backticks, consecutive lines joined."""
+    text = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", inspect.cleandoc(text)).replace("``", "`")
+    text = re.sub(r"\n+>>>.*", "", text, flags=re.DOTALL)
+    return "\n\n".join(" ".join(part.split()) for part in re.split(r"\n\s*\n", text))
+
+
+def default_of(field: Field[Any]) -> str:
+    if field.default is not MISSING:
+        value = field.default
+    elif field.default_factory is not MISSING:
+        value = field.default_factory()
+    else:
+        return "required"
+    if isinstance(value, Pattern):
+        value = encode_pattern(value, {})
+    elif isinstance(value, TokenOrder):
+        value = str(value)
+    elif isinstance(value, Execution):
+        value = {f.name: getattr(value, f.name) for f in fields(value)}
+    return f"`{json.dumps(value)}`"
+
+
+def field_table(cls: type) -> list[str]:
+    known = fields(cls)  # type: ignore[arg-type]
+    if not known:
+        return ["No fields.", ""]
+    lines = ["| field | in the file | default |", "|---|---|---|"]
+    lines += [f"| `{f.name}` | {JSON_FORM[str(f.type)]} | {default_of(f)} |" for f in known]
+    return [*lines, ""]
+
+
+def order_rows() -> list[str]:
+    """A row for each kind of order, with all forms that are shown of it."""
+    forms: dict[type, list[str]] = {}
+    for order in ORDERS:
+        assert parse_order(str(order)) == order
+        forms.setdefault(type(order), []).append(f"`{order}`")
+    return [f"| {', '.join(shown)} | {prose(cls.__doc__ or '')} |".replace("\n\n", " ") for cls, shown in forms.items()]
+
+
+def example() -> SparsityPlan:
+    """A small plan for no model in particular: the same in every version of the page."""
+    near = HeadEntry(TileOrder(1, 8, 8), Window((2, 0.4, 0.4)) | Sink(frames=1), execution=Execution(tail="mean"))
+    return SparsityPlan.uniform(near, HeadEntry(), schedule=Schedule(sparse_below=0.9, phase_bounds=(0.3,)))
+
+
+def page() -> str:
+    """The whole page."""
+    assert list(TOP) == list(json.loads(example().to_files()[plans.JSON_NAME])), "a key of the file is not described"
+    lines = [
+        "# Plan format",
+        "",
+        "Made from the code by `python docs/scripts/plan_format.py --write`.",
+        "",
+        f"A plan is a folder, or a repository on the Hub, with `{plans.JSON_NAME}`; `{plans.ARRAYS_NAME}` where a "
+        f"pattern is a bitmap; and a generated `{plans.CARD_NAME}`. There is no pickle and no YAML in it, and nothing "
+        f"of it is run. A JSON file of more than {plans.MAX_JSON_BYTES >> 20} MiB is refused.",
+        "",
+        f"## `{plans.JSON_NAME}`",
+        "",
+        "| key | what it holds |",
+        "|---|---|",
+        *(f"| `{key}` | {text} |" for key, text in TOP.items()),
+        "",
+        "A key that this version does not know is refused, since it might change the output; a newer writer lists "
+        "under `ignorable` the keys that do not, and those only warn. A key that stands twice, `NaN` and infinities "
+        "are refused. The same plan always gives the same bytes.",
+        "",
+        "For example:",
+        "",
+        "```json",
+        example().to_files()[plans.JSON_NAME].decode().rstrip(),
+        "```",
+        "",
+        "## Architecture",
+        "",
+        prose(inspect.getdoc(Architecture) or ""),
+        "",
+        *field_table(Architecture),
+        f"`text_position` is one of {', '.join(f'`{p}`' for p in plans.TEXT_POSITIONS)}. Beside these the file has the "
+        "`fingerprint` of them all: sixteen hexadecimal digits. One that does not match is refused.",
+        "",
+        "## Schedule",
+        "",
+        prose(inspect.getdoc(Schedule) or ""),
+        "",
+        *field_table(Schedule),
+        "## Entries",
+        "",
+        prose(inspect.getdoc(HeadEntry) or ""),
+        "",
+        *field_table(HeadEntry),
+        f"`selection` is {' or '.join(f'`{s}`' for s in SELECTIONS)} in this version.",
+        "",
+        "`execution`:",
+        "",
+        prose(inspect.getdoc(Execution) or ""),
+        "",
+        *field_table(Execution),
+        "Allowed: "
+        + "; ".join(
+            f"`{name}` {', '.join(f'`{v}`' for v in values)}"
+            for name, values in (("mode", MODES), ("tail", TAILS), ("numerics", NUMERICS))
+        )
+        + ". Numerics other than `auto` are part of the format; no kernel of this version runs them.",
+        "",
+        "```json",
+        json.dumps(encode_entry(example().entries[0], {}), indent=1),
+        "```",
+        "",
+        "## Orders",
+        "",
+        "An order is a string.",
+        "",
+        "| order | what it does |",
+        "|---|---|",
+        *order_rows(),
+        "",
+        "## Patterns",
+        "",
+        "A pattern is an object with its `kind` and its fields. A field with a default may be left out.",
+        "",
+    ]
+    for kind in sorted(PATTERNS):
+        cls = PATTERNS[kind]
+        lines += [f"### `{kind}`", "", prose(cls.__doc__ or ""), "", *field_table(cls)]
+    lines += [
+        f"## `{plans.ARRAYS_NAME}`",
+        "",
+        "One uint8 array for each bitmap, named as the bitmap's `bits` says. "
+        + prose(
+            re.search(r"``bits``: .*", PATTERNS["bitmap"].__doc__ or "", re.DOTALL)[0]  # type: ignore[index]
+        ),
+        "",
+        "Beside a searched plan lies `attention.safetensors` with the attention that the search measured, pooled, "
+        "which `diffsparse show --png` draws. Nothing else reads it, and a plan is whole without it.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    if "--write" in sys.argv[1:]:
+        PAGE.write_text(page(), "utf-8")
+    else:
+        sys.stdout.write(page())
