@@ -30,7 +30,7 @@ SHIPPED, CONSERVATIVE, WINDOW, RADIAL = "searched", "conservative", "window", "r
 UPLOADED = "uploaded"
 #: The parameter of each ready-made plan that the density slider moves, from the sparsest to the densest.
 WINDOW_SIZES = tuple(round(0.05 * i, 2) for i in range(1, 21))
-RADIAL_DECAYS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 2.0, 4.0)
+RADIAL_DECAYS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
 DEFAULT_DENSITY = 0.4
 MAX_STEPS = 100
 MAX_PROMPT = 2000

@@ -125,8 +125,12 @@ def unpack_plan(file: Path, folder: Path) -> list[Path]:
                             raise BadInput(too_large)
                         sink.write(chunk)
                 written.append(target)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, UnicodeError, RuntimeError) as error:
-        raise BadInput(f"the zip is damaged ({shorten(str(error) or type(error).__name__, 120)})") from error
+    except BadInput:
+        raise
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError, ValueError) as error:
+        # What zipfile raises for damaged files is not only its own; an OSError's text may name a path of this machine.
+        reason = (error.strerror if isinstance(error, OSError) else str(error)) or type(error).__name__
+        raise BadInput(f"the zip cannot be unpacked, it may be damaged ({shorten(reason, 120)})") from error
     return written
 
 
