@@ -75,9 +75,8 @@ def explain(error: Exception) -> str:
 
 
 def _shown(made: Made) -> np.ndarray:
-    """The middle frame of a clip, as previews show it: uint8 ``[height, width, 3]``."""
-    frames = made.clip.frames
-    frame = frames[frames.shape[0] // 2].clamp(0, 1).nan_to_num().permute(1, 2, 0).numpy()
+    """The first frame of a clip, as previews show it: uint8 ``[height, width, 3]``."""
+    frame = made.clip.frames[0].clamp(0, 1).nan_to_num().permute(1, 2, 0).numpy()
     return (frame * 255).round().astype(np.uint8)
 
 

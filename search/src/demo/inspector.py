@@ -146,7 +146,8 @@ class PlanView:
         """HTML: a button for every head, coloured by family (hue) and density (darkness); the chosen one is marked."""
         self.check(phase, layer, head)
         heads = self.heads
-        rows, families = [], {}
+        rows: list[str] = []
+        families: dict[str, int] = {}
         for i, label in enumerate(self.layers):
             cells = [f'<th scope="row">{html.escape(label.replace("blocks.", "").replace("transformer_", ""))}</th>']
             for j in range(heads):

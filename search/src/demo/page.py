@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import numpy as np
+from PIL import Image
 
 from diffsparse.search.demo.generate import Request, Update, explain, generate
 from diffsparse.search.demo.inspector import PlanView
@@ -25,17 +27,22 @@ CSS = """
 .ds-status progress { width: 100%; height: .6rem; }
 .ds-scroll { overflow-x: auto; }
 .ds-heads table { border-collapse: separate; border-spacing: 3px; width: auto; }
-.ds-heads th { font-weight: normal; font-size: .8rem; padding: 0 .4rem; text-align: right; border: 0; }
-.ds-heads td { padding: 0; border: 0; }
-.ds-heads button { width: 2.4rem; height: 2rem; border-radius: .25rem; font-size: .8rem; cursor: pointer; }
+.ds-heads table, .ds-heads tr, .ds-heads th, .ds-heads td { border: 0 !important; }
+.ds-heads th { font-weight: normal; font-size: .8rem; padding: 0 .4rem; text-align: right; white-space: nowrap; }
+.ds-heads thead th { text-align: center; }
+.ds-heads td { padding: 0; }
+.ds-heads button { width: 2.4rem; height: 2rem; padding: 0; border-radius: .25rem; font-size: .8rem; cursor: pointer;
+  text-align: center; }
 .ds-heads button[aria-pressed=true] { outline: 3px solid #d9480f; outline-offset: 1px; }
 .ds-heads button:focus-visible { outline: 3px dashed #d9480f; outline-offset: 1px; }
 .ds-legend span { margin-right: 1rem; white-space: nowrap; }
 .ds-legend i { display: inline-block; width: .9rem; height: .9rem; border-radius: .2rem; margin-right: .3rem; }
 .ds-figures { width: 100%; border-collapse: collapse; overflow-wrap: anywhere; }
-.ds-figures th { text-align: left; font-weight: normal; padding: .25rem .6rem .25rem 0; width: 45%; }
-.ds-figures td { padding: .25rem 0; font-variant-numeric: tabular-nums; }
-.ds-pixels img { image-rendering: pixelated; }
+.ds-figures, .ds-figures tr, .ds-figures th, .ds-figures td { border: 0 !important; }
+.ds-figures tr + tr > * { border-top: 1px solid var(--border-color-primary) !important; }
+.ds-figures th { text-align: left; font-weight: normal; padding: .3rem .6rem .3rem 0; width: 45%; }
+.ds-figures td { padding: .3rem 0; font-variant-numeric: tabular-nums; }
+.ds-blocks img { image-rendering: pixelated; }
 """
 
 #: The buttons of the grid of heads are plain HTML; a click on one, or Enter, names its layer and head.
@@ -53,6 +60,10 @@ PLAN_LABELS = {
     RADIAL: "radial",
     UPLOADED: "an uploaded plan",
 }
+#: Not the one that would share a picture on a hub.
+BUTTONS = ["download", "fullscreen"]
+#: Pixels that small pictures are enlarged to.
+SHOWN = 288
 IDLE = '<div class="ds-status" role="status" aria-live="polite">Nothing is running.</div>'
 
 
@@ -73,6 +84,13 @@ def _status(kind: str, message: str, fraction: float | None = None) -> str:
 def _table(rows: Sequence[tuple[str, str]]) -> str:
     lines = "".join(f'<tr><th scope="row">{html.escape(a)}</th><td>{html.escape(b)}</td></tr>' for a, b in rows)
     return f'<table class="ds-figures">{lines}</table>'
+
+
+def _enlarged(picture: np.ndarray) -> Image.Image:
+    """A small picture, larger by a whole factor."""
+    image = Image.fromarray(picture)
+    factor = max(1, SHOWN // image.height)
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
 
 
 def _choices(studio: Studio) -> list[tuple[str, str]]:
@@ -121,23 +139,36 @@ class _Page:
                             known.num_frames, label="Frames", precision=0, min_width=90, visible=studio.is_video
                         )
         status = gr.HTML(IDLE, elem_id="status")
-        with gr.Row(elem_classes="ds-pixels"):
-            dense = gr.Image(label="dense", interactive=False, height=320, elem_id="dense", min_width=240)
-            sparse = gr.Image(label="sparse", interactive=False, height=320, elem_id="sparse", min_width=240)
+        with gr.Row():
+            dense = gr.Image(
+                label="dense", interactive=False, buttons=BUTTONS, height=320, elem_id="dense", min_width=240
+            )
+            sparse = gr.Image(
+                label="sparse", interactive=False, buttons=BUTTONS, height=320, elem_id="sparse", min_width=240
+            )
         figures = gr.HTML(elem_id="figures")
-        video = gr.Video(label="Side by side", visible=False, loop=True, autoplay=True, elem_id="video")
+        video = gr.Video(
+            label="Side by side",
+            show_label=False,
+            visible=False,
+            loop=True,
+            autoplay=True,
+            height=420,
+            buttons=["download"],
+            elem_id="video",
+        )
         with gr.Column(visible=False) as details:
             frame = gr.Slider(1, 2, 1, step=1, label="Frame", elem_id="frame")
-            one = gr.Image(label="Frame by frame", interactive=False)
-            sheet = gr.Image(label="All of it", interactive=False, elem_id="sheet")
+            one = gr.Image(label="Frame by frame", show_label=False, interactive=False, buttons=BUTTONS)
+            sheet = gr.Image(label="All frames", show_label=False, interactive=False, buttons=BUTTONS, elem_id="sheet")
 
         def shown(update: Update) -> dict[Any, Any]:
             fraction = update.fraction if update.kind == "busy" else None
             result: dict[Any, Any] = {status: _status(update.kind, update.message, fraction)}
             if update.dense is not None:
-                result[dense] = update.dense
+                result[dense] = _enlarged(update.dense)
             if update.sparse is not None:
-                result[sparse] = update.sparse
+                result[sparse] = _enlarged(update.sparse)
             if (found := update.comparison) is not None:
                 result |= {
                     figures: _table(found.rows),
@@ -225,15 +256,17 @@ class _Page:
                 overview = gr.HTML(js_on_load=PICK, elem_id="heads")
             with gr.Column(scale=2, min_width=300):
                 facts = gr.HTML(elem_id="facts")
-        with gr.Row(elem_classes="ds-pixels"):
-            measured = gr.Image(label="Measured attention", interactive=False, min_width=240, elem_id="measured")
-            mask = gr.Image(label="What is computed", interactive=False, min_width=240, elem_id="mask")
+        with gr.Row(elem_classes="ds-blocks"):
+            measured = gr.Image(
+                label="Measured attention", interactive=False, buttons=BUTTONS, min_width=240, elem_id="measured"
+            )
+            mask = gr.Image(label="What is computed", interactive=False, buttons=BUTTONS, min_width=240, elem_id="mask")
         pictures = [message, overview, facts, measured, mask]
 
         def draw(view: PlanView, p: int, i: int, j: int, text: str = "") -> dict[Any, Any]:
             attention, kept = view.pictures(p, i, j)
             return {
-                message: text,
+                message: text or _line(f"phase {view.phase_names[p]}"),
                 overview: view.overview(p, i, j),
                 facts: _table(view.facts(p, i, j)),
                 measured: gr.update(value=attention, visible=attention is not None),

@@ -1,4 +1,4 @@
-"""A look at a clip while it is denoised: one frame, decoded now and then."""
+"""A look at a clip while it is denoised: its first frame, decoded now and then."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _moments_decoder(pipe: Any, latents: torch.Tensor) -> Callable[[torch.Tensor
     shape = (1, -1, 1, 1, 1)
 
     def decode(z: torch.Tensor) -> torch.Tensor:
-        z = z[:, :, z.shape[2] // 2 :][:, :, :1]
+        z = z[:, :, :1]  # the first frame is coded by itself, so it alone can be decoded by itself
         z = z * torch.tensor(std, device=z.device).view(shape) + torch.tensor(mean, device=z.device).view(shape)
         return pipe.vae.decode(z.to(pipe.vae.dtype), return_dict=False)[0][:, :, 0]  # type: ignore[no-any-return]
 

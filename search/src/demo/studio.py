@@ -150,7 +150,7 @@ class Studio:
         scale = pick(guidance, known.guidance_scale)
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale <= 50:
             raise BadInput(f"guidance must be a number from 0 to 50, got {scale!r}")
-        sizes = {}
+        sizes: dict[str, Any] = {}
         asked = {"height": height, "width": width, **({"num_frames": num_frames} if self.is_video else {})}
         for name, value in asked.items():
             value = pick(value, getattr(known, name))
