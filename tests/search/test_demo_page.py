@@ -579,6 +579,26 @@ needs_gradio = pytest.mark.skipif(find_spec("gradio") is None, reason="needs gra
 
 
 @needs_gradio
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--port", "0"], "--port 0: a port is a number from 1 to 65535"),
+        (["--model", "no/such/model"], "no model at 'no/such/model'"),
+        (["--device", "abacus"], "unknown device 'abacus'"),
+    ],
+)
+def test_the_command_refuses_in_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    from diffsparse.search.cli import main
+
+    with pytest.raises(SystemExit) as stopped:
+        main(["demo", *arguments])
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stopped.value.code == 2 and last.startswith("error: ") and message in last
+
+
+@needs_gradio
 def test_a_port_that_is_taken_or_none(studio: Studio) -> None:
     import socket
 

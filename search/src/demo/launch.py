@@ -26,6 +26,11 @@ def _check_gradio() -> None:
         raise BadInput("the demo needs gradio; pip install 'diffsparse[demo]'")
 
 
+def _check_port(port: int | None) -> None:
+    if port is not None and not 1 <= port <= 65_535:
+        raise BadInput(f"--port {port}: a port is a number from 1 to 65535, for example 7860")
+
+
 @contextmanager
 def _environment(root: Path) -> Iterator[None]:
     """Within, Gradio keeps what it keeps below ``root`` and reports nothing."""
@@ -49,8 +54,7 @@ def serving(studio: Any, port: int | None = None) -> Iterator[str]:
     ``port``: None is the first free one from 7860 on. Raises :class:`BadInput` where it is taken, or without Gradio.
     """
     _check_gradio()
-    if port is not None and not 1 <= port <= 65_535:
-        raise BadInput(f"--port {port}: a port is a number from 1 to 65535")
+    _check_port(port)
     root = Path(tempfile.mkdtemp(prefix="diffsparse-demo-"))
     try:
         with _environment(root):
@@ -95,6 +99,7 @@ def serve(
 ) -> None:
     """Load a model (None: the clone's small one), serve the page, and wait: for Ctrl-C, or for ``until``."""
     _check_gradio()
+    _check_port(port)
     from diffsparse.search.demo.studio import Studio, bundled_model
 
     name = bundled_model() if model is None else model
