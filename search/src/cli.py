@@ -480,6 +480,28 @@ def models_command(
             answer(models_data(), models_table())
 
 
+@app.command("demo")
+@_interruptible("the demo has ended")
+def demo_command(
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="A pipeline's folder or Hub id.  [default: the small model of the clone]"),
+    ] = None,
+    port: Annotated[int | None, typer.Option("--port", help="[default: the first free one from 7860 on]")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Generate dense and sparse side by side in a browser, and look into plans. On this machine only.
+
+    \b
+    Example:
+      diffsparse demo --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers
+    """
+    from diffsparse.search.demo.launch import serve
+
+    serve(model, port, device=device, dtype=dtype, say=_say)
+
+
 # Typer carries its own copy of click in some versions and uses the package in others; the base class is the same one.
 _ClickException: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 

@@ -24,7 +24,17 @@ from diffsparse.search.errors import BadInput
 from diffsparse.search.generate import Clip, GenerationSettings, check_seeds, generate_clip, generate_clips
 from diffsparse.search.statistics import Mean, mean_of
 
-__all__ = ["ClipReport", "DenseSet", "EvalReport", "NoiseFloor", "compare", "evaluate", "generate_dense", "paired"]
+__all__ = [
+    "ClipReport",
+    "DenseSet",
+    "EvalReport",
+    "NoiseFloor",
+    "clip_report",
+    "compare",
+    "evaluate",
+    "generate_dense",
+    "paired",
+]
 
 #: Reasons for dense calls that are the plan's own.
 PLANNED = (OUTSIDE, DENSE_ENTRIES, NOT_IN_PLAN)
@@ -308,7 +318,7 @@ def compare(
     if lpips and model is None:
         notes.append("LPIPS needs the package lpips and its weights; pip install 'diffsparse[metrics]'")
     reports = [
-        _clip_report(twin, clip, dense.other_seed_psnr, model)
+        clip_report(twin, clip, dense.other_seed_psnr, model)
         for twin, clip in zip(dense.clips.values(), sparse, strict=True)
     ]
     call, trajectory = _work(summary).since(before)
@@ -369,7 +379,8 @@ def _work(summary: pipelines.SparseSummary) -> _Work:
     )
 
 
-def _clip_report(dense: Clip, sparse: Clip, other_seed: float | None, model: Any) -> ClipReport:
+def clip_report(dense: Clip, sparse: Clip, other_seed: float | None = None, model: Any = None) -> ClipReport:
+    """A sparse clip beside its dense twin; LPIPS by ``model`` (of ``metrics.load_lpips``) where there is one."""
     value = metrics.psnr(sparse.frames, dense.frames)
     return ClipReport(
         prompt=dense.prompt,

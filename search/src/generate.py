@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,6 +14,10 @@ import torch
 from diffsparse.search.errors import BadInput
 
 __all__ = ["Clip", "GenerationSettings", "LoopTimer", "check_seeds", "denoisers", "generate_clip", "generate_clips"]
+
+
+def _parameters(pipe: Any) -> Any:
+    return inspect.signature(type(pipe).__call__).parameters
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class GenerationSettings:
     def arguments(self, pipe: Any) -> dict[str, Any]:
         """Keyword arguments for this pipeline's call. Raises :class:`BadInput` for one that it does not take."""
         wanted = {name: value for name, value in asdict(self).items() if value is not None}
-        known = inspect.signature(type(pipe).__call__).parameters
+        known = _parameters(pipe)
         if unknown := sorted(set(wanted) - set(known)):
             raise BadInput(f"{type(pipe).__name__} takes no {', '.join(unknown)}; leave it out")
         return wanted
@@ -130,9 +134,28 @@ def _noise_levels(pipe: Any) -> tuple[float, ...]:
     return tuple((scheduler.timesteps.double() / scheduler.config.num_train_timesteps).clamp(0, 1).tolist())
 
 
-def generate_clip(pipe: Any, prompt: str, seed: int, settings: GenerationSettings) -> Clip:
-    """One clip. The noise comes from a generator on the CPU, so a seed means the same noise on every device."""
+def generate_clip(
+    pipe: Any,
+    prompt: str,
+    seed: int,
+    settings: GenerationSettings,
+    *,
+    on_step: Callable[[int, torch.Tensor], None] | None = None,
+) -> Clip:
+    """One clip. The noise comes from a generator on the CPU, so a seed means the same noise on every device.
+
+    ``on_step`` gets every step's index and latents when it has ended; what it raises ends the generation.
+    """
     arguments = settings.arguments(pipe)
+    if on_step is not None:
+        if "callback_on_step_end" not in _parameters(pipe):
+            raise BadInput(f"{type(pipe).__name__} cannot be watched step by step: it takes no callback_on_step_end")
+
+        def callback(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            on_step(step, tensors["latents"])
+            return tensors
+
+        arguments["callback_on_step_end"] = callback
     timer = LoopTimer(denoisers(pipe))
     start = time.perf_counter()
     with timer.running(), torch.no_grad():

@@ -19,7 +19,7 @@ from diffsparse.plan import SparsityPlan
 if TYPE_CHECKING:
     from diffsparse.search.show import PooledAttention
 
-__all__ = ["colour_ramp", "contact_sheet", "heat_of", "kept_share", "plan_sheet", "side_by_side_frames"]
+__all__ = ["colour_ramp", "contact_sheet", "head_cell", "heat_of", "kept_share", "plan_sheet", "side_by_side_frames"]
 
 PAPER = (250, 250, 248)
 INK = (28, 32, 38)
@@ -144,7 +144,8 @@ def heat_of(pooled: np.ndarray) -> np.ndarray:
     return 1 + np.log10(np.maximum(pooled / top, 10**-DECADES)) / DECADES
 
 
-def _cell(share: np.ndarray, pooled: np.ndarray | None, pixels: int) -> Image.Image:
+def head_cell(share: np.ndarray, pooled: np.ndarray | None, pixels: int) -> Image.Image:
+    """One head as a square of ``pixels``: the :func:`kept_share` ``[m, m]`` over the pooled attention, if known."""
     if pooled is None:
         kept, dropped = np.array([0.16, 0.30, 0.52]), np.array([0.90, 0.91, 0.92])
         rgb = dropped + (kept - dropped) * share[..., None]
@@ -224,7 +225,7 @@ def plan_sheet(
                 share = share_of(entry, layer, head)
                 x = x0 + head * (pixels + gap)
                 pooled = None if attention is None else attention.pooled[phase, row, head]
-                sheet.paste(_cell(share, pooled, pixels), (x, y))
+                sheet.paste(head_cell(share, pooled, pixels), (x, y))
                 pen.rectangle((x - 1, y - 1, x + pixels, y + pixels), outline=(200, 203, 208))
                 if entry.execution.mode == "skip":
                     pen.line((x, y + pixels - 1, x + pixels - 1, y), RED, 2)

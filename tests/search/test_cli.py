@@ -43,7 +43,10 @@ def once_loaded(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 # -- help --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [["search"], ["eval"], ["show"], ["explain"], ["bench", "kernels"], ["env"]])
+@pytest.mark.parametrize(
+    "command",
+    [["search"], ["eval"], ["show"], ["explain"], ["bench", "kernels"], ["env"], ["models"], ["demo"]],
+)
 def test_help_has_an_example(cli: Cli, command: list[str]) -> None:
     code, out, _ = cli(*command, "--help")
     assert code == 0
@@ -53,7 +56,7 @@ def test_help_has_an_example(cli: Cli, command: list[str]) -> None:
 def test_help_lists_the_commands_and_the_version_is_told(cli: Cli) -> None:
     import diffsparse
 
-    assert all(name in cli("--help")[1] for name in ("search", "eval", "show", "bench", "env"))
+    assert all(name in cli("--help")[1] for name in ("search", "eval", "show", "bench", "env", "demo"))
     assert cli("--version") == (0, diffsparse.__version__ + "\n", "")
 
 

@@ -1,0 +1,199 @@
+"""The demo as a person uses it, in Chromium. Screenshots go to ``out/demo``."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffsparse.search.demo.inspector import PlanView
+from diffsparse.search.demo.launch import serving
+from diffsparse.search.demo.studio import Studio
+from tests.search.conftest import make_plan
+from tests.search.tiny import PROMPTS
+
+CHROMIUM = next((path for name in ("chromium", "chromium-browser") if (path := shutil.which(name))), None)
+MISSING = [
+    text
+    for missing, text in (
+        (find_spec("gradio") is None, "gradio (the extra demo)"),
+        (find_spec("playwright") is None, "playwright (pip install playwright)"),
+        (CHROMIUM is None, "chromium (apt-get install chromium)"),
+    )
+    if missing
+]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(MISSING), reason=f"the demo in a browser needs {', '.join(MISSING)}"),
+]
+PATIENCE = 120_000  # milliseconds
+
+
+@pytest.fixture(scope="module")
+def address(pipe: Any, plan_folder: Path) -> Iterator[str]:
+    plan = make_plan()
+    with serving(Studio(pipe, "tiny", PROMPTS, PlanView.of(plan, "the plan", plan_folder))) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+Open = Callable[..., Any]
+
+
+@pytest.fixture
+def open_page(browser: Any, address: str) -> Iterator[Open]:
+    """A page in a context of its own. At the end none may have failed, or asked another machine for anything."""
+    contexts, wrong = [], []
+
+    def start(width: int = 1280, height: int = 900) -> Any:
+        context = browser.new_context(viewport={"width": width, "height": height}, accept_downloads=True)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(PATIENCE)
+        own = (address, "data:", "blob:", "about:")
+        page.on("request", lambda r: wrong.append(r.url) if not r.url.startswith(own) else None)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.goto(address)
+        page.wait_for_selector("#generate")
+        page.wait_for_function("document.querySelector('#heads, #status') !== null")
+        return page
+
+    yield start
+    for context in contexts:
+        context.close()
+    assert not wrong
+
+
+@pytest.fixture
+def shoot(repo_root: Path) -> Callable[[Any, str], None]:
+    folder = repo_root / "out" / "demo"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def save(page: Any, name: str) -> None:
+        page.screenshot(path=folder / f"{name}.png", full_page=True)
+
+    return save
+
+
+def status(page: Any, wanted: str) -> str:
+    page.wait_for_function(
+        "wanted => document.querySelector('#status').innerText.toLowerCase().includes(wanted)", arg=wanted
+    )
+    return str(page.inner_text("#status"))
+
+
+def ask(page: Any, steps: int, prompt: str = PROMPTS[0]) -> None:
+    page.get_by_label("Prompt").fill(prompt)
+    page.get_by_label("Steps").fill(str(steps))
+    page.click("#generate")
+
+
+def test_generate_and_compare(open_page: Open, shoot: Callable[[Any, str], None]) -> None:
+    page = open_page()
+    shoot(page, "1_start")
+    ask(page, 3)
+    status(page, "done")
+    page.wait_for_selector("#sheet img")
+    figures = page.inner_text("#figures")
+    assert re.search(r"speed-up of the denoising loop\s+\d+\.\d\dx", figures)
+    assert "PSNR to dense" in figures and "SSIM to dense" in figures
+    assert page.locator("#dense img").count() == 1 and page.locator("#sparse img").count() == 1
+    shoot(page, "2_compared")
+
+
+def test_bad_input_and_cancel(open_page: Open, shoot: Callable[[Any, str], None]) -> None:
+    page = open_page()
+    ask(page, 3, prompt="")
+    assert "the prompt is empty" in status(page, "cannot do that")
+    shoot(page, "3_empty_prompt")
+    ask(page, 100)
+    status(page, "step 3 of 100")
+    page.click("#cancel")
+    status(page, "cancelled")
+    ask(page, 2)
+    status(page, "done")
+
+
+def test_a_bad_plan_is_refused_and_a_good_one_taken(
+    open_page: Open, shoot: Callable[[Any, str], None], tmp_path: Path
+) -> None:
+    page = open_page()
+    page.get_by_label("an uploaded plan").check()
+    files = {"bad": {"../sparse_plan.json": b"{}"}, "other": make_plan(layers=3).to_files()}
+    for name, message in (("bad", "leads outside"), ("other", "for another model")):
+        with zipfile.ZipFile(tmp_path / f"{name}.zip", "w") as archive:
+            for file, content in files[name].items():
+                archive.writestr(file, content)
+        page.set_input_files("#upload input[type=file]", tmp_path / f"{name}.zip")
+        page.wait_for_selector(f"text={message}")
+    shoot(page, "4_bad_plan")
+    ask(page, 2)
+    assert "no plan was uploaded yet" in status(page, "cannot do that")
+    good = PlanView.of(make_plan(), "x").write_zip(tmp_path)
+    page.set_input_files("#upload input[type=file]", good)
+    page.wait_for_selector("text=the plan fits: 2 phases, 2 layers, 2 heads")
+    ask(page, 2)
+    status(page, "done")
+
+
+def test_inspect_with_the_keyboard(open_page: Open, shoot: Callable[[Any, str], None], tmp_path: Path) -> None:
+    page = open_page()
+    page.get_by_role("tab", name="Inspect").focus()
+    page.keyboard.press("Enter")
+    button = page.locator("#heads button[data-layer='1'][data-head='1']")
+    button.wait_for()
+    page.locator("#heads button").first.focus()
+    for _ in range(3):
+        page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#heads button[data-layer='1'][data-head='1'][aria-pressed='true']")
+    page.wait_for_selector("#mask img")
+    assert "window" in page.inner_text("#facts")
+    shoot(page, "5_inspect")
+    with page.expect_download() as download:
+        page.click("#download")
+    saved = tmp_path / "plan.zip"
+    download.value.save_as(saved)
+    with zipfile.ZipFile(saved) as archive:
+        assert "sparse_plan.json" in archive.namelist()
+
+
+def test_two_users_at_once(open_page: Open, shoot: Callable[[Any, str], None]) -> None:
+    one, two = open_page(), open_page()
+    ask(one, 60)
+    status(one, "step 2 of 60")
+    ask(two, 2, PROMPTS[1])
+    status(two, "waiting")
+    assert "of 60" not in two.inner_text("#status")
+    one.click("#cancel")
+    status(one, "cancelled")
+    status(two, "done")
+    assert "cancelled" in one.inner_text("#status") and not one.inner_text("#figures").strip()
+    shoot(two, "6_second_user")
+
+
+def test_a_narrow_window(open_page: Open, shoot: Callable[[Any, str], None]) -> None:
+    page = open_page(width=375, height=800)
+    ask(page, 2)
+    status(page, "done")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 380
+    shoot(page, "7_narrow_generate")
+    page.get_by_role("tab", name="Inspect").click()
+    page.wait_for_selector("#mask img")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 380
+    shoot(page, "8_narrow_inspect")
