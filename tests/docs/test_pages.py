@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffsparse import SparsityPlan
 from tests.docs.pages import ROOT, documents, name
 from tests.house.imports import SOURCES, source_files
 
@@ -172,6 +173,13 @@ def test_figures_are_those_that_were_measured() -> None:
     for path in (ROOT / "README.md", DOCS / "kernels.md"):
         lines = re.findall(r"^\| [^|]+ (\| [\d.]+ \|.*x \| \d+ \|)$", path.read_text("utf-8"), re.MULTILINE)
         assert lines == figures, name(path)
+
+
+def test_the_share_of_tails_is_that_of_the_shipped_plan() -> None:
+    plan = SparsityPlan.from_pretrained(ROOT / "examples" / "tiny_wan" / "sparse_plan")
+    chosen = [plan.entries[i].execution for i in plan.index.reshape(-1)]
+    with_tail = sum(e.mode == "exact" and e.tail != "none" for e in chosen)
+    assert f"{with_tail} of {len(chosen)} entries of heads have a tail" in (DOCS / "methods.md").read_text("utf-8")
 
 
 # -- the whole ---------------------------------------------------------------------------------------------------------
