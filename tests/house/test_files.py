@@ -100,7 +100,7 @@ def test_constraints_pin_every_dependency(repo_root: Path) -> None:
     assert pins["torch"] == "2.13.0"
     project = tomllib.loads((repo_root / "pyproject.toml").read_text("utf-8"))["project"]
     extras = project["optional-dependencies"]
-    needed = [*project["dependencies"], *extras["dev"], *extras["viz"]]
+    needed = [*project["dependencies"], *extras["dev"], *extras["docs"], *extras["viz"]]
     names = {re.sub(r"[-_.]+", "-", re.match(r"[A-Za-z0-9._-]+", text).group()).lower() for text in needed}
     assert names - {"diffsparse"} <= set(pins)
 
