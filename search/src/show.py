@@ -97,11 +97,15 @@ def grid_of(plan: SparsityPlan, folder: str | Path | None = None) -> TokenGrid |
     attention = PooledAttention.beside(folder)
     if attention is not None:
         return attention.grid
-    recorded = (plan.record.get("calibration") or {}).get("grid")
-    if isinstance(recorded, str):
-        return _read_grid(recorded)
-    if isinstance(recorded, list):
-        return TokenGrid(*recorded)
+    calibration = plan.record.get("calibration")
+    recorded = calibration.get("grid") if isinstance(calibration, dict) else None
+    try:
+        if isinstance(recorded, str):
+            return _read_grid(recorded)
+        if isinstance(recorded, list):
+            return TokenGrid(*recorded)
+    except (TypeError, ValueError):  # no grid: as if nothing were recorded, and --grid has to be given
+        return None
     return next((e.pattern.grid for e in plan.entries if isinstance(e.pattern, Bitmap)), None)
 
 

@@ -556,6 +556,20 @@ def test_gpu_calls_are_timed_where_that_was_asked_for(monkeypatch: pytest.Monkey
     assert timing.start_watch(gpu, True) is None
 
 
+@pytest.mark.gpu
+def test_the_summary_times_every_layer_on_a_gpu() -> None:
+    inputs = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in wan_inputs(*SHAPE).items()}
+    model = wan().cuda()
+    plan = mixed_plan(model)
+    for timing in (False, True):
+        with sparse_attention(model, plan, timing=timing):
+            run(model, inputs)
+            torch.cuda.synchronize()
+            found = sparse_attention_summary(model).transformers["transformer"]
+        assert found.timed_calls == (found.sparse_calls + found.dense_calls if timing else 0)
+        assert (found.seconds is not None and found.seconds > 0) == timing
+
+
 def test_layout_memory_is_bounded() -> None:
     model = wan()
     inputs = [wan_inputs(3, 7, w) for w in (9, 10, 11, 12)]

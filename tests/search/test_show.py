@@ -91,6 +91,16 @@ def test_the_grid_is_read_from_the_record(text: str, grid: TokenGrid | None) -> 
         assert str(grid) == text
 
 
+def test_a_record_that_is_not_as_we_write_it() -> None:
+    plan = preset("window")
+    for calibration in ("text", ["5x32x32"], 3, None):
+        plan.record["calibration"] = calibration
+        assert grid_of(plan) is None
+    for grid in ("0x4x4", [1, 2], [1, 2, "3"]):
+        plan.record["calibration"] = {"grid": grid}
+        assert grid_of(plan) is None
+
+
 def test_parse_grid() -> None:
     assert parse_grid("5,32,32") == TokenGrid(5, 32, 32)
     with pytest.raises(BadInput, match="--grid"):
