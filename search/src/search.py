@@ -108,6 +108,26 @@ def thoroughness(device: torch.device, trace_prompts: int | None = None, samples
     }
 
 
+class _Stage:
+    """One stage's bar, and whoever else follows how far it is."""
+
+    def __init__(self, total: int, label: str, progress: bool, on_stage: Callable[[str, int, int], None]) -> None:
+        self._bar = tqdm(total=total, desc=label, disable=not progress, leave=True)
+        self._label, self._total, self._done, self._on_stage = label, total, 0, on_stage
+
+    def __enter__(self) -> _Stage:
+        self._on_stage(self._label, 0, self._total)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.close()
+
+    def update(self, count: int = 1) -> None:
+        self._bar.update(count)
+        self._done += count
+        self._on_stage(self._label, self._done, self._total)
+
+
 @dataclass
 class _Search:
     """The state that stages share; everything costly is in the store."""
@@ -118,6 +138,7 @@ class _Search:
     store: SearchStore
     progress: bool
     say: Callable[[str], None]
+    on_stage: Callable[[str, int, int], None]
     recording: Recording | None = None
     tables: dict[TokenOrder, FamilyTable] = field(default_factory=dict)
 
@@ -128,8 +149,8 @@ class _Search:
 
     # -- stages ----------------------------------------------------------------------------------------------------
 
-    def bar(self, total: int, label: str) -> tqdm[Any]:
-        return tqdm(total=total, desc=label, disable=not self.progress, leave=True)
+    def bar(self, total: int, label: str) -> _Stage:
+        return _Stage(total, label, self.progress, self.on_stage)
 
     def probe(self) -> dict[str, Any]:
         """Three steps of one generation: the grid, the time of a model call, and the best order of every head."""
@@ -430,18 +451,20 @@ def run_search(
     *,
     progress: bool = True,
     say: Callable[[str], None] | None = None,
+    on_stage: Callable[[str, int, int], None] | None = None,
 ) -> SparsityPlan:
     """Search a plan and write it to ``out``, with ``search.sqlite`` (to go on after a kill) and the pictures' data.
 
-    ``say`` receives the lines meant for the user (the estimate, what was chosen). Raises :class:`BadInput` for settings
-    that cannot work, :class:`StoreMismatch` where ``out`` holds another search.
+    ``say`` receives the lines meant for the user (the estimate, what was chosen), ``on_stage`` a stage's name, how many
+    of its parts are done, and of how many. What they raise ends the search; the same call then goes on where it was.
+    Raises :class:`BadInput` for settings that cannot work, :class:`StoreMismatch` where ``out`` holds another search.
     """
     if not prompts:
         raise BadInput("a search needs at least one prompt")
     say = say or log.info
     out = Path(out)
     with SearchStore(out / "search.sqlite") as store:
-        search = _Search(pipe, tuple(prompts), config, store, progress, say)
+        search = _Search(pipe, tuple(prompts), config, store, progress, say, on_stage or (lambda *_: None))
         resumed = store.claim(
             {
                 "format": STORE_FORMAT,

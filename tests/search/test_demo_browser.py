@@ -38,7 +38,7 @@ PATIENCE = 120_000  # milliseconds
 @pytest.fixture(scope="module")
 def address(pipe: Any, plan_folder: Path) -> Iterator[str]:
     plan = make_plan()
-    with serving(Studio(pipe, "tiny", PROMPTS, PlanView.of(plan, "the plan", plan_folder))) as found:
+    with serving(Studio(pipe, "tiny", PROMPTS, PROMPTS, PlanView.of(plan, "the plan", plan_folder))) as found:
         yield found
 
 
@@ -171,6 +171,24 @@ def test_inspect_with_the_keyboard(open_page: Open, shoot: Callable[[Any, str], 
     download.value.save_as(saved)
     with zipfile.ZipFile(saved) as archive:
         assert "sparse_plan.json" in archive.namelist()
+
+
+def test_search_and_look_at_what_was_found(open_page: Open, shoot: Callable[[Any, str], None]) -> None:
+    page = open_page()
+    page.get_by_role("tab", name="Search").click()
+    page.get_by_label("Prompts, one a line").fill("\n".join(PROMPTS))
+    page.get_by_label("Steps to search for").fill("3")
+    page.click("#search")
+    page.wait_for_function("document.querySelector('#search_status').innerText.includes('done: the plan')")
+    assert "trace: 2 of 2" in page.inner_text("#stages")
+    shoot(page, "9_searched")
+    page.get_by_role("tab", name="Inspect").click()
+    page.get_by_label("Plan", exact=True).last.click()
+    page.get_by_role("option", name="searched on this page").click()
+    page.wait_for_selector("#heads :text('the plan searched here')")
+    page.wait_for_selector("#measured img")
+    assert re.search(r"kept mass\s+\d\.\d+ of the attention", page.inner_text("#facts"))
+    shoot(page, "10_searched_inspect")
 
 
 def test_two_users_at_once(open_page: Open, shoot: Callable[[Any, str], None]) -> None:

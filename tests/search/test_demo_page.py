@@ -26,8 +26,18 @@ from diffsparse.search.demo.inspector import PlanView
 from diffsparse.search.demo.launch import serving
 from diffsparse.search.demo.live import Cancelled, Made, Step, denoise
 from diffsparse.search.demo.preview import Previewer
+from diffsparse.search.demo.search_plan import SearchUpdate, search_plan
 from diffsparse.search.demo.sessions import Job, Session, Sessions
-from diffsparse.search.demo.studio import CONSERVATIVE, RADIAL, SHIPPED, UPLOADED, WINDOW, Studio, bundled_model
+from diffsparse.search.demo.studio import (
+    CONSERVATIVE,
+    RADIAL,
+    SEARCHED_HERE,
+    SHIPPED,
+    UPLOADED,
+    WINDOW,
+    Studio,
+    bundled_model,
+)
 from diffsparse.search.demo.upload import MAX_FILES, PLAN_FILES, read_uploaded_plan, unpack_plan, write_plan_zip
 from diffsparse.search.errors import BadInput
 from diffsparse.search.generate import GenerationSettings, generate_clip
@@ -53,7 +63,7 @@ def session(sessions: Sessions) -> Session:
 @pytest.fixture
 def studio(pipe: Any, plan_folder: Path) -> Studio:
     plan = make_plan()
-    return Studio(pipe, "tiny", PROMPTS, PlanView.of(plan, "the plan", plan_folder))
+    return Studio(pipe, "tiny", PROMPTS, PROMPTS, PlanView.of(plan, "the plan", plan_folder))
 
 
 def request(**changes: Any) -> Request:
@@ -445,6 +455,50 @@ def test_durations() -> None:
     assert [duration(s) for s in (-1, 0.6, 59, 61, 3600, 7260)] == [
         "0 s", "1 s", "59 s", "1 min 1 s", "1 h 0 min", "2 h 1 min",
     ]  # fmt: skip
+
+
+# -- searching ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_search_is_cancelled_goes_on_and_loads_its_plan(studio: Studio, session: Session) -> None:
+    asked = ("\n".join(PROMPTS), 0.6, 3)
+    with pytest.raises(BadInput, match="no search has ended"):
+        studio.view(SEARCHED_HERE, session)
+    first: list[SearchUpdate] = []
+    for update in search_plan(studio, session, session.begin(), *asked):
+        first.append(update)
+        if update.message.startswith("sensitivity: 1 of"):
+            session.cancel()
+    assert first[-1].kind == "stopped" and session.searched is None and not studio.lock.locked()
+    assert not any("schedule" in update.message for update in first)
+    second = list(search_plan(studio, session, session.begin(), *asked))
+    assert second[-1].kind == "done", second[-1].message
+    texts = [update.message for update in second]
+    assert texts[0] == "going on with the search" and not any(text.startswith("trace") for text in texts)
+    assert any(re.fullmatch(r"assign: 1 of 1, took .+", line) for line in second[-1].lines)
+    found = studio.view(SEARCHED_HERE, session)
+    assert found is session.searched and found is second[-1].view
+    assert found.attention is not None and found.pictures(0, 0, 0)[0] is not None
+    assert "predicted" in dict(found.facts(0, 0, 0))["error of the plan"]
+    assert updates(studio, session, request(plan=SEARCHED_HERE))[-1].kind == "done"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "budget", "steps", "message"),
+    [
+        ("", 0.4, 3, "there is no prompt"),
+        (None, 0.4, 3, "there is no prompt"),
+        ("\n".join(map(str, range(17))), 0.4, 3, "17 prompts are more than this demo takes"),
+        ("x", 0, 3, "a share in"),
+        ("x", "a", 3, "the budget is a share"),
+        ("x", 0.4, 0, "the number of steps must be from 1"),
+    ],
+)
+def test_bad_searches_are_one_line(
+    studio: Studio, session: Session, prompts: Any, budget: Any, steps: Any, message: str
+) -> None:
+    found = list(search_plan(studio, session, session.begin(), prompts, budget, steps))
+    assert [update.kind for update in found] == ["error"] and message in found[0].message
 
 
 # -- inspecting --------------------------------------------------------------------------------------------------------

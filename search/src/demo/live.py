@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +19,7 @@ from diffsparse.search.demo.preview import Previewer
 from diffsparse.search.demo.sessions import Job
 from diffsparse.search.generate import Clip, GenerationSettings, generate_clip
 
-__all__ = ["Cancelled", "Made", "Step", "denoise"]
+__all__ = ["Cancelled", "Made", "Step", "denoise", "follow"]
 
 
 class Cancelled(Exception):
@@ -50,8 +50,8 @@ class Made:
 class _Watch:
     """The callback of one generation."""
 
-    def __init__(self, pipe: Any, steps: int, job: Job, events: queue.Queue[Any]) -> None:
-        self._steps, self._job, self._events = steps, job, events
+    def __init__(self, pipe: Any, steps: int, job: Job, tell: Callable[[Any], None]) -> None:
+        self._steps, self._job, self._tell = steps, job, tell
         self._device = torch.device(pipe._execution_device)
         self.previewer = Previewer(pipe)
         self._start = time.perf_counter()
@@ -67,7 +67,7 @@ class _Watch:
         if done < self._steps:  # the last one comes when the loop's clock has stopped
             self.within_loop = self.previewer.seconds
         each = (time.perf_counter() - self._start) / done
-        self._events.put(Step(done, self._steps, each * (self._steps - done), preview))
+        self._tell(Step(done, self._steps, each * (self._steps - done), preview))
 
 
 def _generate(
@@ -84,6 +84,47 @@ def _generate(
     return Made(clip, summary)
 
 
+@dataclass(frozen=True, eq=False)
+class _Ended:
+    value: Any
+
+
+def follow(work: Callable[[Callable[[Any], None]], Any], job: Job, lock: threading.Lock) -> Iterator[Any]:
+    """Runs ``work(tell)`` in a thread of its own; yields what it tells, and what it returns as the last.
+
+    ``lock`` is held while it runs, by that thread: a consumer that forgets the generator without closing it keeps
+    nobody waiting.
+
+    Raises :class:`Cancelled` where the job was before its turn came, and what ``work`` raises. A consumer that goes
+    away (closes the generator) cancels the job and waits until ``work`` has seen it.
+    """
+    events: queue.Queue[Any] = queue.Queue()
+
+    def run() -> None:
+        try:
+            with lock:
+                if job.cancelled.is_set():
+                    raise Cancelled
+                result = work(events.put)
+            events.put(_Ended(result))
+        except Exception as error:  # whatever it is belongs to the thread that waits
+            events.put(error)
+
+    worker = threading.Thread(target=run, name="diffsparse-demo", daemon=True)
+    worker.start()
+    event: Any = None
+    try:
+        while not isinstance(event, _Ended):
+            event = events.get()
+            if isinstance(event, Exception):
+                raise event
+            yield event.value if isinstance(event, _Ended) else event
+    finally:
+        if not isinstance(event, (_Ended, Exception)):  # the consumer has gone
+            job.cancelled.set()
+        worker.join()
+
+
 def denoise(
     pipe: Any,
     plan: SparsityPlan | None,
@@ -95,34 +136,10 @@ def denoise(
 ) -> Iterator[Step | Made]:
     """Every step as it ends, then the clip; dense where ``plan`` is None. The pipeline is dense again afterwards.
 
-    ``lock`` is held while the model runs, by the thread that runs it: a consumer that forgets the generator without
-    closing it keeps nobody waiting.
-
-    Raises :class:`Cancelled` where the job was; what the generation raises is raised here. A consumer that goes away
-    (closes the generator) cancels the job and waits until the step at hand has ended.
+    As :func:`follow` does, it raises :class:`Cancelled` and what the generation raises.
     """
-    events: queue.Queue[Step | Made | Exception] = queue.Queue()
 
-    def work() -> None:
-        try:
-            with lock:
-                if job.cancelled.is_set():
-                    raise Cancelled
-                watch = _Watch(pipe, settings.num_inference_steps, job, events)
-                events.put(_generate(pipe, plan, prompt, seed, settings, watch))
-        except Exception as error:  # whatever it is belongs to the thread that waits
-            events.put(error)
+    def work(tell: Callable[[Any], None]) -> Made:
+        return _generate(pipe, plan, prompt, seed, settings, _Watch(pipe, settings.num_inference_steps, job, tell))
 
-    worker = threading.Thread(target=work, name="diffsparse-demo", daemon=True)
-    worker.start()
-    event: Step | Made | Exception | None = None
-    try:
-        while not isinstance(event, Made):
-            event = events.get()
-            if isinstance(event, Exception):
-                raise event
-            yield event
-    finally:
-        if isinstance(event, (Step, type(None))):  # the consumer has gone
-            job.cancelled.set()
-        worker.join()
+    yield from follow(work, job, lock)

@@ -14,8 +14,18 @@ from PIL import Image
 
 from diffsparse.search.demo.generate import Request, Update, explain, generate
 from diffsparse.search.demo.inspector import PlanView
+from diffsparse.search.demo.search_plan import search_plan
 from diffsparse.search.demo.sessions import Session, Sessions
-from diffsparse.search.demo.studio import CONSERVATIVE, DEFAULT_DENSITY, RADIAL, SHIPPED, UPLOADED, WINDOW, Studio
+from diffsparse.search.demo.studio import (
+    CONSERVATIVE,
+    DEFAULT_DENSITY,
+    RADIAL,
+    SEARCHED_HERE,
+    SHIPPED,
+    UPLOADED,
+    WINDOW,
+    Studio,
+)
 from diffsparse.search.errors import BadInput
 
 __all__ = ["CSS", "build_page", "theme"]
@@ -58,6 +68,7 @@ PLAN_LABELS = {
     CONSERVATIVE: "conservative",
     WINDOW: "window",
     RADIAL: "radial",
+    SEARCHED_HERE: "searched on this page",
     UPLOADED: "an uploaded plan",
 }
 #: Not the one that would share a picture on a hub.
@@ -239,6 +250,50 @@ class _Page:
         upload.upload(take, upload, [uploaded, upload], api_visibility="private")
         frame.input(look, frame, one, show_progress="hidden", api_visibility="private")
 
+    # -- search ----------------------------------------------------------------------------------------------------
+
+    def search_tab(self) -> None:
+        known = self.studio.defaults()
+        gr.Markdown(
+            "Searches a plan for this model, measured on a few prompts and on this machine, with the sizes and "
+            "guidance that the tab Generate starts with. A search that was cancelled goes on where it was while this "
+            "page is open; for a long one, `diffsparse search` keeps its record in a folder of yours."
+        )
+        prompts = gr.Textbox("\n".join(self.studio.calibration), label="Prompts, one a line", lines=6)
+        with gr.Row():
+            budget = gr.Slider(0.05, 1, 0.4, step=0.01, label="Budget (share of the dense attention time)")
+            steps = gr.Number(known.num_inference_steps, label="Steps to search for", precision=0)
+        with gr.Row():
+            run = gr.Button("Search", variant="primary", elem_id="search")
+            cancel = gr.Button("Cancel the search", variant="stop", elem_id="cancel_search")
+        status = gr.HTML(IDLE, elem_id="search_status")
+        stages = gr.HTML(elem_id="stages")
+
+        def begin(request: gr.Request) -> tuple[str, str]:
+            self.session(request).begin()
+            return _status("busy", "waiting for the model: others may be before you", 0.0), ""
+
+        def go(request: gr.Request, *values: Any) -> Iterator[Any]:
+            session = self.session(request)
+            if session.job is None:
+                yield _status("stopped", "cancelled"), ""
+                return
+            for update in search_plan(self.studio, session, session.job, *values):
+                fraction = update.fraction if update.kind == "busy" else None
+                items = "".join(f"<li>{html.escape(line)}</li>" for line in update.lines)
+                yield _status(update.kind, update.message, fraction), f"<ol>{items}</ol>"
+
+        def stop(request: gr.Request) -> str:
+            if self.session(request).cancel():
+                return _status("busy", "stopping after the model call at hand")
+            return _status("stopped", "nothing is running")
+
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        run.click(begin, None, [status, stages], queue=False, **quiet).then(
+            go, [prompts, budget, steps], [status, stages], concurrency_limit=1, concurrency_id="model", **quiet
+        )
+        cancel.click(stop, None, status, queue=False, **quiet)
+
     # -- inspect ---------------------------------------------------------------------------------------------------
 
     def inspect_tab(self, page: gr.Blocks) -> None:
@@ -348,6 +403,8 @@ def build_page(studio: Studio, sessions: Sessions) -> gr.Blocks:
             page.generate_tab()
         with gr.Tab("Inspect"):
             page.inspect_tab(blocks)
+        with gr.Tab("Search"):
+            page.search_tab()
         blocks.unload(leave)
     blocks.queue(max_size=32, default_concurrency_limit=4)
     return blocks

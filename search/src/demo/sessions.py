@@ -18,7 +18,7 @@ __all__ = ["Job", "Session", "Sessions"]
 
 @dataclass(eq=False)
 class Job:
-    """A generation that was asked for. It may still wait for its turn when it is cancelled."""
+    """A generation or search that was asked for. It may still wait for its turn when it is cancelled."""
 
     cancelled: threading.Event = field(default_factory=threading.Event)
 
@@ -27,13 +27,15 @@ class Job:
 class Session:
     """One page in one browser.
 
-    ``folder``: deleted with the session. ``uploaded``: the plan that was brought. ``view``: what the Inspect tab shows.
+    ``folder``: deleted with the session. ``uploaded``: the plan that was brought. ``searched``: the one that was
+    searched here. ``view``: what the Inspect tab shows.
     ``comparison``: the last pair of clips.
     """
 
     folder: Path
     job: Job | None = None
     uploaded: PlanView | None = None
+    searched: PlanView | None = None
     view: PlanView | None = None
     comparison: Comparison | None = None
 

@@ -24,10 +24,20 @@ from diffsparse.search.demo.upload import read_uploaded_plan
 from diffsparse.search.errors import BadInput
 from diffsparse.search.generate import GenerationSettings
 
-__all__ = ["CONSERVATIVE", "DEFAULT_DENSITY", "RADIAL", "SHIPPED", "UPLOADED", "WINDOW", "Studio", "bundled_model"]
+__all__ = [
+    "CONSERVATIVE",
+    "DEFAULT_DENSITY",
+    "RADIAL",
+    "SEARCHED_HERE",
+    "SHIPPED",
+    "UPLOADED",
+    "WINDOW",
+    "Studio",
+    "bundled_model",
+]
 
 SHIPPED, CONSERVATIVE, WINDOW, RADIAL = "searched", "conservative", "window", "radial"
-UPLOADED = "uploaded"
+UPLOADED, SEARCHED_HERE = "uploaded", "searched here"
 #: The parameter of each ready-made plan that the density slider moves, from the sparsest to the densest.
 WINDOW_SIZES = tuple(round(0.05 * i, 2) for i in range(1, 21))
 RADIAL_DECAYS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -50,9 +60,9 @@ def bundled_model() -> str:
     return str(folder)
 
 
-def _examples(model: str) -> list[str]:
+def _prompts_of(model: str, name: str) -> list[str]:
     """Prompts that lie with the model; none where it has no file of them."""
-    file = Path(model) / "prompts" / "heldout.txt"
+    file = Path(model) / "prompts" / f"{name}.txt"
     return load.read_prompts(file)[:6] if file.is_file() else []
 
 
@@ -66,6 +76,7 @@ class Studio:
     pipe: Any
     name: str
     examples: Sequence[str] = ()
+    calibration: Sequence[str] = ()
     shipped: PlanView | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -77,7 +88,8 @@ class Studio:
         precision = load.choose_dtype(dtype, place)
         load.quiet_libraries()
         pipe = load.load_pipeline(model, device=place, dtype=precision)
-        studio = cls(pipe, Path(model).name if Path(model).is_dir() else model, _examples(model))
+        name = Path(model).name if Path(model).is_dir() else model
+        studio = cls(pipe, name, _prompts_of(model, "heldout"), _prompts_of(model, "calibration"))
         folder = Path(model) / PLAN_FOLDER
         if (folder / JSON_NAME).is_file():
             plan = load.load_plan(str(folder))
@@ -90,7 +102,7 @@ class Studio:
     @property
     def plans(self) -> list[str]:
         """The choices of a plan, the best first."""
-        return [*([SHIPPED] if self.shipped else []), CONSERVATIVE, WINDOW, RADIAL, UPLOADED]
+        return [*([SHIPPED] if self.shipped else []), CONSERVATIVE, WINDOW, RADIAL, SEARCHED_HERE, UPLOADED]
 
     @property
     def is_video(self) -> bool:
@@ -194,6 +206,12 @@ class Studio:
             if (grid := self.grid(settings)) is not None:
                 check_blocks(session.uploaded.plan, grid)
             return session.uploaded.plan
+        if choice == SEARCHED_HERE:
+            if session.searched is None:
+                raise BadInput(
+                    "no search has ended on this page yet; run one in the tab Search, or choose another plan"
+                )
+            return session.searched.plan
         if choice in (WINDOW, RADIAL):
             if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
                 raise BadInput(f"the density is a share above 0 and at most 1, got {density!r}")
@@ -224,6 +242,8 @@ class Studio:
             return self.shipped
         if choice == UPLOADED and session.uploaded is not None:
             return session.uploaded
+        if choice == SEARCHED_HERE and session.searched is not None:
+            return session.searched
         settings = self.defaults()
         plan = self.plan(choice, DEFAULT_DENSITY, session, settings)
         return PlanView.of(plan, f"the ready-made plan {choice!r}", None, self.grid(settings))
