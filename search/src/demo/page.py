@@ -210,9 +210,11 @@ class _Page:
             for update in generate(self.studio, session, session.job, Request(*values)):
                 yield shown(update)
 
-        def stop(request: gr.Request) -> str:
+        def stop(request: gr.Request) -> Any:
             if self.session(request).cancel():
-                return _status("busy", "stopping after the step at hand")
+                # Not in the status line: this answer may come after the last word of what it stops.
+                gr.Info("Stopping after the step at hand.", duration=3)
+                return gr.skip()
             return _status("stopped", "nothing is running")
 
         def choose(name: str) -> tuple[Any, Any]:
@@ -283,9 +285,11 @@ class _Page:
                 items = "".join(f"<li>{html.escape(line)}</li>" for line in update.lines)
                 yield _status(update.kind, update.message, fraction), f"<ol>{items}</ol>"
 
-        def stop(request: gr.Request) -> str:
+        def stop(request: gr.Request) -> Any:
             if self.session(request).cancel():
-                return _status("busy", "stopping after the model call at hand")
+                # Not in the status line: this answer may come after the last word of what it stops.
+                gr.Info("Stopping after the model call at hand.", duration=3)
+                return gr.skip()
             return _status("stopped", "nothing is running")
 
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
