@@ -33,6 +33,7 @@ def main() -> None:
     searched = plan.record.get("calibration", {})
     settings = GenerationSettings(
         num_inference_steps=searched.get("steps", 20),
+        guidance_scale=searched.get("guidance_scale", 5.0),
         **{name: searched.get(name) for name in ("height", "width", "num_frames")},
     )
     sums = [0.0, 0.0]

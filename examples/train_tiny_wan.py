@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from check_colours import generate, psnr, reconstruct, score
+from check_colours import generate, reconstruct, score
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
 from tiny_wan_data import render, sample_scenes
@@ -282,25 +282,7 @@ class WanTrainer(Trainer):
             loss, squared = wrapped(clips)
             return loss, -10 * (squared / 4).log10()
 
-        def check(step: int) -> bool:
-            with self.accelerator.autocast():
-                decoded = reconstruct(averaged.vae, heldout / 2 + 0.5)
-            quality = self.agreed(psnr(decoded, heldout / 2 + 0.5).mean().item())
-            self.log(stage="vae", step=step, heldout_psnr_db=quality)
-            return quality >= settings.vae_good_db
-
-        step = self.fit(
-            "vae",
-            model,
-            averaged,
-            loss_of,
-            check,
-            lr=settings.vae_lr,
-            steps=settings.vae_steps,
-            minutes=settings.vae_minutes,
-            weight_decay=0.0,
-        )
-        check(step)
+        self.fit_vae(model, averaged, heldout / 2 + 0.5, loss_of, reconstruct)
 
     @torch.no_grad()
     def build_pools(self) -> dict[Size, Pool]:

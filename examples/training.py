@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
+from check_colours import psnr
 from diffusers.utils import logging
 from tiny_wan_data import BACKGROUND_COLOURS, PANS, SHAPES, SPRITE_COLOURS, TEXTURES
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -193,6 +194,42 @@ class Trainer:
         model.load_state_dict(averaged.state_dict())
         self.log(stage=stage, step=step, minutes=before + (time.monotonic() - begin) / 60, done=True)
         return step
+
+    def fit_vae(
+        self,
+        model: nn.Module,
+        averaged: nn.Module,
+        heldout: torch.Tensor,
+        loss_of: Callable[[nn.Module, int], tuple[torch.Tensor, torch.Tensor]],
+        reconstruct: Callable[[Any, torch.Tensor], torch.Tensor],
+    ) -> None:
+        """The stage ``vae``: until held-out data in [0, 1] come back at ``vae_good_db``, or time is up.
+
+        Args:
+            model, averaged: An autoencoder ``vae`` with its loss, and the copy that follows it.
+            reconstruct: Encodes and decodes such data with an autoencoder.
+        """
+        settings = self.settings
+
+        def check(step: int) -> bool:
+            with self.accelerator.autocast():
+                decoded = reconstruct(averaged.vae, heldout)
+            quality = self.agreed(psnr(decoded, heldout).mean().item())
+            self.log(stage="vae", step=step, heldout_psnr_db=quality)
+            return quality >= settings.vae_good_db
+
+        step = self.fit(
+            "vae",
+            model,
+            averaged,
+            loss_of,
+            check,
+            lr=settings.vae_lr,
+            steps=settings.vae_steps,
+            minutes=settings.vae_minutes,
+            weight_decay=0.0,
+        )
+        check(step)
 
     def save(self) -> None:
         """Write ``checkpoint.pt``, whole or not at all."""
