@@ -10,8 +10,8 @@ from diffsparse.layout import BlockLayout
 
 __all__ = ["BACKENDS", "AttentionCall", "make_call"]
 
-#: Every backend, best first on the devices it serves.
-BACKENDS = ("triton", "cpu", "reference")
+#: Every backend.
+BACKENDS = ("gluon_sm90", "triton", "cpu", "reference")
 
 SKIP, TAIL, NUMERICS, GATHERED = range(4)  # columns of BlockLayout.head_mode
 

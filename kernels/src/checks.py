@@ -132,11 +132,44 @@ def _triton(q: torch.Tensor | None) -> str | None:
     return None
 
 
+@lru_cache(maxsize=1)
+def _gluon_missing() -> str | None:
+    if (missing := _triton_missing()) is not None:
+        return missing
+    if importlib.util.find_spec("triton.experimental.gluon.language.nvidia.hopper") is None:
+        return "this triton has no Gluon for Hopper (pip install 'triton>=3.6')"
+    return None
+
+
+def _gluon_sm90(q: torch.Tensor | None) -> str | None:
+    if (missing := _gluon_missing()) is not None:
+        return missing
+    if q is not None and q.device.type != "cuda":
+        return f"the gluon_sm90 backend runs tensors on a Hopper GPU, got {q.device}"
+    if not torch.cuda.is_available() or torch.version.hip:
+        return "gluon_sm90 needs a Hopper GPU, and torch sees none"
+    capability = torch.cuda.get_device_capability(None if q is None else q.device)
+    if capability != (9, 0):
+        return f"gluon_sm90 needs a GPU of compute capability 9.0, got {capability[0]}.{capability[1]}"
+    if q is None:
+        return None
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"the gluon_sm90 backend takes float16 or bfloat16, got {q.dtype}"
+    if not 64 <= q.shape[3] <= 128 or q.shape[3] % 8:
+        return f"the gluon_sm90 backend takes head_dim 64 to 128 in multiples of 8, got {q.shape[3]}"
+    return None
+
+
 _CHECKS: dict[str, Callable[[torch.Tensor | None], str | None]] = {
     "reference": _reference,
     "cpu": _cpu,
     "triton": _triton,
+    "gluon_sm90": _gluon_sm90,
 }
+
+# What "auto" tries, best first. gluon_sm90 is used where it is asked for by name only: it has been compiled for the
+# GPU, but not been run on one yet.
+_AUTO = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 
 
 def cannot_run(backend: str, q: torch.Tensor | None = None) -> str | None:
@@ -161,7 +194,7 @@ def choose_backend(backend: str, q: torch.Tensor) -> str:
         if (reason := cannot_run(backend, q)) is not None:
             raise ValueError(reason)
         return backend
-    for name in ("cpu", "reference") if q.device.type == "cpu" else ("triton", "reference"):
+    for name in _AUTO["cpu" if q.device.type == "cpu" else "cuda"]:
         if (reason := cannot_run(name, q)) is None:
             return name
         _log_once(f"backend {name} passed over: {reason}")

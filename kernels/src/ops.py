@@ -20,6 +20,7 @@ _MODULES = {
     "reference": "diffsparse.kernels.reference",
     "cpu": "diffsparse.kernels.cpu",
     "triton": "diffsparse.kernels.triton_fwd",
+    "gluon_sm90": "diffsparse.kernels.gluon_sm90",
 }
 _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor gather, Tensor scatter, Tensor block_start, Tensor head_order, "

@@ -74,6 +74,10 @@ def _summary_kernel(
         tl.store(mean_k + at, mean.to(mean_k.dtype.element_ty), mask=there)
         tl.store(mean_v + at, (tl.sum(v, 0) / count).to(mean_v.dtype.element_ty), mask=there)
         tl.store(var_k + at_var, (tl.sum(spread * spread, 0) / count).to(var_k.dtype.element_ty), mask=there)
+        # Fetched in boxes, so that what lies behind the first means is multiplied too, with weights of 0.
+        none = tl.zeros([BLOCK_D], mean_k.dtype.element_ty)
+        tl.store(mean_k + at + num_blocks * D, none, mask=there)
+        tl.store(mean_v + at + num_blocks * D, none, mask=there)
         return
     # As summaries.in_first_half: rank the keys along the principal axis, cut at the median.
     far = tl.argmax(tl.sum(spread * spread, 1), 0)
@@ -125,7 +129,7 @@ def summaries(call: AttentionCall, warmup: bool = False) -> Any:
     Blocks of a head with the tail ``centroids`` have two means, those of other heads one, which comes first.
     Means are rounded to the inputs' dtype, as the keys and values they stand for have been: so the tail runs on the
     same matrix units, and a block of equal keys and values stays exact. Heads without a tail are left unwritten, and
-    never read, as are second means of blocks that have one. With ``warmup`` only compile, and return the kernel.
+    never read; second means of blocks that have one are 0. With ``warmup`` only compile, and return the kernel.
     """
     k, v = call.k, call.v
     batch, seq, heads, dim = k.shape

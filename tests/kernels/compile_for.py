@@ -1,12 +1,16 @@
 """Run in a process of its own: compile the Triton kernels for a GPU that is not there, and say what came out.
 
-``python -m tests.kernels.compile_for 90 [--slow]`` prints one JSON object a kernel.
+``python -m tests.kernels.compile_for 90 [--slow] [--gluon]`` prints one JSON object a kernel.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,15 +47,58 @@ class AbsentGpu:
         return torch.device("cpu")
 
 
+def spilled(ptx: str) -> int:
+    """Bytes of registers that a thread of the kernel spills."""
+    import triton
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx, "utf-8")
+        ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+        ptxas.chmod(0o755)
+        command = [ptxas, "-v", "-arch=sm_90a", source, "-o", source.with_suffix(".cubin")]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    return int(re.findall(r"(\d+) bytes spill stores", said)[0])
+
+
+def compile_gluon(slow: bool) -> None:
+    import triton
+
+    from diffsparse.kernels import gluon_sm90
+
+    grid = TokenGrid(2, 16, 16, text_after=70)
+    cases = [(128, 128, torch.bfloat16, "none", False)]
+    if slow:
+        cases += [(d, b, torch.bfloat16, "moments", True) for d in (64, 96, 128) for b in (64, 128)]
+        cases += [(64, 128, torch.float16, "none", False), (128, 64, torch.float16, "centroids", True)]
+    for dim, block, dtype, tail, moved in cases:
+        entries = [head(tail=tail), head(TileOrder(1, 8, 8) if moved else None)]
+        layout = random_layout(grid, entries, block, 0.5)
+        call = make_call(*inputs(grid, 2, dim, dtype=dtype), layout, return_lse=True)
+        kernel = gluon_sm90.launch(call, gluon_sm90.choose_config(block, dim), warmup=True)
+        found = {
+            "case": f"{dim}-{block}-{str(dtype)[6:]}-{tail}",
+            "triton": triton.__version__,
+            "shared": kernel.metadata.shared,
+            "wgmma": kernel.asm["ptx"].count("wgmma.mma_async"),
+            "bulk": kernel.asm["ptx"].count("cp.async.bulk.tensor"),
+            "spilled": spilled(kernel.asm["ptx"]),
+        }
+        print(json.dumps(found), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("capability", type=int, choices=SHARED)
     parser.add_argument("--slow", action="store_true")
+    parser.add_argument("--gluon", action="store_true", help="the Hopper kernel")
     arguments = parser.parse_args()
     capability = arguments.capability
     from triton.runtime import driver
 
     driver.set_active(AbsentGpu(capability))
+    if arguments.gluon:
+        return compile_gluon(arguments.slow)
     cases = [(128, 128, torch.bfloat16, "none")]
     if arguments.slow:
         cases += [(d, b, torch.bfloat16, "moments") for d in (32, 64, 72, 128, 256) for b in (64, 128)]

@@ -28,6 +28,42 @@ SLOW = [
 ]  # fmt: skip
 
 
+def check_preparations() -> None:
+    """What the Hopper kernel is given beside q, k and v, against plain torch."""
+    from diffsparse.kernels.gluon_prepare import reorder, tail_bias, tile_order
+
+    grid, block = TokenGrid(2, 9, 15, text_before=70, text_after=20), 64
+    entries = [head(), *(head(TileOrder(1, 8, 8), tail) for tail in ("mean", "centroids")), head(mode="skip")]
+    layout = random_layout(grid, entries, block, 0.4)
+    call = make_call(*inputs(grid, len(entries), 24, batch=2), layout)
+    for copy, x in zip(reorder(call), (call.q, call.k, call.v)):
+        for h in (1, 2):
+            assert torch.equal(copy[:, h], x[:, layout.gather[int(layout.head_order[h])].long(), h])
+
+    n = layout.max_blocks
+    bias = tail_bias(call).view(len(entries), n, 2, n)
+    for h, halves in ((1, 1), (2, 2)):
+        start = layout.block_start[int(layout.head_order[h])]
+        length = start.diff()
+        first = length // 2 if halves == 2 else length
+        for part, count in enumerate((first, length - first)[:halves]):
+            want = count.float().log2().expand(n, n).clone()  # -inf where a block has no tokens
+            text = (start[:-1] < grid.text_before) | (start[:-1] >= grid.text_before + grid.num_visual)
+            want[:, text] = -torch.inf
+            want[layout.mask(h)] = -torch.inf
+            torch.testing.assert_close(bias[h, :, part].float(), want, atol=4e-3, rtol=0)
+
+    work = tile_order(layout.row_ptr, len(entries))
+    lengths = layout.row_ptr.diff()[work.long()].view(len(entries), n)
+    assert torch.equal(work.sort().values, torch.arange(len(entries) * n))
+    assert bool((work.view(len(entries), n) // n == work.view(len(entries), n)[:, :1] // n).all()), (
+        "heads stay together"
+    )
+    assert bool((lengths.diff(dim=1) <= 0).all()) and bool((lengths.sum(1).diff() <= 0).all()), "longest first"
+    assert tile_order(layout.row_ptr, len(entries)) is work
+    print("ok", "preparations", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--slow", action="store_true")
@@ -43,6 +79,7 @@ def main() -> None:
             torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(lse.double(), want_lse, atol=1e-5, rtol=1e-5)
             print("ok", grid, block, dim, density, flush=True)
+    check_preparations()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The Triton backend on a real GPU."""
+"""The GPU backends on a real GPU."""
 
 from __future__ import annotations
 
@@ -26,46 +26,64 @@ GRIDS = (
 )
 
 
+HOPPER = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+BACKENDS = ("triton", pytest.param("gluon_sm90", marks=HOPPER))
+
+
 def names(values: object) -> str:
     return str(values).removeprefix("torch.")
+
+
+def fits(backend: str, dtype: torch.dtype, dim: int = 64) -> None:
+    if backend == "gluon_sm90" and (dtype == torch.float32 or not 64 <= dim <= 128):
+        pytest.skip("gluon_sm90 takes fp16 and bf16 with head_dim 64 to 128")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
 @pytest.mark.parametrize("block_size", [64, 128])
 @pytest.mark.parametrize("grid", GRIDS, ids=names)
-def test_error_is_within_twice_torchs(grid: TokenGrid, block_size: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_error_is_within_twice_torchs(grid: TokenGrid, block_size: int, dtype: torch.dtype, backend: str) -> None:
+    fits(backend, dtype)
     layout = random_layout(grid, MIXED, block_size, 0.3, diagonal=True)
     q, k, v = inputs(grid, len(MIXED), 64, batch=2, dtype=dtype, device="cuda")
     lengths = [grid.seq_len, grid.seq_len - grid.text_after]
     kv_len = torch.tensor(lengths, dtype=torch.int32, device="cuda") if grid.text_after else None
-    out, lse = sparse_attention(q, k, v, layout.to("cuda"), kv_len=kv_len, backend="triton", return_lse=True)
+    out, lse = sparse_attention(q, k, v, layout.to("cuda"), kv_len=kv_len, backend=backend, return_lse=True)
     assert_like_torch(out, lse, q, k, v, layout.to("cuda"), kv_len)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
 @pytest.mark.parametrize("dim", [16, 32, 64, 72, 80, 88, 96, 128, 160, 256])
-def test_head_dims(dim: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_head_dims(dim: int, dtype: torch.dtype, backend: str) -> None:
+    fits(backend, dtype, dim)
     grid = TokenGrid(2, 12, 20, text_after=33)
     entries = [head(), head(tail="moments"), head(TileOrder(1, 8, 8), "moments")]
     for block_size in (64, 128):
         layout = random_layout(grid, entries, block_size, 0.4, diagonal=True).to("cuda")
         q, k, v = inputs(grid, len(entries), dim, dtype=dtype, device="cuda")
-        out, lse = sparse_attention(q, k, v, layout, backend="triton", return_lse=True)
+        out, lse = sparse_attention(q, k, v, layout, backend=backend, return_lse=True)
         assert_like_torch(out, lse, q, k, v, layout)
 
 
 @pytest.mark.parametrize("density", [0.0, 1.0])
-def test_empty_and_full_lists(density: float) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_and_full_lists(density: float, backend: str) -> None:
     grid = TokenGrid(2, 13, 17)
     layout = random_layout(grid, MIXED, 64, density).to("cuda")
-    q, k, v = inputs(grid, len(MIXED), 128, device="cuda")
-    out, lse = sparse_attention(q, k, v, layout, backend="triton", return_lse=True)
+    dtype, tolerance = (torch.float32, 1e-5) if backend == "triton" else (torch.bfloat16, 2e-2)
+    q, k, v = inputs(grid, len(MIXED), 128, dtype=dtype, device="cuda")
+    out, lse = sparse_attention(q, k, v, layout, backend=backend, return_lse=True)
     want, want_lse = sparse_attention(q, k, v, layout, backend="reference", return_lse=True)
-    torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(lse, want_lse, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out, want, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(lse, want_lse, atol=tolerance, rtol=tolerance)
 
 
-def test_strides_as_models_have_them() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides_as_models_have_them(backend: str) -> None:
     """One fused projection, heads before tokens, and slices: each with and without tensor descriptors' alignment."""
     grid = TokenGrid(2, 16, 16)
     layout = random_layout(grid, MIXED, 64, 0.3, diagonal=True).to("cuda")
@@ -74,8 +92,8 @@ def test_strides_as_models_have_them() -> None:
     swapped = torch.randn(3, 2, heads, seq, dim, device="cuda", dtype=torch.bfloat16).transpose(2, 3)
     odd = torch.randn(3, 2, seq, heads * dim + 4, device="cuda", dtype=torch.bfloat16)[..., 1 : 1 + heads * dim]
     for q, k, v in (fused.unbind(2), swapped.unbind(0), odd.unflatten(-1, (heads, dim)).unbind(0)):
-        out = sparse_attention(q, k, v, layout, backend="triton")
-        want = sparse_attention(q.contiguous(), k.contiguous(), v.contiguous(), layout, backend="triton")
+        out = sparse_attention(q, k, v, layout, backend=backend)
+        want = sparse_attention(q.contiguous(), k.contiguous(), v.contiguous(), layout, backend=backend)
         torch.testing.assert_close(out, want, atol=1e-2, rtol=1e-2)
 
 
@@ -95,16 +113,17 @@ def test_tiles_fed_by_descriptors_and_by_pointers_agree() -> None:
     torch.testing.assert_close(lse, other_lse, atol=1e-4, rtol=1e-4)
 
 
-def test_runs_are_bitwise_equal_and_items_independent() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_runs_are_bitwise_equal_and_items_independent(backend: str) -> None:
     grid = TokenGrid(4, 24, 30, text_before=3, text_after=70)
     layout = random_layout(grid, MIXED, 64, 0.3).to("cuda")
     q, k, v = inputs(grid, len(MIXED), 128, batch=3, dtype=torch.bfloat16, device="cuda")
-    first = sparse_attention(q, k, v, layout, backend="triton", return_lse=True)
-    for _ in range(20):
-        again = sparse_attention(q, k, v, layout, backend="triton", return_lse=True)
+    first = sparse_attention(q, k, v, layout, backend=backend, return_lse=True)
+    for _ in range(1000):
+        again = sparse_attention(q, k, v, layout, backend=backend, return_lse=True)
         assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
     for b in range(3):
-        alone = sparse_attention(q[b : b + 1], k[b : b + 1], v[b : b + 1], layout, backend="triton")
+        alone = sparse_attention(q[b : b + 1], k[b : b + 1], v[b : b + 1], layout, backend=backend)
         assert torch.equal(alone[0], first[0][b])
 
 
@@ -137,7 +156,8 @@ def test_summaries_and_bits() -> None:
         assert torch.equal((words[h][:, j // 32] >> (j % 32)) & 1 == 1, layout.mask(h))
 
 
-def test_more_than_2_to_the_31_elements() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_more_than_2_to_the_31_elements(backend: str) -> None:
     if torch.cuda.mem_get_info()[0] < 40 << 30:
         pytest.skip("needs 40 GB of GPU memory")
     grid, heads, dim, block = TokenGrid(64, 32, 64), 130, 128, 128
@@ -151,7 +171,7 @@ def test_more_than_2_to_the_31_elements() -> None:
     for entry in (head(), head(TileOrder(1, 8, 16))):
         # One head in another order is enough to send all of them through gathers.
         layout = build_layout(grid, [entry] * heads, block, masks=[near] * heads)
-        out = sparse_attention(q, k, v, layout.to("cuda"), backend="triton")
+        out = sparse_attention(q, k, v, layout.to("cuda"), backend=backend)
         # The last block of the last head, worked out apart.
         gather = layout.gather[0].long()
         rows, cols = gather[-block:].cuda(), gather[-2 * block :].cuda()
@@ -161,16 +181,17 @@ def test_more_than_2_to_the_31_elements() -> None:
         del out
 
 
-def test_poison_in_dropped_keys_stays_out() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_poison_in_dropped_keys_stays_out(backend: str) -> None:
     """What a row does not keep it does not read, short blocks' neighbours included."""
     grid = TokenGrid(1, 8, 24, text_after=40)  # 192 visual tokens, then a short block of text
     n = 4
     mask = np.eye(n, dtype=bool)
     layout = build_layout(grid, [head()], 64, masks=[mask]).to("cuda")
     q, k, v = inputs(grid, 1, 64, device="cuda", dtype=torch.bfloat16)
-    want = sparse_attention(q, k, v, layout, backend="triton")
+    want = sparse_attention(q, k, v, layout, backend=backend)
     k, v = k.clone(), v.clone()
     k[:, 64:128] = float("nan")
     v[:, 64:128] = float("nan")
-    out = sparse_attention(q, k, v, layout, backend="triton")
+    out = sparse_attention(q, k, v, layout, backend=backend)
     assert torch.equal(out[:, :64], want[:, :64]) and torch.equal(out[:, 128:192], want[:, 128:192])

@@ -1,0 +1,163 @@
+"""What the Hopper kernel needs beside q, k, v and summaries: a work list, heads put in order, summaries' weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch.utils.weak import WeakIdKeyDictionary
+
+from diffsparse.kernels.call import AttentionCall
+
+__all__ = ["reorder", "tail_bias", "tile_order"]
+
+#: Work lists of the layouts that are alive.
+_WORK: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def tile_order(row_ptr: torch.Tensor, heads: int) -> torch.Tensor:
+    """The work list: rows ``h * N + i`` as int32 ``[H * N]``, what takes longest first. Kept as long as ``row_ptr`` is.
+
+    Heads stay together, so that the keys and values of few heads are in use at a time and stay in the L2 cache.
+    """
+    if row_ptr in _WORK:
+        return _WORK[row_ptr]
+    lengths = row_ptr.diff().view(heads, -1)
+    within = lengths.argsort(dim=1, descending=True, stable=True)
+    across = lengths.sum(1).argsort(descending=True, stable=True)
+    rows = within + torch.arange(heads, device=row_ptr.device)[:, None] * lengths.shape[1]
+    _WORK[row_ptr] = rows[across].reshape(-1).to(torch.int32)
+    return _WORK[row_ptr]
+
+
+@triton.jit
+def _bias_kernel(
+    bias,
+    row_ptr,
+    col_idx,
+    block_start,
+    head_order,
+    head_mode,
+    num_blocks,
+    text_before,
+    visual_end,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    i = tl.program_id(0)
+    h = tl.program_id(1)
+    tail = tl.load(head_mode + h * 4 + 1)
+    if (tail == 0) | (tl.load(head_mode + h * 4) != 0):
+        return
+    row = h * num_blocks + i
+    out = bias + row.to(tl.int64) * 2 * num_blocks
+    start_row = block_start + tl.load(head_order + h) * (num_blocks + 1)
+    for n0 in range(0, num_blocks, WIDTH):
+        n = n0 + tl.arange(0, WIDTH)
+        exists = n < num_blocks
+        start = tl.load(start_row + n, mask=exists, other=0)
+        length = tl.load(start_row + n + 1, mask=exists, other=0) - start
+        visual = (start >= text_before) & (start < visual_end)
+        first = tl.where(tail == 3, length // 2, length)
+        log = tl.where(visual & (first > 0), tl.math.log2(tl.maximum(first, 1).to(tl.float32)), float("-inf"))
+        tl.store(out + n, log.to(tl.float16), mask=exists)
+        if tail == 3:
+            rest = length - first
+            log = tl.where(visual & (rest > 0), tl.math.log2(tl.maximum(rest, 1).to(tl.float32)), float("-inf"))
+            tl.store(out + num_blocks + n, log.to(tl.float16), mask=exists)
+    # What is stored above is overwritten below, by other threads.
+    tl.debug_barrier()
+    first_entry = tl.load(row_ptr + row)
+    end = tl.load(row_ptr + row + 1)
+    for at in range(first_entry, end, CHUNK):
+        entry = at + tl.arange(0, CHUNK)
+        j = tl.load(col_idx + entry, mask=entry < end, other=0)
+        none = tl.full([CHUNK], float("-inf"), tl.float16)
+        tl.store(out + j, none, mask=entry < end)
+        if tail == 3:
+            tl.store(out + num_blocks + j, none, mask=entry < end)
+
+
+@triton.jit
+def _reorder_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    q_out,
+    k_out,
+    v_out,
+    gather_ptr,
+    head_order,
+    head_mode,
+    seq,
+    stride_qb,
+    stride_qs,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_vb,
+    stride_vs,
+    stride_vh,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    h = tl.program_id(1)
+    if tl.load(head_mode + h * 4 + 3) == 0:
+        return
+    b = tl.program_id(2).to(tl.int64)
+    h64 = h.to(tl.int64)
+    position = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = position < seq
+    order = tl.load(head_order + h).to(tl.int64)
+    token = tl.load(gather_ptr + order * seq + position, mask=live, other=0).to(tl.int64)
+    channel = tl.arange(0, BLOCK_D)
+    inside = live[:, None] & (channel[None, :] < D)
+    to = ((b * HEADS + h) * seq + position.to(tl.int64))[:, None] * D + channel[None, :]
+    at = token[:, None] * stride_qs + channel[None, :]
+    tl.store(q_out + to, tl.load(q_ptr + b * stride_qb + h64 * stride_qh + at, mask=inside), mask=inside)
+    at = token[:, None] * stride_ks + channel[None, :]
+    tl.store(k_out + to, tl.load(k_ptr + b * stride_kb + h64 * stride_kh + at, mask=inside), mask=inside)
+    at = token[:, None] * stride_vs + channel[None, :]
+    tl.store(v_out + to, tl.load(v_ptr + b * stride_vb + h64 * stride_vh + at, mask=inside), mask=inside)
+
+
+def tail_bias(call: AttentionCall, warmup: bool = False) -> Any:
+    """What every row adds to the logits (to base 2) of its blocks' summaries: fp16 ``[H * N, 2 * N]``.
+
+    That is log2 of a block's length where the row attends its summary, and -inf where it keeps the block or the block
+    is text. A head with the tail ``centroids`` has all first halves, then all second ones; other heads write and read
+    the first ``N`` columns only. Lengths of full blocks and halves are powers of two, so that fp16 has them exactly.
+    """
+    rows = call.row_ptr.shape[0] - 1
+    heads = call.head_order.shape[0]
+    bias = torch.empty(rows, 2 * call.num_blocks, dtype=torch.float16, device=call.col_idx.device)
+    args = [bias, call.row_ptr, call.col_idx, call.block_start, call.head_order, call.head_mode, call.num_blocks]
+    args += [call.text_before, call.text_before + call.num_visual]
+    constants = dict(WIDTH=256, CHUNK=128, num_warps=4)
+    grid = (call.num_blocks, heads)
+    if warmup:
+        return _bias_kernel.warmup(*args, grid=grid, **constants)
+    _bias_kernel[grid](*args, **constants)
+    return bias
+
+
+def reorder(call: AttentionCall, warmup: bool = False) -> Any:
+    """Copies of q, k and v as ``[B, H, S, D]`` in their heads' orders, all three in one pass.
+
+    Heads that read the sequence in the model's order are left unwritten.
+    """
+    batch, seq, heads, dim = call.q.shape
+    copies = [torch.empty((batch, heads, seq, dim), dtype=call.q.dtype, device=call.q.device) for _ in range(3)]
+    args = [call.q, call.k, call.v, *copies, call.gather, call.head_order, call.head_mode, seq]
+    args += [*call.q.stride()[:3], *call.k.stride()[:3], *call.v.stride()[:3]]
+    constants = dict(HEADS=heads, D=dim, BLOCK_D=triton.next_power_of_2(dim), ROWS=32, num_warps=4)
+    grid = (-(-seq // 32), heads, batch)
+    if warmup:
+        return _reorder_kernel.warmup(*args, grid=grid, **constants)
+    _reorder_kernel[grid](*args, **constants)
+    return tuple(copies)

@@ -1,0 +1,510 @@
+"""The Hopper backend: a warp-specialised kernel, written in Gluon.
+
+One producer warp fetches tiles of q, k and v through the tensor memory accelerator (TMA) into rings of shared memory;
+one consumer warpgroup for every 64 queries multiplies and takes the softmax. A consumer issues the product of q with
+the next keys and the product of the last probabilities with their values together, and works on the softmax while the
+matrix units are busy. Programs are persistent and take tiles of queries one after another, so that the producer fetches
+the next tile's first blocks while the consumers still write the last one out.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from diffsparse.kernels.call import AttentionCall
+from diffsparse.kernels.gluon_compat import copy_tile, tensor_descriptor
+from diffsparse.kernels.gluon_prepare import reorder, tail_bias, tile_order
+from diffsparse.kernels.triton_prepare import summaries, variance_dtype
+
+__all__ = ["Config", "choose_config", "launch", "run"]
+
+LOG2_E = math.log2(math.e)
+
+
+@gluon.jit
+def _tile(work, t, tiles, row_ptr, block_start, head_order, head_mode, num_blocks, TEXT_BEFORE, TEXT_AFTER):
+    """What tile ``t`` of the work list is: item, head, query block, its borders, its list, and how much of it is plain.
+
+    Entries ``0:TEXT_BEFORE`` of a list are text, then come ``plain`` full blocks of the video; the rest is checked.
+    """
+    b = t // tiles
+    code = gl.load(work + t % tiles)
+    h = code // num_blocks
+    i = code % num_blocks
+    start_row = block_start + gl.load(head_order + h) * (num_blocks + 1)
+    row = gl.load(start_row + i)
+    end = gl.load(start_row + i + 1)
+    mode = head_mode + h * 4
+    tail = gl.load(mode + 1)
+    gathered = gl.load(mode + 3)
+    first = gl.load(row_ptr + code)
+    listed = gl.load(row_ptr + code + 1) - first
+    # Short blocks are the last of their segments (ragged tiles apart), and lists are ascending: text, video, text.
+    plain = gl.maximum(listed - TEXT_BEFORE - TEXT_AFTER - 1, 0)
+    plain = gl.where(gathered == 2, 0, plain)
+    skipped = gl.load(mode) != 0
+    listed = gl.where(skipped, 0, listed)
+    plain = gl.where(skipped, 0, plain)
+    tail = gl.where(skipped, 0, tail)
+    return b, h, i, start_row, row, end, first, listed, plain, tail, gathered
+
+
+@gluon.jit
+def _entry(t, first, plain, TEXT_BEFORE):
+    """Where the list's ``t``-th block to be attended stands: first the plain ones, then those to be checked."""
+    rest = t - plain
+    checked = gl.where(rest < TEXT_BEFORE, rest, rest + plain)
+    return first + gl.where(t < plain, TEXT_BEFORE + t, checked)
+
+
+@gluon.jit
+def _next(stage, phase, STAGES: gl.constexpr):
+    """The slot after ``stage``; the phase turns each time round."""
+    stage += 1
+    phase = gl.where(stage == STAGES, phase ^ 1, phase)
+    return gl.where(stage == STAGES, 0, stage), phase
+
+
+@gluon.jit
+def _fetch(ring, full, empty, stage, phase, desc, where, STAGES: gl.constexpr, BYTES: gl.constexpr):
+    """Copy the box of ``desc`` at ``where`` into a slot, once the consumers are done with it. Returns the next slot."""
+    mbarrier.wait(empty.index(stage), phase ^ 1)
+    mbarrier.expect(full.index(stage), BYTES)
+    copy_tile(desc, where, full.index(stage), ring.index(stage))
+    return _next(stage, phase, STAGES)
+
+
+@gluon.jit
+def _producer(
+    rings, bars, fetched, lists, total_tiles, tiles, num_blocks,
+    HEADS: gl.constexpr, TEXT_BEFORE: gl.constexpr, TEXT_AFTER: gl.constexpr,
+    D: gl.constexpr, BLOCK: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, HAS_TAIL: gl.constexpr,
+    GATHER: gl.constexpr,
+):  # fmt: skip
+    q_ring, k_ring, v_ring = rings
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, _turn = bars
+    q_desc, k_desc, v_desc, q_moved, k_moved, v_moved, mean_k, var_k, mean_v = fetched
+    work, row_ptr, col_idx, block_start, head_order, head_mode = lists
+    Q_BYTES: gl.constexpr = CONSUMERS * 64 * D * 2
+    BYTES: gl.constexpr = BLOCK * D * 2
+    used_q = 0
+    k_stage = 0
+    k_phase = 0
+    v_stage = 0
+    v_phase = 0
+    for t in range(gl.program_id(0), total_tiles, gl.num_programs(0)):
+        b, h, _i, start_row, row, end, first, listed, plain, tail, gathered = _tile(
+            work, t, tiles, row_ptr, block_start, head_order, head_mode, num_blocks, TEXT_BEFORE, TEXT_AFTER
+        )
+        if (row < end) & ((listed > 0) | (tail != 0)):
+            mbarrier.wait(q_empty.index(0), (used_q & 1) ^ 1)
+            mbarrier.expect(q_full.index(0), Q_BYTES)
+            for c in gl.static_range(CONSUMERS):
+                if GATHER:
+                    if gathered != 0:
+                        copy_tile(q_moved, [b, h, row + c * 64, 0], q_full.index(0), q_ring.index(c))
+                    else:
+                        copy_tile(q_desc, [b, h, row + c * 64, 0], q_full.index(0), q_ring.index(c))
+                else:
+                    copy_tile(q_desc, [b, h, row + c * 64, 0], q_full.index(0), q_ring.index(c))
+            used_q += 1
+            for e in range(0, listed):
+                at = gl.load(start_row + gl.load(col_idx + _entry(e, first, plain, TEXT_BEFORE)))
+                if GATHER:
+                    if gathered != 0:
+                        k_stage, k_phase = _fetch(
+                            k_ring, k_full, k_empty, k_stage, k_phase, k_moved, [b, h, at, 0], STAGES, BYTES
+                        )
+                        v_stage, v_phase = _fetch(
+                            v_ring, v_full, v_empty, v_stage, v_phase, v_moved, [b, h, at, 0], STAGES, BYTES
+                        )
+                    else:
+                        k_stage, k_phase = _fetch(
+                            k_ring, k_full, k_empty, k_stage, k_phase, k_desc, [b, h, at, 0], STAGES, BYTES
+                        )
+                        v_stage, v_phase = _fetch(
+                            v_ring, v_full, v_empty, v_stage, v_phase, v_desc, [b, h, at, 0], STAGES, BYTES
+                        )
+                else:
+                    k_stage, k_phase = _fetch(
+                        k_ring, k_full, k_empty, k_stage, k_phase, k_desc, [b, h, at, 0], STAGES, BYTES
+                    )
+                    v_stage, v_phase = _fetch(
+                        v_ring, v_full, v_empty, v_stage, v_phase, v_desc, [b, h, at, 0], STAGES, BYTES
+                    )
+            if HAS_TAIL:
+                if tail != 0:
+                    bh = b * HEADS + h
+                    for n in range(0, gl.where(tail == 3, 2 * num_blocks, num_blocks), BLOCK):
+                        k_stage, k_phase = _fetch(
+                            k_ring, k_full, k_empty, k_stage, k_phase, mean_k, [0, bh, n, 0], STAGES, BYTES
+                        )
+                        if tail == 2:
+                            mbarrier.wait(k_empty.index(k_stage), k_phase ^ 1)
+                            mbarrier.expect(k_full.index(k_stage), BYTES)
+                            as_var = k_ring.index(k_stage)._reinterpret(
+                                gl.bfloat16, [1, 1, BLOCK, D], k_ring.type.layout
+                            )
+                            copy_tile(var_k, [0, bh, n, 0], k_full.index(k_stage), as_var)
+                            k_stage, k_phase = _next(k_stage, k_phase, STAGES)
+                        v_stage, v_phase = _fetch(
+                            v_ring, v_full, v_empty, v_stage, v_phase, mean_v, [0, bh, n, 0], STAGES, BYTES
+                        )
+
+
+@gluon.jit
+def _shift(top):
+    # Nothing attended yet: -inf - -inf is NaN.
+    return gl.where(top == float("-inf"), 0.0, top)
+
+
+@gluon.jit
+def _probabilities(logits, total, top, factor, P: gl.constexpr, DTYPE: gl.constexpr):
+    """One step of the running softmax: probabilities, and by how much what came before shrinks."""
+    new_top = gl.maximum(top, gl.max(logits, 1) * factor)
+    shift = _shift(new_top)
+    p = gl.exp2(logits * factor - shift[:, None])
+    keep = gl.exp2(top - shift)
+    total = total * keep + gl.sum(p, 1)
+    return gl.convert_layout(p.to(DTYPE), P), total, new_top, keep
+
+
+@gluon.jit
+def _checked(logits, j, start_row, mask_row, text_before, visual_end, HAS_MASK: gl.constexpr, S: gl.constexpr):
+    """Logits of a block that may be short or masked out: -inf where no key takes part."""
+    start = gl.load(start_row + j)
+    position = start + gl.arange(0, logits.shape[1], layout=gl.SliceLayout(0, S))
+    live = position < gl.load(start_row + j + 1)
+    if HAS_MASK:
+        # Text tokens are where they are in every order, so that positions index the mask.
+        text = live & ((position < text_before) | (position >= visual_end))
+        live = live & (gl.load(mask_row + position, mask=text, other=1) != 0)
+    return gl.where(live[None, :], logits, float("-inf"))
+
+
+@gluon.jit
+def _consumer(
+    rings, bars, tensors, lists, scale, seq, total_tiles, tiles, num_blocks, text_before, visual_end,
+    WHICH: gl.constexpr, HEADS: gl.constexpr, TEXT_BEFORE: gl.constexpr, TEXT_AFTER: gl.constexpr,
+    D: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, HAS_MASK: gl.constexpr,
+    HAS_TAIL: gl.constexpr, GATHER: gl.constexpr, RETURN_LSE: gl.constexpr, TAKE_TURNS: gl.constexpr,
+):  # fmt: skip
+    q_ring, k_ring, v_ring = rings
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = bars
+    out_ptr, lse_ptr, gather_ptr, key_mask, bias_ptr = tensors
+    work, row_ptr, col_idx, block_start, head_order, head_mode = lists
+    DTYPE: gl.constexpr = q_ring.dtype
+    LOG2: gl.constexpr = 1.4426950408889634
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    Q2: gl.constexpr = gl.DotOperandLayout(0, S, 2)
+    factor = scale * LOG2
+    used_q = 0
+    k_stage = 0
+    k_phase = 0
+    v_stage = 0
+    v_phase = 0
+    turns = 0
+    for t in range(gl.program_id(0), total_tiles, gl.num_programs(0)):
+        b, h, i, start_row, row, end, first, listed, plain, tail, gathered = _tile(
+            work, t, tiles, row_ptr, block_start, head_order, head_mode, num_blocks, TEXT_BEFORE, TEXT_AFTER
+        )
+        if row < end:
+            acc = gl.zeros([64, D], gl.float32, layout=O)
+            total = gl.zeros([64], gl.float32, layout=gl.SliceLayout(1, S))
+            top = gl.full([64], float("-inf"), gl.float32, layout=gl.SliceLayout(1, S))
+            if (listed > 0) | (tail != 0):
+                q = q_ring.index(WHICH).reshape([64, D])
+                mbarrier.wait(q_full.index(0), used_q & 1)
+                used_q += 1
+                mask_row = key_mask + b.to(gl.int64) * seq if HAS_MASK else key_mask
+                if listed > 0:
+                    mbarrier.wait(k_full.index(k_stage), k_phase)
+                    k = k_ring.index(k_stage).reshape([BLOCK, D])
+                    logits = warpgroup_mma(
+                        q, k.permute((1, 0)), gl.zeros([64, BLOCK], gl.float32, layout=S), use_acc=False
+                    )
+                    mbarrier.arrive(k_empty.index(k_stage), count=1)
+                    k_stage, k_phase = _next(k_stage, k_phase, STAGES)
+                    if plain == 0:
+                        j = gl.load(col_idx + _entry(0, first, plain, TEXT_BEFORE))
+                        logits = _checked(logits, j, start_row, mask_row, text_before, visual_end, HAS_MASK, S)
+                    p, total, top, keep = _probabilities(logits, total, top, factor, P, DTYPE)
+                    mbarrier.wait(k_full.index(k_stage), k_phase, pred=listed > 1)
+                    for e in range(1, listed):
+                        if TAKE_TURNS:
+                            # One consumer multiplies while the other works on its softmax. Consumer 0 begins.
+                            mbarrier.wait(turn.index(WHICH), (turns & 1) ^ (1 - WHICH))
+                        k = k_ring.index(k_stage).reshape([BLOCK, D])
+                        logits = warpgroup_mma(
+                            q, k.permute((1, 0)), gl.zeros([64, BLOCK], gl.float32, layout=S), use_acc=False,
+                            is_async=True,
+                        )  # fmt: skip
+                        mbarrier.wait(v_full.index(v_stage), v_phase)
+                        v = v_ring.index(v_stage).reshape([BLOCK, D])
+                        acc = warpgroup_mma(p, v, acc, is_async=True)
+                        if TAKE_TURNS:
+                            mbarrier.arrive(turn.index(1 - WHICH), count=1)
+                            turns += 1
+                        logits = warpgroup_mma_wait(1, deps=(logits,))
+                        mbarrier.arrive(k_empty.index(k_stage), count=1)
+                        if e >= plain:
+                            j = gl.load(col_idx + _entry(e, first, plain, TEXT_BEFORE))
+                            logits = _checked(logits, j, start_row, mask_row, text_before, visual_end, HAS_MASK, S)
+                        next_p, total, top, keep = _probabilities(logits, total, top, factor, P, DTYPE)
+                        # Here, so that the assembler, which orders code between branches as it likes, cannot put the
+                        # softmax after the wait for the second product.
+                        k_stage, k_phase = _next(k_stage, k_phase, STAGES)
+                        mbarrier.wait(k_full.index(k_stage), k_phase, pred=e + 1 < listed)
+                        acc, p = warpgroup_mma_wait(0, deps=(acc, next_p))
+                        mbarrier.arrive(v_empty.index(v_stage), count=1)
+                        acc = acc * gl.convert_layout(keep, gl.SliceLayout(1, O))[:, None]
+                        v_stage, v_phase = _next(v_stage, v_phase, STAGES)
+                    mbarrier.wait(v_full.index(v_stage), v_phase)
+                    acc = warpgroup_mma(p, v_ring.index(v_stage).reshape([BLOCK, D]), acc)
+                    mbarrier.arrive(v_empty.index(v_stage), count=1)
+                    v_stage, v_phase = _next(v_stage, v_phase, STAGES)
+                if HAS_TAIL:
+                    if tail != 0:
+                        columns = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, S))
+                        count = gl.where(tail == 3, 2 * num_blocks, num_blocks)
+                        bias_row = bias_ptr + (h * num_blocks + i).to(gl.int64) * (2 * num_blocks)
+                        for n in range(0, count, BLOCK):
+                            mbarrier.wait(k_full.index(k_stage), k_phase)
+                            k = k_ring.index(k_stage).reshape([BLOCK, D])
+                            logits = warpgroup_mma(
+                                q, k.permute((1, 0)), gl.zeros([64, BLOCK], gl.float32, layout=S), use_acc=False
+                            )
+                            mbarrier.arrive(k_empty.index(k_stage), count=1)
+                            k_stage, k_phase = _next(k_stage, k_phase, STAGES)
+                            if tail == 2:
+                                # Half the variance of a block's logits, in units of the products with q.
+                                half = q.load(Q2).to(gl.float32)
+                                half = (half * half * (0.5 * scale)).to(gl.bfloat16)
+                                mbarrier.wait(k_full.index(k_stage), k_phase)
+                                var = k_ring.index(k_stage)._reinterpret(
+                                    gl.bfloat16, [1, 1, BLOCK, D], k_ring.type.layout
+                                )
+                                logits = warpgroup_mma(half, var.reshape([BLOCK, D]).permute((1, 0)), logits)
+                                mbarrier.arrive(k_empty.index(k_stage), count=1)
+                                k_stage, k_phase = _next(k_stage, k_phase, STAGES)
+                            bias = gl.load(bias_row + n + columns, mask=n + columns < count, other=float("-inf"))
+                            logits = logits * factor + bias.to(gl.float32)[None, :]
+                            p, total, top, keep = _probabilities(logits, total, top, 1.0, P, DTYPE)
+                            acc = acc * gl.convert_layout(keep, gl.SliceLayout(1, O))[:, None]
+                            mbarrier.wait(v_full.index(v_stage), v_phase)
+                            acc = warpgroup_mma(p, v_ring.index(v_stage).reshape([BLOCK, D]), acc)
+                            mbarrier.arrive(v_empty.index(v_stage), count=1)
+                            v_stage, v_phase = _next(v_stage, v_phase, STAGES)
+                mbarrier.arrive(q_empty.index(0), count=1)
+
+            ROWS: gl.constexpr = gl.SliceLayout(1, O)
+            position = row + WHICH * 64 + gl.arange(0, 64, layout=ROWS)
+            live = position < end
+            token = position
+            if GATHER:
+                if gathered != 0:
+                    order = gl.load(head_order + h).to(gl.int64)
+                    token = gl.load(gather_ptr + order * seq + position, mask=live, other=0)
+            out_row = (b.to(gl.int64) * seq + token.to(gl.int64)) * HEADS + h
+            sums = gl.convert_layout(total, ROWS)
+            channel = gl.arange(0, D, layout=gl.SliceLayout(0, O))
+            out = acc / gl.where(sums > 0, sums, 1.0)[:, None]
+            gl.store(
+                out_ptr + out_row[:, None] * HEAD_DIM + channel[None, :], out.to(DTYPE),
+                mask=live[:, None] & (channel[None, :] < HEAD_DIM),
+            )  # fmt: skip
+            if RETURN_LSE:
+                lse = (gl.convert_layout(top, ROWS) + gl.log2(sums)) / LOG2
+                gl.store(lse_ptr + out_row, gl.where(sums > 0, lse, float("-inf")), mask=live)
+
+
+@gluon.jit
+def _forward_kernel(
+    q_desc, k_desc, v_desc, q_moved, k_moved, v_moved, mean_k, var_k, mean_v,
+    out_ptr, lse_ptr, gather_ptr, key_mask, bias_ptr,
+    work, row_ptr, col_idx, block_start, head_order, head_mode,
+    scale, seq, total_tiles, tiles, num_blocks, text_before, visual_end,
+    HEADS: gl.constexpr, TEXT_BEFORE: gl.constexpr, TEXT_AFTER: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr,
+    BLOCK: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, HAS_MASK: gl.constexpr, HAS_TAIL: gl.constexpr,
+    GATHER: gl.constexpr, RETURN_LSE: gl.constexpr, TAKE_TURNS: gl.constexpr, CONSUMER_REGS: gl.constexpr,
+    PRODUCER_REGS: gl.constexpr,
+):  # fmt: skip
+    DTYPE: gl.constexpr = q_desc.dtype
+    q_ring = gl.allocate_shared_memory(DTYPE, [CONSUMERS, 1, 1, 64, D], q_desc.layout)
+    k_ring = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK, D], k_desc.layout)
+    v_ring = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK, D], v_desc.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_full.index(0), count=1)
+    mbarrier.init(q_empty.index(0), count=CONSUMERS)
+    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(turn.index(0), count=1)
+    mbarrier.init(turn.index(1), count=1)
+    for s in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(s), count=1)
+        mbarrier.init(v_full.index(s), count=1)
+        mbarrier.init(k_empty.index(s), count=CONSUMERS)
+        mbarrier.init(v_empty.index(s), count=CONSUMERS)
+    fence_async_shared()
+    rings = (q_ring, k_ring, v_ring)
+    bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty, turn)
+    fetched = (q_desc, k_desc, v_desc, q_moved, k_moved, v_moved, mean_k, var_k, mean_v)
+    tensors = (out_ptr, lse_ptr, gather_ptr, key_mask, bias_ptr)
+    lists = (work, row_ptr, col_idx, block_start, head_order, head_mode)
+    # Constants stay constant only where they are written into the call.
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_consumer, (
+                    rings, bars, tensors, lists, scale, seq, total_tiles, tiles, num_blocks, text_before, visual_end,
+                    0, HEADS, TEXT_BEFORE, TEXT_AFTER, D, HEAD_DIM, BLOCK, STAGES, HAS_MASK, HAS_TAIL, GATHER,
+                    RETURN_LSE, TAKE_TURNS,
+                )),
+                (_consumer, (
+                    rings, bars, tensors, lists, scale, seq, total_tiles, tiles, num_blocks, text_before, visual_end,
+                    1, HEADS, TEXT_BEFORE, TEXT_AFTER, D, HEAD_DIM, BLOCK, STAGES, HAS_MASK, HAS_TAIL, GATHER,
+                    RETURN_LSE, TAKE_TURNS,
+                )),
+                (_producer, (
+                    rings, bars, fetched, lists, total_tiles, tiles, num_blocks,
+                    HEADS, TEXT_BEFORE, TEXT_AFTER, D, BLOCK, CONSUMERS, STAGES, HAS_TAIL, GATHER,
+                )),
+            ],
+            [4, 1],
+            [CONSUMER_REGS, PRODUCER_REGS],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_consumer, (
+                    rings, bars, tensors, lists, scale, seq, total_tiles, tiles, num_blocks, text_before, visual_end,
+                    0, HEADS, TEXT_BEFORE, TEXT_AFTER, D, HEAD_DIM, BLOCK, STAGES, HAS_MASK, HAS_TAIL, GATHER,
+                    RETURN_LSE, TAKE_TURNS,
+                )),
+                (_producer, (
+                    rings, bars, fetched, lists, total_tiles, tiles, num_blocks,
+                    HEADS, TEXT_BEFORE, TEXT_AFTER, D, BLOCK, CONSUMERS, STAGES, HAS_TAIL, GATHER,
+                )),
+            ],
+            [1],
+            [PRODUCER_REGS],
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the kernel runs.
+
+    stages: depth of the rings of keys and of values.  programs: how many share a multiprocessor.
+    take_turns: of two consumers, let one multiply while the other works on its softmax (FlashAttention-3, section 3.1).
+    registers: of a thread at entry, then of a consumer's and of the producer's once they have been dealt out again.
+    """
+
+    stages: int
+    programs: int
+    take_turns: bool
+    registers: tuple[int, int, int]
+
+
+def choose_config(block: int, head_dim: int) -> Config:
+    """What fits into 227 KiB of shared memory and 64 Ki registers."""
+    if block == 64:
+        return Config(stages=3, programs=2, take_turns=False, registers=(128, 208, 48))
+    return Config(stages=3 if head_dim > 64 else 4, programs=1, take_turns=True, registers=(168, 240, 24))
+
+
+def _boxes(x: torch.Tensor, rows: int, columns: int) -> Any:
+    """A descriptor of ``[B, S, H, D]`` as ``[B, H, S, D]``, fetched in boxes of ``rows`` tokens of one head."""
+    if x.data_ptr() % 16 or any(s * x.element_size() % 16 for s, n in zip(x.stride()[:3], x.shape[:3]) if n > 1):
+        x = x.contiguous()  # TMA wants a base and strides in multiples of 16 bytes
+    x = x.transpose(1, 2)
+    # The stride of an axis of length 1 is arbitrary.
+    strides = [s if n > 1 else 16 * x.shape[3] for s, n in zip(x.stride()[:3], x.shape[:3])] + [1]
+    return tensor_descriptor(x, list(x.shape), strides, [1, 1, rows, columns])
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output ``[B, S, H, D]`` in the inputs' dtype, log-sum-exp fp32 ``[B, S, H]`` (empty unless asked for)."""
+    return launch(call, choose_config(call.block_size, call.q.shape[3]))
+
+
+def launch(call: AttentionCall, config: Config, warmup: bool = False) -> Any:
+    """Run with a given configuration. With ``warmup`` only compile, and return the compiled kernel."""
+    q, k, v = call.q, call.k, call.v
+    batch, seq, heads, dim = q.shape
+    n, block = call.num_blocks, call.block_size
+    columns = triton.next_power_of_2(dim)
+    consumers = block // 64
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, seq, heads) if call.return_lse else (0,), dtype=torch.float32, device=q.device)
+    text_after = seq - call.text_before - call.num_visual
+    boxes = [_boxes(x, r, columns) for x, r in zip((q, k, v), (64, block, block))]
+    # Where a call has no heads in other orders, no tails, no mask, something stands in that is never read.
+    moved, summed, bias = boxes, boxes, call.gather
+    if call.needs_gather:
+        copies = [q.new_empty(batch, heads, seq, dim)] * 3 if warmup else reorder(call)
+        moved = [_boxes(x.transpose(1, 2), r, columns) for x, r in zip(copies, (64, block, block))]
+    if call.has_tail:
+        if warmup:
+            mean_k = mean_v = q.new_empty(batch, heads, 2, n, dim)
+            var_k = q.new_empty((batch, heads, n, dim), dtype=variance_dtype(q.dtype))
+            bias = q.new_empty((heads * n, 2 * n), dtype=torch.float16)
+        else:
+            mean_k, mean_v, var_k = summaries(call)
+            bias = tail_bias(call)
+        # Both means of all blocks of a head are one run of rows.
+        runs = [x.reshape(1, batch * heads, -1, dim).transpose(1, 2) for x in (mean_k, var_k, mean_v)]
+        summed = [_boxes(x, block, columns) for x in runs]
+    args = [*boxes, *moved, *summed, out, lse if call.return_lse else out, call.gather]
+    args += [call.gather if call.key_mask is None else call.key_mask.view(torch.uint8), bias]
+    args += [tile_order(call.row_ptr, heads), call.row_ptr, call.col_idx]
+    args += [call.block_start, call.head_order, call.head_mode]
+    tiles = heads * n
+    args += [call.scale, seq, batch * tiles, tiles, n, call.text_before, call.text_before + call.num_visual]
+    entry, consumer, producer = config.registers
+    constants = dict(
+        HEADS=heads,
+        TEXT_BEFORE=-(-call.text_before // block),
+        TEXT_AFTER=-(-text_after // block),
+        D=columns,
+        HEAD_DIM=dim,
+        BLOCK=block,
+        CONSUMERS=consumers,
+        STAGES=config.stages,
+        HAS_MASK=call.key_mask is not None,
+        HAS_TAIL=call.has_tail,
+        GATHER=call.needs_gather,
+        RETURN_LSE=call.return_lse,
+        TAKE_TURNS=config.take_turns and consumers == 2,
+        CONSUMER_REGS=consumer,
+        PRODUCER_REGS=producer,
+        num_warps=4,
+        maxnreg=entry,
+    )
+    if warmup:
+        return _forward_kernel.warmup(*args, grid=(1,), **constants)
+    _forward_kernel[(min(batch * tiles, _multiprocessors(q.device) * config.programs),)](*args, **constants)
+    return out, lse

@@ -1,0 +1,72 @@
+"""The Hopper kernel without a GPU: emulated on the CPU, and compiled for a GPU that is not there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffsparse.grid import TokenGrid
+from diffsparse.kernels import available_backends, sparse_attention
+from tests.kernels.cases import head, inputs, random_layout
+from tests.kernels.test_triton import run
+
+pytest.importorskip("triton")
+
+
+def test_emulated(repo_root: Path) -> None:
+    assert run(repo_root, "tests.kernels.emulate", TRITON_INTERPRET="1").count("ok") == 4
+
+
+@pytest.mark.slow
+def test_emulated_more(repo_root: Path) -> None:
+    assert run(repo_root, "tests.kernels.emulate", "--slow", TRITON_INTERPRET="1").count("ok") == 8
+
+
+@pytest.mark.slow
+def test_emulation_notices_faults(repo_root: Path) -> None:
+    assert run(repo_root, "tests.kernels.emulate", "--faults", TRITON_INTERPRET="1").count("noticed") == 4
+
+
+def compiled(root: Path, *flags: str, **environment: str) -> list[dict]:
+    found = run(root, "tests.kernels.compile_for", "90", "--gluon", *flags, **environment)
+    kernels = [json.loads(line) for line in found.splitlines()]
+    for kernel in kernels:
+        assert kernel["shared"] <= 227 << 10, kernel
+        assert kernel["wgmma"] and kernel["bulk"], f"Hopper's own units are not used: {kernel}"
+        assert kernel["spilled"] <= 128, kernel  # bytes a thread: some addresses; accumulators would be thousands
+    return kernels
+
+
+def test_compiles(repo_root: Path) -> None:
+    assert len(compiled(repo_root)) == 1
+
+
+@pytest.mark.slow
+def test_compiles_in_every_form(repo_root: Path) -> None:
+    assert len(compiled(repo_root, "--slow")) == 9
+
+
+@pytest.mark.slow
+def test_compiles_with_triton_3_6(repo_root: Path, tmp_path: Path) -> None:
+    """The oldest Triton that torch 2.11 and newer come with: names in Gluon differ between versions."""
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path), "triton==3.6.0"]
+    subprocess.run(install, check=True, capture_output=True)
+    kernels = compiled(repo_root, "--slow", PYTHONPATH=f"{tmp_path}:{repo_root}")
+    assert [kernel["triton"] for kernel in kernels] == ["3.6.0"] * 9
+
+
+def test_asked_for_where_it_cannot_run() -> None:
+    grid = TokenGrid(1, 8, 16)
+    layout = random_layout(grid, [head()], 64, 0.5)
+    reason = available_backends()["gluon_sm90"]
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
+        assert reason is None
+    else:
+        assert reason is not None and "gluon_sm90 needs a" in reason
+    with pytest.raises(ValueError, match="runs tensors on a Hopper GPU, got cpu"):
+        sparse_attention(*inputs(grid, 1, 64), layout, backend="gluon_sm90")
