@@ -14,7 +14,12 @@ __all__ = ["copy_tile", "tensor_descriptor"]
 #: ``(descriptor, coordinates, barrier, destination)``; renamed after Triton 3.7.
 copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
-_TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+_TYPES = {
+    torch.float16: gl.float16,
+    torch.bfloat16: gl.bfloat16,
+    torch.int8: gl.int8,
+    torch.float8_e4m3fn: gl.float8e4nv,
+}
 
 
 def tensor_descriptor(x: torch.Tensor, shape: list[int], strides: list[int], box: list[int]) -> Any:

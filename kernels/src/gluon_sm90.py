@@ -24,9 +24,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from diffsparse.entry import NUMERICS
 from diffsparse.kernels.call import AttentionCall
 from diffsparse.kernels.gluon_compat import copy_tile, tensor_descriptor
 from diffsparse.kernels.gluon_prepare import reorder, tail_bias, tile_order
+from diffsparse.kernels.gluon_quantize import empty_quantized, quantize
 from diffsparse.kernels.triton_prepare import summaries, variance_dtype
 
 __all__ = ["Config", "choose_config", "launch", "run"]
@@ -92,28 +94,31 @@ def _producer(
     rings, bars, fetched, lists, total_tiles, tiles, num_blocks,
     HEADS: gl.constexpr, TEXT_BEFORE: gl.constexpr, TEXT_AFTER: gl.constexpr,
     D: gl.constexpr, BLOCK: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, HAS_TAIL: gl.constexpr,
-    GATHER: gl.constexpr,
+    GATHER: gl.constexpr, NUMERICS: gl.constexpr,
 ):  # fmt: skip
     q_ring, k_ring, v_ring = rings
     q_full, q_empty, k_full, k_empty, v_full, v_empty, _turn = bars
     q_desc, k_desc, v_desc, q_moved, k_moved, v_moved, mean_k, var_k, mean_v = fetched
     work, row_ptr, col_idx, block_start, head_order, head_mode = lists
-    Q_BYTES: gl.constexpr = CONSUMERS * 64 * D * 2
-    BYTES: gl.constexpr = BLOCK * D * 2
+    SIZE: gl.constexpr = 2 if NUMERICS == 0 else 1
+    Q_BYTES: gl.constexpr = CONSUMERS * 64 * D * SIZE
+    BYTES: gl.constexpr = BLOCK * D * SIZE
     used_q = 0
     k_stage = 0
     k_phase = 0
     v_stage = 0
     v_phase = 0
     for t in range(gl.program_id(0), total_tiles, gl.num_programs(0)):
-        b, h, _i, start_row, row, end, first, listed, plain, tail, gathered = _tile(
+        b, h, i, start_row, row, end, first, listed, plain, tail, gathered = _tile(
             work, t, tiles, row_ptr, block_start, head_order, head_mode, num_blocks, TEXT_BEFORE, TEXT_AFTER
         )
         if (row < end) & ((listed > 0) | (tail != 0)):
             mbarrier.wait(q_empty.index(0), (used_q & 1) ^ 1)
             mbarrier.expect(q_full.index(0), Q_BYTES)
             for c in gl.static_range(CONSUMERS):
-                if GATHER:
+                if NUMERICS != 0:
+                    copy_tile(q_desc, [b, h, i * BLOCK + c * 64, 0], q_full.index(0), q_ring.index(c))
+                elif GATHER:
                     if gathered != 0:
                         copy_tile(q_moved, [b, h, row + c * 64, 0], q_full.index(0), q_ring.index(c))
                     else:
@@ -122,15 +127,32 @@ def _producer(
                     copy_tile(q_desc, [b, h, row + c * 64, 0], q_full.index(0), q_ring.index(c))
             used_q += 1
             for e in range(0, listed):
-                at = gl.load(start_row + gl.load(col_idx + _entry(e, first, plain, TEXT_BEFORE)))
-                if GATHER:
-                    if gathered != 0:
-                        k_stage, k_phase = _fetch(
-                            k_ring, k_full, k_empty, k_stage, k_phase, k_moved, [b, h, at, 0], STAGES, BYTES
-                        )
-                        v_stage, v_phase = _fetch(
-                            v_ring, v_full, v_empty, v_stage, v_phase, v_moved, [b, h, at, 0], STAGES, BYTES
-                        )
+                j = gl.load(col_idx + _entry(e, first, plain, TEXT_BEFORE))
+                if NUMERICS != 0:
+                    # Blocks lie padded one after another, values transposed.
+                    k_stage, k_phase = _fetch(
+                        k_ring, k_full, k_empty, k_stage, k_phase, k_desc, [b, h, j * BLOCK, 0], STAGES, BYTES
+                    )
+                    v_stage, v_phase = _fetch(
+                        v_ring, v_full, v_empty, v_stage, v_phase, v_desc, [b, h, j * D, 0], STAGES, BYTES
+                    )
+                else:
+                    at = gl.load(start_row + j)
+                    if GATHER:
+                        if gathered != 0:
+                            k_stage, k_phase = _fetch(
+                                k_ring, k_full, k_empty, k_stage, k_phase, k_moved, [b, h, at, 0], STAGES, BYTES
+                            )
+                            v_stage, v_phase = _fetch(
+                                v_ring, v_full, v_empty, v_stage, v_phase, v_moved, [b, h, at, 0], STAGES, BYTES
+                            )
+                        else:
+                            k_stage, k_phase = _fetch(
+                                k_ring, k_full, k_empty, k_stage, k_phase, k_desc, [b, h, at, 0], STAGES, BYTES
+                            )
+                            v_stage, v_phase = _fetch(
+                                v_ring, v_full, v_empty, v_stage, v_phase, v_desc, [b, h, at, 0], STAGES, BYTES
+                            )
                     else:
                         k_stage, k_phase = _fetch(
                             k_ring, k_full, k_empty, k_stage, k_phase, k_desc, [b, h, at, 0], STAGES, BYTES
@@ -138,13 +160,6 @@ def _producer(
                         v_stage, v_phase = _fetch(
                             v_ring, v_full, v_empty, v_stage, v_phase, v_desc, [b, h, at, 0], STAGES, BYTES
                         )
-                else:
-                    k_stage, k_phase = _fetch(
-                        k_ring, k_full, k_empty, k_stage, k_phase, k_desc, [b, h, at, 0], STAGES, BYTES
-                    )
-                    v_stage, v_phase = _fetch(
-                        v_ring, v_full, v_empty, v_stage, v_phase, v_desc, [b, h, at, 0], STAGES, BYTES
-                    )
             if HAS_TAIL:
                 if tail != 0:
                     bh = b * HEADS + h
@@ -172,14 +187,38 @@ def _shift(top):
 
 
 @gluon.jit
-def _probabilities(logits, total, top, factor, P: gl.constexpr, DTYPE: gl.constexpr):
+def _as_float(x):
+    """Sums of int8 products as fp32. Conversions run at a sixteenth of the rate of additions: added to the bits of
+    1.5 * 2^23, an integer below 2^22 becomes that number plus itself."""
+    return (x + 0x4B400000).to(gl.float32, bitcast=True) - 12582912.0
+
+
+@gluon.jit
+def _values(ring, stage, D: gl.constexpr, BLOCK: gl.constexpr, NUMERICS: gl.constexpr):
+    """A slot of values as keys x channels."""
+    if NUMERICS == 0:
+        return ring.index(stage).reshape([BLOCK, D])
+    else:
+        return ring.index(stage).reshape([D, BLOCK]).permute((1, 0))
+
+
+@gluon.jit
+def _probabilities(logits, total, top, factor, P: gl.constexpr, DTYPE: gl.constexpr, NUMERICS: gl.constexpr):
     """One step of the running softmax: probabilities, and by how much what came before shrinks."""
     new_top = gl.maximum(top, gl.max(logits, 1) * factor)
     shift = _shift(new_top)
-    p = gl.exp2(logits * factor - shift[:, None])
     keep = gl.exp2(top - shift)
-    total = total * keep + gl.sum(p, 1)
-    return gl.convert_layout(p.to(DTYPE), P), total, new_top, keep
+    if NUMERICS == 0:
+        p = gl.exp2(logits * factor - shift[:, None])
+        total = total * keep + gl.sum(p, 1)
+        p = p.to(DTYPE)
+    else:
+        # Times 2^8: in fp8 small ones keep more of their bits so.
+        p = gl.exp2(logits * factor - (shift - 8.0)[:, None])
+        total = total * keep + gl.sum(p, 1)
+        # As value_order: four neighbours of an operand are what a thread has of 16 columns.
+        p = p.to(DTYPE).reshape([64, p.shape[1] // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([64, p.shape[1]])
+    return gl.convert_layout(p, P), total, new_top, keep
 
 
 @gluon.jit
@@ -201,16 +240,19 @@ def _consumer(
     WHICH: gl.constexpr, HEADS: gl.constexpr, TEXT_BEFORE: gl.constexpr, TEXT_AFTER: gl.constexpr,
     D: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, HAS_MASK: gl.constexpr,
     HAS_TAIL: gl.constexpr, GATHER: gl.constexpr, RETURN_LSE: gl.constexpr, TAKE_TURNS: gl.constexpr,
+    NUMERICS: gl.constexpr,
 ):  # fmt: skip
     q_ring, k_ring, v_ring = rings
     q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = bars
-    out_ptr, lse_ptr, gather_ptr, key_mask, bias_ptr = tensors
+    out_ptr, lse_ptr, gather_ptr, key_mask, bias_ptr, q_scale, k_scale, v_scale, v_mean = tensors
     work, row_ptr, col_idx, block_start, head_order, head_mode = lists
-    DTYPE: gl.constexpr = q_ring.dtype
+    DTYPE: gl.constexpr = v_ring.dtype
+    SUM: gl.constexpr = gl.int32 if NUMERICS == 1 else gl.float32
     LOG2: gl.constexpr = 1.4426950408889634
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
-    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    DEPTH: gl.constexpr = 16 if NUMERICS == 0 else 32
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, DEPTH])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, DEPTH])
+    P: gl.constexpr = gl.DotOperandLayout(0, O, DEPTH // 8)
     Q2: gl.constexpr = gl.DotOperandLayout(0, S, 2)
     factor = scale * LOG2
     used_q = 0
@@ -233,39 +275,50 @@ def _consumer(
                 used_q += 1
                 mask_row = key_mask + b.to(gl.int64) * seq if HAS_MASK else key_mask
                 if listed > 0:
+                    j = gl.load(col_idx + _entry(0, first, plain, TEXT_BEFORE))
+                    unit = factor
+                    scales = (b * HEADS + h) * num_blocks
+                    if NUMERICS != 0:
+                        unit = factor * gl.load(q_scale + scales + i)
+                        block_unit = unit * gl.load(k_scale + scales + j)
+                    else:
+                        block_unit = unit
                     mbarrier.wait(k_full.index(k_stage), k_phase)
                     k = k_ring.index(k_stage).reshape([BLOCK, D])
-                    logits = warpgroup_mma(
-                        q, k.permute((1, 0)), gl.zeros([64, BLOCK], gl.float32, layout=S), use_acc=False
-                    )
+                    logits = warpgroup_mma(q, k.permute((1, 0)), gl.zeros([64, BLOCK], SUM, layout=S), use_acc=False)
                     mbarrier.arrive(k_empty.index(k_stage), count=1)
                     k_stage, k_phase = _next(k_stage, k_phase, STAGES)
+                    if NUMERICS == 1:
+                        logits = _as_float(logits)
                     if plain == 0:
-                        j = gl.load(col_idx + _entry(0, first, plain, TEXT_BEFORE))
                         logits = _checked(logits, j, start_row, mask_row, text_before, visual_end, HAS_MASK, S)
-                    p, total, top, keep = _probabilities(logits, total, top, factor, P, DTYPE)
+                    p, total, top, keep = _probabilities(logits, total, top, block_unit, P, DTYPE, NUMERICS)
                     mbarrier.wait(k_full.index(k_stage), k_phase, pred=listed > 1)
                     for e in range(1, listed):
+                        if NUMERICS != 0:
+                            # Loaded here, long before it is needed.
+                            j = gl.load(col_idx + _entry(e, first, plain, TEXT_BEFORE))
+                            block_unit = unit * gl.load(k_scale + scales + j)
                         if TAKE_TURNS:
                             # One consumer multiplies while the other works on its softmax. Consumer 0 begins.
                             mbarrier.wait(turn.index(WHICH), (turns & 1) ^ (1 - WHICH))
                         k = k_ring.index(k_stage).reshape([BLOCK, D])
-                        logits = warpgroup_mma(
-                            q, k.permute((1, 0)), gl.zeros([64, BLOCK], gl.float32, layout=S), use_acc=False,
-                            is_async=True,
-                        )  # fmt: skip
+                        sums = warpgroup_mma(
+                            q, k.permute((1, 0)), gl.zeros([64, BLOCK], SUM, layout=S), use_acc=False, is_async=True
+                        )
                         mbarrier.wait(v_full.index(v_stage), v_phase)
-                        v = v_ring.index(v_stage).reshape([BLOCK, D])
-                        acc = warpgroup_mma(p, v, acc, is_async=True)
+                        acc = warpgroup_mma(p, _values(v_ring, v_stage, D, BLOCK, NUMERICS), acc, is_async=True)
                         if TAKE_TURNS:
                             mbarrier.arrive(turn.index(1 - WHICH), count=1)
                             turns += 1
-                        logits = warpgroup_mma_wait(1, deps=(logits,))
+                        logits = warpgroup_mma_wait(1, deps=(sums,))
                         mbarrier.arrive(k_empty.index(k_stage), count=1)
+                        if NUMERICS == 1:
+                            logits = _as_float(logits)
                         if e >= plain:
                             j = gl.load(col_idx + _entry(e, first, plain, TEXT_BEFORE))
                             logits = _checked(logits, j, start_row, mask_row, text_before, visual_end, HAS_MASK, S)
-                        next_p, total, top, keep = _probabilities(logits, total, top, factor, P, DTYPE)
+                        next_p, total, top, keep = _probabilities(logits, total, top, block_unit, P, DTYPE, NUMERICS)
                         # Here, so that the assembler, which orders code between branches as it likes, cannot put the
                         # softmax after the wait for the second product.
                         k_stage, k_phase = _next(k_stage, k_phase, STAGES)
@@ -275,7 +328,7 @@ def _consumer(
                         acc = acc * gl.convert_layout(keep, gl.SliceLayout(1, O))[:, None]
                         v_stage, v_phase = _next(v_stage, v_phase, STAGES)
                     mbarrier.wait(v_full.index(v_stage), v_phase)
-                    acc = warpgroup_mma(p, v_ring.index(v_stage).reshape([BLOCK, D]), acc)
+                    acc = warpgroup_mma(p, _values(v_ring, v_stage, D, BLOCK, NUMERICS), acc)
                     mbarrier.arrive(v_empty.index(v_stage), count=1)
                     v_stage, v_phase = _next(v_stage, v_phase, STAGES)
                 if HAS_TAIL:
@@ -304,7 +357,7 @@ def _consumer(
                                 k_stage, k_phase = _next(k_stage, k_phase, STAGES)
                             bias = gl.load(bias_row + n + columns, mask=n + columns < count, other=float("-inf"))
                             logits = logits * factor + bias.to(gl.float32)[None, :]
-                            p, total, top, keep = _probabilities(logits, total, top, 1.0, P, DTYPE)
+                            p, total, top, keep = _probabilities(logits, total, top, 1.0, P, DTYPE, 0)
                             acc = acc * gl.convert_layout(keep, gl.SliceLayout(1, O))[:, None]
                             mbarrier.wait(v_full.index(v_stage), v_phase)
                             acc = warpgroup_mma(p, v_ring.index(v_stage).reshape([BLOCK, D]), acc)
@@ -324,30 +377,37 @@ def _consumer(
             sums = gl.convert_layout(total, ROWS)
             channel = gl.arange(0, D, layout=gl.SliceLayout(0, O))
             out = acc / gl.where(sums > 0, sums, 1.0)[:, None]
+            if NUMERICS != 0:
+                at = (b * HEADS + h) * HEAD_DIM + channel
+                real = channel < HEAD_DIM
+                out = out * gl.load(v_scale + at, mask=real, other=0.0)[None, :]
+                mean = gl.load(v_mean + at, mask=real, other=0.0)
+                out = gl.where((sums > 0)[:, None], out + mean[None, :], 0.0)
             gl.store(
-                out_ptr + out_row[:, None] * HEAD_DIM + channel[None, :], out.to(DTYPE),
+                out_ptr + out_row[:, None] * HEAD_DIM + channel[None, :], out.to(out_ptr.dtype.element_ty),
                 mask=live[:, None] & (channel[None, :] < HEAD_DIM),
             )  # fmt: skip
             if RETURN_LSE:
-                lse = (gl.convert_layout(top, ROWS) + gl.log2(sums)) / LOG2
+                lse = (gl.convert_layout(top, ROWS) + gl.log2(sums) - (0.0 if NUMERICS == 0 else 8.0)) / LOG2
                 gl.store(lse_ptr + out_row, gl.where(sums > 0, lse, float("-inf")), mask=live)
 
 
 @gluon.jit
 def _forward_kernel(
     q_desc, k_desc, v_desc, q_moved, k_moved, v_moved, mean_k, var_k, mean_v,
-    out_ptr, lse_ptr, gather_ptr, key_mask, bias_ptr,
+    out_ptr, lse_ptr, gather_ptr, key_mask, bias_ptr, q_scale, k_scale, v_scale, v_mean,
     work, row_ptr, col_idx, block_start, head_order, head_mode,
     scale, seq, total_tiles, tiles, num_blocks, text_before, visual_end,
     HEADS: gl.constexpr, TEXT_BEFORE: gl.constexpr, TEXT_AFTER: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr,
     BLOCK: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, HAS_MASK: gl.constexpr, HAS_TAIL: gl.constexpr,
-    GATHER: gl.constexpr, RETURN_LSE: gl.constexpr, TAKE_TURNS: gl.constexpr, CONSUMER_REGS: gl.constexpr,
-    PRODUCER_REGS: gl.constexpr,
+    GATHER: gl.constexpr, RETURN_LSE: gl.constexpr, TAKE_TURNS: gl.constexpr, NUMERICS: gl.constexpr,
+    CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
-    DTYPE: gl.constexpr = q_desc.dtype
-    q_ring = gl.allocate_shared_memory(DTYPE, [CONSUMERS, 1, 1, 64, D], q_desc.layout)
-    k_ring = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK, D], k_desc.layout)
-    v_ring = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK, D], v_desc.layout)
+    V_ROWS: gl.constexpr = BLOCK if NUMERICS == 0 else D
+    V_COLUMNS: gl.constexpr = D if NUMERICS == 0 else BLOCK
+    q_ring = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, 64, D], q_desc.layout)
+    k_ring = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, BLOCK, D], k_desc.layout)
+    v_ring = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, V_ROWS, V_COLUMNS], v_desc.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -368,7 +428,7 @@ def _forward_kernel(
     rings = (q_ring, k_ring, v_ring)
     bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty, turn)
     fetched = (q_desc, k_desc, v_desc, q_moved, k_moved, v_moved, mean_k, var_k, mean_v)
-    tensors = (out_ptr, lse_ptr, gather_ptr, key_mask, bias_ptr)
+    tensors = (out_ptr, lse_ptr, gather_ptr, key_mask, bias_ptr, q_scale, k_scale, v_scale, v_mean)
     lists = (work, row_ptr, col_idx, block_start, head_order, head_mode)
     # Constants stay constant only where they are written into the call.
     if CONSUMERS == 2:
@@ -377,16 +437,16 @@ def _forward_kernel(
                 (_consumer, (
                     rings, bars, tensors, lists, scale, seq, total_tiles, tiles, num_blocks, text_before, visual_end,
                     0, HEADS, TEXT_BEFORE, TEXT_AFTER, D, HEAD_DIM, BLOCK, STAGES, HAS_MASK, HAS_TAIL, GATHER,
-                    RETURN_LSE, TAKE_TURNS,
+                    RETURN_LSE, TAKE_TURNS, NUMERICS,
                 )),
                 (_consumer, (
                     rings, bars, tensors, lists, scale, seq, total_tiles, tiles, num_blocks, text_before, visual_end,
                     1, HEADS, TEXT_BEFORE, TEXT_AFTER, D, HEAD_DIM, BLOCK, STAGES, HAS_MASK, HAS_TAIL, GATHER,
-                    RETURN_LSE, TAKE_TURNS,
+                    RETURN_LSE, TAKE_TURNS, NUMERICS,
                 )),
                 (_producer, (
                     rings, bars, fetched, lists, total_tiles, tiles, num_blocks,
-                    HEADS, TEXT_BEFORE, TEXT_AFTER, D, BLOCK, CONSUMERS, STAGES, HAS_TAIL, GATHER,
+                    HEADS, TEXT_BEFORE, TEXT_AFTER, D, BLOCK, CONSUMERS, STAGES, HAS_TAIL, GATHER, NUMERICS,
                 )),
             ],
             [4, 1],
@@ -398,11 +458,11 @@ def _forward_kernel(
                 (_consumer, (
                     rings, bars, tensors, lists, scale, seq, total_tiles, tiles, num_blocks, text_before, visual_end,
                     0, HEADS, TEXT_BEFORE, TEXT_AFTER, D, HEAD_DIM, BLOCK, STAGES, HAS_MASK, HAS_TAIL, GATHER,
-                    RETURN_LSE, TAKE_TURNS,
+                    RETURN_LSE, TAKE_TURNS, NUMERICS,
                 )),
                 (_producer, (
                     rings, bars, fetched, lists, total_tiles, tiles, num_blocks,
-                    HEADS, TEXT_BEFORE, TEXT_AFTER, D, BLOCK, CONSUMERS, STAGES, HAS_TAIL, GATHER,
+                    HEADS, TEXT_BEFORE, TEXT_AFTER, D, BLOCK, CONSUMERS, STAGES, HAS_TAIL, GATHER, NUMERICS,
                 )),
             ],
             [1],
@@ -451,8 +511,12 @@ def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     return launch(call, choose_config(call.block_size, call.q.shape[3]))
 
 
-def launch(call: AttentionCall, config: Config, warmup: bool = False) -> Any:
-    """Run with a given configuration. With ``warmup`` only compile, and return the compiled kernel."""
+def launch(call: AttentionCall, config: Config, warmup: bool = False, numerics: str = "auto") -> Any:
+    """Run with a given configuration. With ``warmup`` only compile, and return the compiled kernel.
+
+    ``numerics``: ``int8`` or ``fp8`` (products of queries and keys; those with values are in fp8 then), for head_dim 64
+    or 128 and layouts without tails; or ``auto``, the inputs' precision.
+    """
     q, k, v = call.q, call.k, call.v
     batch, seq, heads, dim = q.shape
     n, block = call.num_blocks, call.block_size
@@ -461,10 +525,17 @@ def launch(call: AttentionCall, config: Config, warmup: bool = False) -> Any:
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, seq, heads) if call.return_lse else (0,), dtype=torch.float32, device=q.device)
     text_after = seq - call.text_before - call.num_visual
-    boxes = [_boxes(x, r, columns) for x, r in zip((q, k, v), (64, block, block))]
-    # Where a call has no heads in other orders, no tails, no mask, something stands in that is never read.
+    eight = numerics != "auto"
+    # Where a call has no heads in other orders, no tails, no mask, no scales, something stands in that is never read.
+    scales = [call.gather] * 4
+    if eight:
+        small = empty_quantized(call, numerics) if warmup else quantize(call, numerics)
+        boxes = [_boxes(small.q, 64, dim), _boxes(small.k, block, dim), _boxes(small.v, dim, block)]
+        scales = [small.q_scale, small.k_scale, small.v_scale, small.v_mean]
+    else:
+        boxes = [_boxes(x, r, columns) for x, r in zip((q, k, v), (64, block, block))]
     moved, summed, bias = boxes, boxes, call.gather
-    if call.needs_gather:
+    if call.needs_gather and not eight:
         copies = [q.new_empty(batch, heads, seq, dim)] * 3 if warmup else reorder(call)
         moved = [_boxes(x.transpose(1, 2), r, columns) for x, r in zip(copies, (64, block, block))]
     if call.has_tail:
@@ -479,7 +550,7 @@ def launch(call: AttentionCall, config: Config, warmup: bool = False) -> Any:
         runs = [x.reshape(1, batch * heads, -1, dim).transpose(1, 2) for x in (mean_k, var_k, mean_v)]
         summed = [_boxes(x, block, columns) for x in runs]
     args = [*boxes, *moved, *summed, out, lse if call.return_lse else out, call.gather]
-    args += [call.gather if call.key_mask is None else call.key_mask.view(torch.uint8), bias]
+    args += [call.gather if call.key_mask is None else call.key_mask.view(torch.uint8), bias, *scales]
     args += [tile_order(call.row_ptr, heads), call.row_ptr, call.col_idx]
     args += [call.block_start, call.head_order, call.head_mode]
     tiles = heads * n
@@ -499,6 +570,7 @@ def launch(call: AttentionCall, config: Config, warmup: bool = False) -> Any:
         GATHER=call.needs_gather,
         RETURN_LSE=call.return_lse,
         TAKE_TURNS=config.take_turns and consumers == 2,
+        NUMERICS=NUMERICS.index(numerics),
         CONSUMER_REGS=consumer,
         PRODUCER_REGS=producer,
         num_warps=4,
@@ -507,4 +579,7 @@ def launch(call: AttentionCall, config: Config, warmup: bool = False) -> Any:
     if warmup:
         return _forward_kernel.warmup(*args, grid=(1,), **constants)
     _forward_kernel[(min(batch * tiles, _multiprocessors(q.device) * config.programs),)](*args, **constants)
+    if eight and call.return_lse:
+        # The mean key that was taken off shifts all logits of a row.
+        lse += torch.einsum("bshd,bhd->bsh", q.float(), small.k_mean) * call.scale
     return out, lse

@@ -38,6 +38,10 @@ class Pointer:
     memory: torch.Tensor
     offset: Any = 0
 
+    @property
+    def dtype(self) -> Any:
+        return types.SimpleNamespace(element_ty=self.memory.dtype)
+
     def __add__(self, other: Any) -> Pointer:
         return Pointer(self.memory, self.offset + other)
 
@@ -204,7 +208,7 @@ def _store(p: Pointer, value: torch.Tensor, mask: torch.Tensor) -> None:
 def _allocate(dtype: torch.dtype, shape: list[int], layout: Any) -> Shared:
     if dtype == torch.int64:
         return Shared([[Barrier()] for _ in range(shape[0])])
-    return Shared(torch.full(shape, float("nan"), dtype=dtype), layout)
+    return Shared(torch.full(shape, 77 if dtype == torch.int8 else float("nan")).to(dtype), layout)
 
 
 def _warp_specialize(parts: list[tuple[Callable[..., None], tuple[Any, ...]]], warps: Any, registers: Any) -> None:
@@ -258,7 +262,8 @@ class Kernel:
 def _language() -> types.ModuleType:
     gl = types.ModuleType("emulated_gluon")
     gl.constexpr = None  # type: ignore[attr-defined]
-    for name in ("int64", "float32", "bfloat16", "float16"):
+    gl.float8e4nv = torch.float8_e4m3fn  # type: ignore[attr-defined]
+    for name in ("int32", "int64", "float32", "bfloat16", "float16"):
         setattr(gl, name, getattr(torch, name))
     layout = lambda *a, **k: None  # noqa: E731
     functions: dict[str, Any] = dict(
@@ -334,6 +339,7 @@ def load_emulated(multiprocessors: int, edit: tuple[str, str] | None = None) -> 
                 del sys.modules[name]
             else:
                 sys.modules[name] = old
+    module._as_float = torch.Tensor.float  # type: ignore[attr-defined]  # which looks into the bits
     module.range = _tensor_range  # type: ignore[attr-defined]
     module._multiprocessors = lambda device: multiprocessors  # type: ignore[attr-defined]
     return module

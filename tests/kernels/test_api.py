@@ -52,7 +52,10 @@ REFUSED = {
     "mask masks video": (lambda a: dict(kv_len=torch.zeros(1, 154, dtype=torch.bool)), "only text"),
     "numerics": (lambda a: dict(numerics="fp8"), "'fp8' is not available in this version"),
     "a head's numerics": (lambda a: dict(layout=int8_layout()), "'int8' is not available in this version"),
-    "backend": (lambda a: dict(backend="cudnn"), "unknown backend 'cudnn'; allowed: auto, gluon_sm90, triton, cpu, reference"),
+    "backend": (
+        lambda a: dict(backend="cudnn"),
+        "unknown backend 'cudnn'; allowed: auto, gluon_sm90, triton, cpu, reference",
+    ),
     "triton on a CPU": (lambda a: dict(backend="triton"), "runs tensors on a GPU"),
     "fp64": (lambda a: {n: a[n].double() for n in "qkv"} | dict(backend="cpu"), "float32, float16 or bfloat16"),
 }
