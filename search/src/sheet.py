@@ -17,7 +17,7 @@ from diffsparse.order import TokenOrder
 from diffsparse.plan import SparsityPlan
 
 if TYPE_CHECKING:
-    from diffsparse.search.show import PooledAttention
+    from diffsparse.search.measured import PooledAttention
 
 __all__ = ["colour_ramp", "contact_sheet", "head_cell", "heat_of", "kept_share", "plan_sheet", "side_by_side_frames"]
 

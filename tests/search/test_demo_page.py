@@ -41,6 +41,7 @@ from diffsparse.search.demo.studio import (
 from diffsparse.search.demo.upload import MAX_FILES, PLAN_FILES, read_uploaded_plan, unpack_plan, write_plan_zip
 from diffsparse.search.errors import BadInput
 from diffsparse.search.generate import GenerationSettings, generate_clip
+from diffsparse.search.measured import ATTENTION_NAME, HeadFigures, plan_digest
 from tests.house.process import ROOT
 from tests.search.conftest import make_plan
 from tests.search.tiny import PROMPTS, SHAPE
@@ -137,6 +138,16 @@ def encrypted() -> bytes:
     return bytes(data)
 
 
+def odd_attention() -> bytes:
+    """Measured attention without a number among its errors."""
+    from safetensors.numpy import save
+
+    shape = make_plan().index.shape
+    arrays = {"pooled": np.ones((*shape, 9, 9)), "error": np.full(shape, np.nan), "kept_mass": np.ones(shape)}
+    about = {"grid": "3,12,12", "block_size": "64", "orders": "{}", "plan": plan_digest(make_plan())}
+    return bytes(save(arrays, metadata=about))
+
+
 BAD_ZIPS: list[tuple[str, Callable[[Path], Path], str]] = [
     ("no_zip", lambda p: _bytes(p, b"hello"), "not a zip file"),
     ("empty", lambda p: _bytes(p, b""), "not a zip file"),
@@ -166,6 +177,8 @@ BAD_ZIPS: list[tuple[str, Callable[[Path], Path], str]] = [
         lambda p: zipped(p, {"sparse_plan.json": b'{"a": [{"grid": [99999, 99999, 99999]}]}'}),
         "at most 200,000",
     ),
+    ("torn_attention", lambda p: zipped(p, {**plan_files(), ATTENTION_NAME: b"torn"}), "^attention.+cannot be read"),
+    ("odd_attention", lambda p: zipped(p, {**plan_files(), ATTENTION_NAME: odd_attention()}), "cannot be read"),
     ("grid_kind", lambda p: zipped(p, {"sparse_plan.json": b'{"grid": ["x"]}'}), "no model has"),
 ]
 
@@ -479,7 +492,8 @@ def test_a_search_is_cancelled_goes_on_and_loads_its_plan(studio: Studio, sessio
     found = studio.view(SEARCHED_HERE, session)
     assert found is session.searched and found is second[-1].view
     assert found.attention is not None and found.pictures(0, 0, 0)[0] is not None
-    assert "predicted" in dict(found.facts(0, 0, 0))["error of the plan"]
+    facts = dict(found.facts(0, 0, 0))
+    assert "predicted" in facts["error of the plan"] and "as the search predicts" in facts["error of the head"]
     assert updates(studio, session, request(plan=SEARCHED_HERE))[-1].kind == "done"
 
 
@@ -542,6 +556,28 @@ def test_one_head(view: PlanView) -> None:
     assert facts["cost of the head"] == "not recorded" and facts["error of the plan"] == "not recorded"
     assert float(dict(view.facts(0, 0, 1))["kept mass"].split()[0]) == 1  # a dense head
     assert float(dict(view.facts(1, 1, 1))["kept mass"].split()[0]) == 0  # one that is left out
+
+
+def test_the_error_of_a_head_is_shown_where_the_search_recorded_it(view: PlanView, tmp_path: Path) -> None:
+    assert dict(view.facts(0, 1, 1))["error of the head"] == "not recorded"
+    assert view.attention is not None
+    shape = view.plan.index.shape
+    error, kept = np.arange(8).reshape(shape) / 8, np.full(shape, 0.125)
+    attention = view.attention
+    attention.figures = HeadFigures(error, kept, plan_digest(view.plan))
+    attention.save(tmp_path / "plan")
+    found = PlanView.of(view.plan, "a plan", tmp_path / "plan")
+    facts = dict(found.facts(0, 1, 1))
+    assert facts["error of the head"] == "0.38 of its output (squared), as the search predicts"
+    assert facts["kept mass"] == "0.125 of the attention"
+    assert "not recorded" not in {dict(found.facts(*at))["error of the head"] for at in np.ndindex(shape)}
+    into = tmp_path / "into"
+    into.mkdir()
+    again = PlanView.of(read_uploaded_plan(found.write_zip(tmp_path), into), "from its zip", into)
+    assert again.facts(0, 1, 1) == found.facts(0, 1, 1)
+    other = replace(view.plan, index=view.plan.index[:, ::-1].copy())
+    shown = PlanView.of(other, "another", tmp_path / "plan")
+    assert shown.attention is not None and dict(shown.facts(0, 1, 1))["error of the head"] == "not recorded"
 
 
 def test_recorded_cost_and_error_are_shown(view: PlanView) -> None:
