@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -67,8 +68,8 @@ class PooledAttention:
         self.figures = figures
 
     def save(self, folder: str | Path) -> Path:
-        """Write the file into a plan's folder; maps in half precision."""
-        from safetensors.numpy import save_file
+        """Write the file into a plan's folder, whole or not at all; maps in half precision."""
+        from safetensors.numpy import save
 
         # In C order: safetensors writes memory as it lies, whatever the strides.
         arrays = {"pooled": self.pooled.astype(np.float16, order="C")}
@@ -83,7 +84,9 @@ class PooledAttention:
                 arrays[name] = getattr(self.figures, name).astype(np.float32, order="C")
             about["plan"] = self.figures.plan
         file = Path(folder) / ATTENTION_NAME
-        save_file(arrays, file, metadata=about)
+        partial = file.with_name(f".{ATTENTION_NAME}.partial")
+        partial.write_bytes(save(arrays, metadata=about))
+        os.replace(partial, file)
         return file
 
     @classmethod

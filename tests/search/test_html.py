@@ -320,7 +320,7 @@ def test_in_a_browser(tmp_path: Path) -> None:
     assert text.count('<input type="radio"') == 2 + 3 and "kept mass" in text
     figures = figures_beside(plan, folder)
     assert figures is not None
-    shown = re.search(r"<dt>error</dt><dd>([\d.e-]+) of the head's output \(squared\)", text)
+    shown = re.search(r"<dt>error</dt><dd>([\d.e-]+)<small>of its output, squared, predicted", text)
     assert shown is not None and float(shown[1]) == pytest.approx(float(figures.error[1, 0, 0]), rel=0.06)
     labels = re.findall(r'class="cell".*?aria-label="[^"]*, error ([\d.e-]+)"', text)
     assert [float(label) for label in labels] == pytest.approx(figures.error[1].reshape(-1).tolist(), rel=0.06)
