@@ -20,7 +20,14 @@ from diffsparse.presets import preset
 from diffsparse.search.errors import BadInput
 from diffsparse.search.measured import HeadFigures, PooledAttention, figures_beside, plan_digest
 from diffsparse.search.report import can_write_videos, write_video
-from diffsparse.search.sheet import colour_ramp, contact_sheet, kept_share, plan_sheet, side_by_side_frames
+from diffsparse.search.sheet import (
+    colour_ramp,
+    contact_sheet,
+    frame_sheet,
+    kept_share,
+    plan_sheet,
+    side_by_side_frames,
+)
 from diffsparse.search.show import (
     describe,
     draw,
@@ -220,6 +227,19 @@ def test_contact_sheet() -> None:
     assert picture.width > 4 * 72 and picture.height > 6 * 48
     with pytest.raises(ValueError, match="at least one clip"):
         contact_sheet([])
+
+
+def test_one_frame_large() -> None:
+    dense, sparse = torch.zeros(3, 16, 24), torch.zeros(3, 16, 24)
+    sparse[:, :8] = 0.1
+    picture = frame_sheet(dense, sparse, caption="frame 1 of 2", height=48)
+    assert picture.width > picture.height and picture.width >= 3 * 72
+    pixels = np.asarray(picture)
+    # The panel on the right is bright where the two differ, above, and dark below.
+    x = picture.width - 8 - 36
+    assert pixels[58 + 12, x].sum() > pixels[58 + 36, x].sum() + 100
+    same = np.asarray(frame_sheet(dense, dense, caption="x", height=48))
+    assert (same[58 + 12, x] == same[58 + 36, x]).all()
 
 
 def test_video_frames_suit_encoders() -> None:

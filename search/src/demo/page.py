@@ -53,6 +53,7 @@ CSS = """
 .ds-figures th { text-align: left; font-weight: normal; padding: .3rem .6rem .3rem 0; width: 45%; }
 .ds-figures td { padding: .3rem 0; font-variant-numeric: tabular-nums; }
 .ds-blocks img { image-rendering: pixelated; }
+input[role=listbox] { text-overflow: ellipsis; padding-right: 1.8rem !important; }
 """
 
 #: The buttons of the grid of heads are plain HTML; a click on one, or Enter, names its layer and head.
@@ -140,7 +141,9 @@ class _Page:
                 uploaded = gr.HTML()
                 with gr.Row():
                     seed = gr.Number(0, label="Seed", precision=0, min_width=90, elem_id="seed")
-                    steps = gr.Number(known.num_inference_steps, label="Steps", precision=0, min_width=90)
+                    steps = gr.Number(
+                        known.num_inference_steps, label="Steps", precision=0, min_width=90, elem_id="steps"
+                    )
                 with gr.Accordion("Size and guidance", open=False):
                     with gr.Row():
                         guidance = gr.Number(known.guidance_scale, label="Guidance", min_width=90)
@@ -150,6 +153,10 @@ class _Page:
                             known.num_frames, label="Frames", precision=0, min_width=90, visible=studio.is_video
                         )
         status = gr.HTML(IDLE, elem_id="status")
+        gr.Markdown(
+            "The dense clip is made first, then the sparse one with the same seed: at once they would slow each other "
+            "down, and the speed-up would be wrong. Until a clip is done its first frame is shown as it takes shape."
+        )
         with gr.Row():
             dense = gr.Image(
                 label="dense", interactive=False, buttons=BUTTONS, height=320, elem_id="dense", min_width=240
@@ -170,7 +177,7 @@ class _Page:
         )
         with gr.Column(visible=False) as details:
             frame = gr.Slider(1, 2, 1, step=1, label="Frame", elem_id="frame")
-            one = gr.Image(label="Frame by frame", show_label=False, interactive=False, buttons=BUTTONS)
+            one = gr.Image(label="Frame by frame", show_label=False, interactive=False, buttons=BUTTONS, elem_id="one")
             sheet = gr.Image(label="All frames", show_label=False, interactive=False, buttons=BUTTONS, elem_id="sheet")
 
         def shown(update: Update) -> dict[Any, Any]:
@@ -261,7 +268,9 @@ class _Page:
             "guidance that the tab Generate starts with. A search that was cancelled goes on where it was while this "
             "page is open; for a long one, `diffsparse search` keeps its record in a folder of yours."
         )
-        prompts = gr.Textbox("\n".join(self.studio.calibration), label="Prompts, one a line", lines=6)
+        prompts = gr.Textbox(
+            "\n".join(self.studio.calibration), label="Prompts, one a line", lines=6, elem_id="prompts"
+        )
         with gr.Row():
             budget = gr.Slider(0.05, 1, 0.4, step=0.01, label="Budget (share of the dense attention time)")
             steps = gr.Number(known.num_inference_steps, label="Steps to search for", precision=0)
