@@ -97,6 +97,7 @@ class SearchConfig:
             raise BadInput(f"dense_steps lies between 0 and {self.steps - 1}, got {self.dense_steps}")
 
     def settings(self, steps: int) -> GenerationSettings:
+        """Of a generation with this many steps, all else as it is searched for."""
         return GenerationSettings(steps, self.guidance_scale, self.height, self.width, self.num_frames)
 
 

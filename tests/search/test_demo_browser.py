@@ -261,6 +261,11 @@ def test_two_users_at_once(open_page: Open, shoot: Callable[[Any, str], None]) -
     ask(two, 2, PROMPTS[1])
     status(two, "waiting")
     assert "of 60" not in two.inner_text("#status")
+    two.click("#cancel")  # before its turn has come
+    status(two, "cancelled")
+    assert "of 60" in one.inner_text("#status")
+    ask(two, 2, PROMPTS[1])
+    status(two, "waiting")
     one.click("#cancel")
     status(one, "cancelled")
     status(two, "done")
@@ -270,8 +275,14 @@ def test_two_users_at_once(open_page: Open, shoot: Callable[[Any, str], None]) -
 
 def test_a_narrow_window(open_page: Open, shoot: Callable[[Any, str], None]) -> None:
     page = open_page(width=375, height=800)
+    page.get_by_label("window", exact=True).check()
+    page.get_by_label("Density of a sparse call (about)").first.wait_for()
     ask(page, 2)
     status(page, "done")
+    page.wait_for_selector("#sheet img", state="attached")
+    for picture in ("#one", "#sheet"):  # loaded once they come into view
+        page.locator(picture).scroll_into_view_if_needed()
+        page.wait_for_function("name => document.querySelector(name + ' img').naturalWidth > 0", arg=picture)
     assert page.evaluate("document.documentElement.scrollWidth") <= 380
     shoot(page, "7_narrow_generate")
     page.get_by_role("tab", name="Inspect").click()

@@ -53,7 +53,7 @@ CSS = """
 .ds-figures th { text-align: left; font-weight: normal; padding: .3rem .6rem .3rem 0; width: 45%; }
 .ds-figures td { padding: .3rem 0; font-variant-numeric: tabular-nums; }
 .ds-blocks img { image-rendering: pixelated; }
-input[role=listbox] { text-overflow: ellipsis; padding-right: 1.8rem !important; }
+input[role=combobox] { text-overflow: ellipsis; padding-right: 1.8rem !important; }
 """
 
 #: The buttons of the grid of heads are plain HTML; a click on one, or Enter, names its layer and head.
@@ -118,6 +118,18 @@ class _Page:
         if not request.session_hash:
             raise BadInput("this page has no session; load it again")
         return self.sessions.of(request.session_hash)
+
+    def cancel(self, request: gr.Request, what: str) -> Any:
+        """Stops what the session has under way, after the ``what`` at hand; gives the status line's new text."""
+        session = self.session(request)
+        job = session.job
+        if not session.cancel() or job is None:
+            return _status("stopped", "nothing is running")
+        if not job.started:
+            return _status("stopped", "cancelled")
+        # Not in the status line: this answer may come after the last word of what it stops.
+        gr.Info(f"Stopping after the {what} at hand.", duration=3)
+        return gr.skip()
 
     # -- generate --------------------------------------------------------------------------------------------------
 
@@ -214,15 +226,12 @@ class _Page:
             if session.job is None:
                 yield {status: _status("stopped", "cancelled")}
                 return
+            session.job.started = True
             for update in generate(self.studio, session, session.job, Request(*values)):
                 yield shown(update)
 
         def stop(request: gr.Request) -> Any:
-            if self.session(request).cancel():
-                # Not in the status line: this answer may come after the last word of what it stops.
-                gr.Info("Stopping after the step at hand.", duration=3)
-                return gr.skip()
-            return _status("stopped", "nothing is running")
+            return self.cancel(request, "step")
 
         def choose(name: str) -> tuple[Any, Any]:
             return gr.update(visible=name in (WINDOW, RADIAL)), gr.update(visible=name == UPLOADED)
@@ -289,17 +298,14 @@ class _Page:
             if session.job is None:
                 yield _status("stopped", "cancelled"), ""
                 return
+            session.job.started = True
             for update in search_plan(self.studio, session, session.job, *values):
                 fraction = update.fraction if update.kind == "busy" else None
                 items = "".join(f"<li>{html.escape(line)}</li>" for line in update.lines)
                 yield _status(update.kind, update.message, fraction), f"<ol>{items}</ol>"
 
         def stop(request: gr.Request) -> Any:
-            if self.session(request).cancel():
-                # Not in the status line: this answer may come after the last word of what it stops.
-                gr.Info("Stopping after the model call at hand.", duration=3)
-                return gr.skip()
-            return _status("stopped", "nothing is running")
+            return self.cancel(request, "model call")
 
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         run.click(begin, None, [status, stages], queue=False, **quiet).then(
