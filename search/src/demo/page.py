@@ -320,7 +320,7 @@ class _Page:
         with gr.Row():
             plan = gr.Dropdown(_choices(studio), value=studio.plans[0], label="Plan", min_width=200)
             phase = gr.Dropdown([], label="Phase", min_width=160, elem_id="phase")
-            layer = gr.Dropdown([], label="Layer", min_width=160, elem_id="layer")
+            layer = gr.Dropdown([], label="Layer", min_width=220, elem_id="layer")
             head = gr.Dropdown([], label="Head", min_width=100, elem_id="head")
             download = gr.DownloadButton("Download the plan", elem_id="download")
         step = gr.Slider(1, 20, 1, step=1, label="Step", elem_id="step")
