@@ -206,8 +206,10 @@ def page() -> str:
             re.search(r"``bits``: .*", PATTERNS["bitmap"].__doc__ or "", re.DOTALL)[0]  # type: ignore[index]
         ),
         "",
-        "Beside a searched plan lies `attention.safetensors` with the attention that the search measured, pooled, "
-        "which `diffsparse show --png` draws. Nothing else reads it, and a plan is whole without it.",
+        "Beside a searched plan lies `attention.safetensors`: the attention that the search measured, pooled "
+        "(`pooled`, half precision, `[phases, layers, heads, bins, bins]`), and of every head's entry the predicted "
+        "error and the share of the attention that it keeps (`error` and `kept_mass`, `[phases, layers, heads]`). "
+        "`diffsparse show` and the demo read it; no kernel does, and a plan is whole without it.",
     ]
     return "\n".join(lines) + "\n"
 

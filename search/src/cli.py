@@ -225,11 +225,14 @@ def search_command(
             plan = run_search(pipe, found, config, folder, say=_say)
         except StoreMismatch as error:
             raise BadInput(str(error)) from None
-        from diffsparse.search.show import describe, plan_table
+        from diffsparse.search.measured import figures_beside
+        from diffsparse.search.show import describe, grid_of, plan_table
 
+        on, figures = grid_of(plan, folder), figures_beside(plan, folder)
         answer(
-            {"plan": str(folder), **describe(plan)},
-            f"{plan_table(plan)}\n\nThe plan is in {folder}. Check it on prompts that the search did not see:\n"
+            {"plan": str(folder), **describe(plan, on, figures)},
+            f"{plan_table(plan, on, figures)}\n\n"
+            f"The plan is in {folder}. Check it on prompts that the search did not see:\n"
             f"  diffsparse eval {model} {folder} --prompts FILE",
         )
 
@@ -323,6 +326,7 @@ def show_command(
     terminal = sys.stdout.isatty() and not as_json
     with _answers(as_json) as answer:
         from diffsparse.search import load
+        from diffsparse.search.measured import figures_beside
         from diffsparse.search.show import describe, draw, grid_of, parse_grid, plan_table
 
         chosen = load.load_plan(plan)
@@ -330,7 +334,8 @@ def show_command(
         on = parse_grid(grid) if grid else grid_of(chosen, folder)
         if phase is not None and not 0 <= phase < chosen.schedule.num_phases:
             raise BadInput(f"--phase {phase}: the plan has phases 0 to {chosen.schedule.num_phases - 1}")
-        data, text = describe(chosen, on), plan_table(chosen, on, styled=terminal)
+        figures = figures_beside(chosen, folder, on)
+        data, text = describe(chosen, on, figures), plan_table(chosen, on, figures, styled=terminal)
         if png is not None:
             data["png"] = str(draw(chosen, on, png, folder=folder, phase=phase))
             text += f"\n\nwritten: {png}"

@@ -30,7 +30,7 @@ from diffsparse.search.options import (
     work_density,
 )
 
-__all__ = ["Composer", "strides", "target_levels"]
+__all__ = ["Candidate", "Composer", "strides", "target_levels"]
 
 log = logging.getLogger("diffsparse")
 
@@ -99,6 +99,17 @@ class _Trial:
     @property
     def phases(self) -> int:
         return max(self.phase_of) + 1
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A plan, and the error of every head's entry, float ``[phases, layers, heads]``.
+
+    Predicted, of the head's output through the output projection: squared, relative to the dense output's square.
+    """
+
+    plan: SparsityPlan
+    error: np.ndarray
 
 
 @dataclass
@@ -207,7 +218,7 @@ class Composer:
             raise BadInput(f"a share of {self.wanted:.3g} is below what any plan can reach; ask for more")
         return found
 
-    def candidates(self, count: int) -> list[SparsityPlan]:
+    def candidates(self, count: int) -> list[Candidate]:
         """The predicted best plan, and up to ``count - 1`` others with other numbers of dense steps worth trying."""
         scan = self.scan()
         least = min(scan, key=lambda k: scan[k])
@@ -217,7 +228,7 @@ class Composer:
         chosen = list(dict.fromkeys([least, *reversed(spread)]))[:count]
         return [self.plan(k, scan) for k in chosen]
 
-    def plan(self, dense: int, scan: Mapping[int, float]) -> SparsityPlan:
+    def plan(self, dense: int, scan: Mapping[int, float]) -> Candidate:
         """The best plan with this number of dense steps."""
         trial = _Trial.even(self.steps, dense, 1)
         items, least = self.items(trial), scan[dense]
@@ -247,7 +258,7 @@ class Composer:
             "call_density": float(plan.call_densities(self.grid).mean()),
             "predicted_attention_time": self._attention_time(trial, items, result),
         }
-        return plan
+        return Candidate(plan, self._head_errors(trial, items, result))
 
     def _entries(self, trial: _Trial, items: _Items, result: Assignment) -> dict[str, list[list[HeadEntry]]]:
         rows: dict[str, list[list[HeadEntry]]] = {}
@@ -260,6 +271,13 @@ class Composer:
                     options, scores, choice = next(chosen)
                     rows[layer][phase].append(head_entry(options[choice], scores, table))
         return rows
+
+    def _head_errors(self, trial: _Trial, items: _Items, result: Assignment) -> np.ndarray:
+        """Of each chosen option, over what leaving the head out would cost: ``[phases, layers, heads]``."""
+        chosen = zip(items.errors, items.scores, result.choice, strict=True)
+        # A head without any output loses nothing.
+        relative = [errors[i] / scores.energy if scores.energy > 0 else 0.0 for errors, scores, i in chosen]
+        return np.array(relative).reshape(len(self.layers), self.heads, trial.phases).transpose(2, 0, 1)
 
     def _schedule(self, trial: _Trial) -> Schedule:
         def before(step: int) -> float:

@@ -28,8 +28,9 @@ from diffsparse.plan import SparsityPlan
 from diffsparse.schedule import Schedule
 from diffsparse.search.errors import BadInput
 from diffsparse.search.explain import HeadForecaster, recorded_costs
+from diffsparse.search.measured import PooledAttention, fitting_attention
 from diffsparse.search.sheet import colour_ramp, heat_of, kept_share
-from diffsparse.search.show import PooledAttention, family, fitting_attention, tail_of
+from diffsparse.search.show import family, tail_of
 
 __all__ = ["inspector", "write_html"]
 
@@ -116,6 +117,8 @@ def _data(plan: SparsityPlan, grid: TokenGrid, attention: PooledAttention | None
     told = [_entry(entry, forecaster, grid) for entry in entries]
     densities = np.array([t["density"] for t in told])[index].mean((1, 2))
     masks = _Masks(plan, grid, attention, entries, index)
+    figures = None if attention is None else attention.figures_of(plan)
+    kept_mass = masks.kept_mass if figures is None else figures.kept_mass
     a = plan.architecture
     return {
         "version": __version__,
@@ -141,7 +144,8 @@ def _data(plan: SparsityPlan, grid: TokenGrid, attention: PooledAttention | None
         "orders": masks.orders,
         "masks": {"bits": _base64(masks.packed), "where": masks.where, "order": masks.order_of},
         "ramp": _base64((colour_ramp(np.linspace(0, 1, 256)) * 255).round().astype(np.uint8)),
-        "attention": None if attention is None else _attention(attention.pooled, masks.kept_mass),
+        "attention": None if attention is None else _attention(attention.pooled, kept_mass),
+        "error": None if figures is None else _base64(figures.error.astype("<f4")),
         "record": plan.record,
     }
 
@@ -224,7 +228,7 @@ class _Masks:
     index: ``[phases, layers, heads]`` into them. where: of each ``[first byte, side, bits per value]``; a mask whose
     every block has a bin of its own needs one bit, one that was pooled gets four. order_of: of each, into ``orders``.
     kept_mass: ``[phases, layers, heads]``, the share of the measured attention that is computed exactly, where there
-    is any: by bins, as if attention were even inside each.
+    is any: by bins, as if attention were even inside each. For folders whose search did not record it.
     """
 
     def __init__(

@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,12 @@ from diffsparse.pipelines import sparse_attention as attached
 from diffsparse.plan import SparsityPlan
 from diffsparse.search import metrics
 from diffsparse.search.candidates import orders_for
-from diffsparse.search.compose import Composer, strides
+from diffsparse.search.compose import Candidate, Composer, strides
 from diffsparse.search.cost import CostModel, measure_costs
 from diffsparse.search.environment import environment
 from diffsparse.search.errors import BadInput
 from diffsparse.search.generate import GenerationSettings, generate_clip
+from diffsparse.search.measured import HeadFigures, PooledAttention, plan_digest
 from diffsparse.search.observe import Recording, Tracer, final_latents, partial_error, record, replaying, step_effect
 from diffsparse.search.options import (
     FamilyTable,
@@ -96,6 +97,7 @@ class SearchConfig:
             raise BadInput(f"dense_steps lies between 0 and {self.steps - 1}, got {self.dense_steps}")
 
     def settings(self, steps: int) -> GenerationSettings:
+        """Of a generation with this many steps, all else as it is searched for."""
         return GenerationSettings(steps, self.guidance_scale, self.height, self.width, self.num_frames)
 
 
@@ -260,7 +262,7 @@ class _Search:
 
     # -- validation ------------------------------------------------------------------------------------------------
 
-    def validate(self, candidates: list[SparsityPlan]) -> tuple[SparsityPlan, dict[str, Any]]:
+    def validate(self, candidates: list[Candidate]) -> tuple[Candidate, dict[str, Any]]:
         """The candidate that comes closest to dense on prompts that were not traced, and what was measured for it.
 
         Predicted errors of plans with different numbers of dense steps are near each other; generations decide.
@@ -270,7 +272,7 @@ class _Search:
         cases = [(prompt, config.seed + 1000) for prompt in self.prompts[len(self.traced()) :]]
         # Where every prompt was traced, another seed is the best there is.
         cases = (cases or [(self.prompts[0], config.seed + 1000)])[: config.validation_prompts]
-        keys = [_digest(plan) for plan in candidates]
+        keys = [plan_digest(candidate.plan) for candidate in candidates]
         with self.bar(len(cases) * (1 + len(candidates)), "validate") as bar:
             for i, (prompt, seed) in enumerate(cases):
                 name = f"validation/{i}/{config.steps}"
@@ -279,8 +281,8 @@ class _Search:
                     continue
                 dense = generate_clip(self.pipe, prompt, seed, settings)
                 bar.update()
-                for key, plan in zip(keys, candidates, strict=True):
-                    with attached(self.pipe, plan):
+                for key, candidate in zip(keys, candidates, strict=True):
+                    with attached(self.pipe, candidate.plan):
                         clip = generate_clip(self.pipe, prompt, seed, settings)
                     found = {
                         "psnr": metrics.psnr(clip.frames, dense.frames),
@@ -294,7 +296,7 @@ class _Search:
         }
         means = [float(np.mean([row["psnr"] for row in rows[key]])) for key in keys]
         best = int(np.argmax(means))
-        tried = {str(p.record["search"]["dense_steps"]): m for p, m in zip(candidates, means, strict=True)}
+        tried = {str(c.plan.record["search"]["dense_steps"]): m for c, m in zip(candidates, means, strict=True)}
         chosen = rows[keys[best]]
         return candidates[best], {
             "prompts": len(cases),
@@ -315,6 +317,11 @@ class _Search:
             return np.stack([sum(w * a[f"{name}{head}"].astype(np.float64) for w, a in part) for part in parts])
 
         return HeadScores(total("error"), float(total("energy").mean()), total("summed").mean(0), total("true").mean(0))
+
+    def mass(self, prompt: int, layer: str, head: int, steps: Sequence[int]) -> np.ndarray:
+        """Attention mass of a head's visual blocks, per query, mean over traced steps: float ``[NB, NB]``."""
+        found = [self._arrays(prompt, s, layer)[f"mass{head}"].astype(np.float32) for s in steps]
+        return np.asarray(np.mean(found, axis=0))
 
     def _arrays(self, prompt: int, step: int, layer: str) -> dict[str, np.ndarray]:
         key = (prompt, step, layer)
@@ -506,9 +513,12 @@ def _run(search: _Search, out: Path) -> SparsityPlan:
         candidates = composer.candidates(config.candidates if config.validation_prompts else 1)
         bar.update()
     seconds = time.perf_counter() - begin
-    plan = candidates[0]
+    chosen = candidates[0]
+    quality: dict[str, Any] | None = None
     if config.validation_prompts:
-        plan, quality = search.validate(candidates)
+        chosen, quality = search.validate(candidates)
+    plan = chosen.plan
+    if quality is not None:
         plan.record["quality"] = quality
     about = _record(search, grid, costs)
     about["search"] |= plan.record["search"] | {"seconds": round(seconds, 1)}
@@ -519,14 +529,8 @@ def _run(search: _Search, out: Path) -> SparsityPlan:
         f"whole-trajectory density {about['trajectory_density']:.3f}"
     )
     plan.save_pretrained(out)
-    _save_pictures(search, plan, out, grid, traced)
+    _measured(search, chosen, grid, traced).save(out)
     return plan
-
-
-def _digest(plan: SparsityPlan) -> str:
-    """Names what a plan does, whatever its record says."""
-    files = replace(plan, record={}).to_files()
-    return hashlib.sha256(b"".join(name.encode() + files[name] for name in sorted(files))).hexdigest()[:16]
 
 
 def _record(search: _Search, grid: TokenGrid, costs: CostModel) -> dict[str, Any]:
@@ -555,28 +559,35 @@ def _kernel_version() -> str:
     return f"{sparse_attention.__module__} {diffsparse.__version__}"
 
 
-def _save_pictures(search: _Search, plan: SparsityPlan, out: Path, grid: TokenGrid, traced: list[float]) -> None:
-    """Mean attention mass of every phase, layer and head, for pictures; kernels never read it."""
-    from safetensors.numpy import save_file
-
-    phases = plan.schedule.num_phases
-    steps = [[s for s, level in enumerate(traced) if plan.schedule.phase(level) == p] for p in range(phases)]
+def _measured(search: _Search, chosen: Candidate, grid: TokenGrid, traced: list[float]) -> PooledAttention:
+    """Mean attention of every phase, layer and head, and what the chosen entries make of it."""
+    plan = chosen.plan
+    phases, heads = plan.schedule.num_phases, search.architecture.heads
+    members = [[s for s, level in enumerate(traced) if plan.schedule.phase(level) == p] for p in range(phases)]
+    orders = {n: [parse_order(o) for o in row] for n, row in search.store.get_json("probe")["orders"].items()}
     # Orders cut a ragged grid into different numbers of blocks; the bins are equally many for all.
     side = min(80, *(len(t.weight) for t in search.tables.values()))
-    pooled = np.zeros((phases, len(search.layers), search.architecture.heads, side, side), np.float16)
+    pooled = np.zeros((phases, len(search.layers), heads, side, side), np.float16)
+    kept = np.zeros((phases, len(search.layers), heads))
     for j, layer in enumerate(search.layers):
-        for head in range(search.architecture.heads):
-            for p, members in enumerate(steps):
-                chosen = members or [len(traced) // 2]
-                mass = np.mean([search._arrays(0, s, layer)[f"mass{head}"].astype(np.float32) for s in chosen], axis=0)
-                pooled[p, j, head] = _shrink(mass, side)
-    metadata = {
-        "grid": ",".join(map(str, grid.shape)),
-        "block_size": str(search.config.block_size),
-        "orders": json.dumps(search.store.get_json("probe")["orders"]),
-        "phases": str(phases),
-    }
-    save_file({"pooled": pooled}, out / "attention.safetensors", metadata=metadata)
+        for head in range(heads):
+            table = search.table(grid, orders[layer][head])
+            for p in range(phases):
+                steps = members[p] or [len(traced) // 2]
+                masses = [search.mass(prompt, layer, head, steps) for prompt in search.traced()]
+                pooled[p, j, head] = _shrink(masses[0], side)
+                kept[p, j, head] = _kept_mass(plan.entries[plan.index[p, j, head]], np.mean(masses, axis=0), table)
+    figures = HeadFigures(chosen.error, kept, plan_digest(plan))
+    return PooledAttention(pooled, orders, grid, plan.block_size, figures)
+
+
+def _kept_mass(entry: HeadEntry, mass: np.ndarray, table: FamilyTable) -> float:
+    """Share of the attention that an entry computes exactly, by the ``mass [NB, NB]`` of the blocks of its order."""
+    if entry.is_dense or entry.execution.mode == "skip":  # in no order of their own
+        return float(entry.is_dense)
+    dropped = ~entry.pattern.block_mask(table.grid, entry.order, table.block_size)
+    share = table.weight.sum(1)  # of the queries, by block
+    return float(np.clip(1 - share @ (mass * dropped).sum(1), 0, 1))
 
 
 def _shrink(mass: np.ndarray, side: int) -> np.ndarray:

@@ -17,9 +17,18 @@ from diffsparse.order import TokenOrder
 from diffsparse.plan import SparsityPlan
 
 if TYPE_CHECKING:
-    from diffsparse.search.show import PooledAttention
+    from diffsparse.search.measured import PooledAttention
 
-__all__ = ["colour_ramp", "contact_sheet", "head_cell", "heat_of", "kept_share", "plan_sheet", "side_by_side_frames"]
+__all__ = [
+    "colour_ramp",
+    "contact_sheet",
+    "frame_sheet",
+    "head_cell",
+    "heat_of",
+    "kept_share",
+    "plan_sheet",
+    "side_by_side_frames",
+]
 
 PAPER = (250, 250, 248)
 INK = (28, 32, 38)
@@ -332,6 +341,28 @@ def contact_sheet(
                 x += frame.width + gap
             y += strip[0].height + gap
         y += 18
+    return sheet
+
+
+def frame_sheet(
+    dense: torch.Tensor, sparse: torch.Tensor, *, caption: str, height: int = 288, gain: float = 8.0
+) -> Image.Image:
+    """One frame of both clips and their difference, times ``gain``, beside each other; ``[channels, h, w]`` each."""
+    panels = [
+        ("dense", _frame(dense, height)),
+        ("sparse", _frame(sparse, height)),
+        (f"difference x {gain:g}", _frame(_difference(dense, sparse, gain), height)),
+    ]
+    gap, top = 8, 58
+    width = sum(panel.width + gap for _, panel in panels) + gap
+    sheet = Image.new("RGB", (width, top + panels[0][1].height + gap), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    pen.text((gap, 8), _fit(pen, caption, width - 2 * gap, 16), INK, _font(16))
+    x = gap
+    for name, panel in panels:
+        pen.text((x, 34), _fit(pen, name, panel.width, 14), FAINT, _font(14))
+        sheet.paste(panel, (x, top))
+        x += panel.width + gap
     return sheet
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -12,27 +11,23 @@ import numpy as np
 
 from diffsparse.entry import HeadEntry
 from diffsparse.grid import TokenGrid
-from diffsparse.order import TokenOrder, parse_order
 from diffsparse.pattern import Bitmap, Intersection, Pattern, Union
 from diffsparse.plan import SparsityPlan
 from diffsparse.search.density import call_density
 from diffsparse.search.errors import BadInput
+from diffsparse.search.measured import HeadFigures, PooledAttention, fitting_attention
 from diffsparse.search.tables import printable, styled_table, text_table
 
 __all__ = [
-    "PooledAttention",
     "describe",
     "draw",
     "family",
-    "fitting_attention",
     "grid_of",
     "parse_grid",
     "phase_names",
     "plan_table",
     "tail_of",
 ]
-
-ATTENTION_NAME = "attention.safetensors"
 
 
 def parse_grid(text: str) -> TokenGrid:
@@ -62,41 +57,16 @@ def tail_of(entry: HeadEntry) -> str:
     return "none" if entry.is_dense or entry.execution.mode == "skip" else entry.execution.tail
 
 
-class PooledAttention:
-    """The search's pooled attention, which lies beside a plan and which no kernel reads.
-
-    ``pooled``: float ``[phases, layers, heads, m, m]``, one row a bin of queries; the bins are runs of about equally
-    many blocks of ``block_size`` tokens on ``grid``, in the order ``orders[layer][head]``.
-    """
-
-    def __init__(
-        self, pooled: np.ndarray, orders: dict[str, list[TokenOrder]], grid: TokenGrid, block_size: int
-    ) -> None:
-        self.pooled, self.orders, self.grid, self.block_size = pooled, orders, grid, block_size
-
-    @classmethod
-    def beside(cls, folder: str | Path | None) -> PooledAttention | None:
-        """What is in a plan's folder, or None. Raises :class:`BadInput` where it cannot be read."""
-        file = Path(folder) / ATTENTION_NAME if folder is not None else None
-        if file is None or not file.is_file():
-            return None
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(file, framework="numpy") as stored:
-                about = stored.metadata() or {}
-                pooled = stored.get_tensor("pooled").astype(np.float32)
-            orders = {layer: [parse_order(o) for o in row] for layer, row in json.loads(about["orders"]).items()}
-            return cls(pooled, orders, TokenGrid.parse(about["grid"]), int(about["block_size"]))
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise BadInput(f"{file} cannot be read ({error}); delete it to draw the plan without it") from None
-
-
 def grid_of(plan: SparsityPlan, folder: str | Path | None = None) -> TokenGrid | None:
     """The grid that a plan was searched on, where that is known."""
-    attention = PooledAttention.beside(folder)
-    if attention is not None:
-        return attention.grid
+    recorded, attention = _recorded_grid(plan), PooledAttention.beside(folder)
+    # The file of the attention says nothing of text tokens.
+    if attention is None or (recorded is not None and recorded.shape == attention.grid.shape):
+        return recorded
+    return attention.grid
+
+
+def _recorded_grid(plan: SparsityPlan) -> TokenGrid | None:
     calibration = plan.record.get("calibration")
     recorded = calibration.get("grid") if isinstance(calibration, dict) else None
     try:
@@ -124,8 +94,12 @@ def _entry_densities(plan: SparsityPlan, grid: TokenGrid | None) -> list[float |
     return [call_density(entry, grid, plan.block_size) for entry in plan.entries]
 
 
-def describe(plan: SparsityPlan, grid: TokenGrid | None = None) -> dict[str, Any]:
-    """A plan as JSON values: schedule; families, tails and mean density on ``grid`` of each phase and layer."""
+def describe(plan: SparsityPlan, grid: TokenGrid | None = None, figures: HeadFigures | None = None) -> dict[str, Any]:
+    """A plan as JSON values: schedule; families, tails and mean density on ``grid`` of each phase and layer.
+
+    ``figures``: what the search recorded of the plan's heads; then a row has their mean ``error`` and ``kept_mass``,
+    and the ``worst_error`` of a head.
+    """
     densities = _entry_densities(plan, grid)
     schedule = plan.schedule
     rows: list[dict[str, Any]] = []
@@ -143,6 +117,9 @@ def describe(plan: SparsityPlan, grid: TokenGrid | None = None) -> dict[str, Any
                     "tails": dict(Counter(tail_of(e) for e in entries).most_common()),
                     "orders": dict(Counter(str(e.order) for e in entries).most_common()),
                     "density": None if grid is None else float(np.mean([v for v in values if v is not None])),
+                    "error": None if figures is None else float(figures.error[phase, i].mean()),
+                    "worst_error": None if figures is None else float(figures.error[phase, i].max()),
+                    "kept_mass": None if figures is None else float(figures.kept_mass[phase, i].mean()),
                 }
             )
     call: list[float] = [r["density"] for r in rows if r["density"] is not None]
@@ -178,9 +155,11 @@ def _counts(counts: dict[str, int], total: int) -> str:
     return ", ".join(f"{n} {name}" for name, n in counts.items()) if total > 1 else next(iter(counts))
 
 
-def plan_table(plan: SparsityPlan, grid: TokenGrid | None = None, *, styled: bool = False) -> str:
+def plan_table(
+    plan: SparsityPlan, grid: TokenGrid | None = None, figures: HeadFigures | None = None, *, styled: bool = False
+) -> str:
     """:func:`describe` for readers; ``styled``: with colours and as wide as the terminal."""
-    data = describe(plan, grid)
+    data = describe(plan, grid, figures)
     a, s = data["architecture"], plan.schedule
     head = [
         ["model", "any" if a is None else f"{a['model_class']}, {a['layers']} layers, {a['heads']} heads of "
@@ -194,6 +173,8 @@ def plan_table(plan: SparsityPlan, grid: TokenGrid | None = None, *, styled: boo
     ]  # fmt: skip
     if data["call_density"] is not None:
         head.append(["call density", f"{data['call_density']:.3f} (mean of sparse calls, tails counted)"])
+    if figures is not None:
+        head.append(["error", "of the heads' outputs (squared, 1 for a head left out), predicted: mean (worst head)"])
     rows: list[list[str]] = []
     for row in data["layers"]:
         total = sum(row["families"].values())
@@ -205,13 +186,16 @@ def plan_table(plan: SparsityPlan, grid: TokenGrid | None = None, *, styled: boo
                 _counts(row["tails"], total),
                 _counts(row["orders"], total),
                 "-" if row["density"] is None else f"{row['density']:.3f}",
+                *([] if figures is None else [f"{row['error']:.3f} ({row['worst_error']:.3f})"]),
             ]
         )
     header = ["phase", "layer", "families (heads)", "tails", "orders", "density"]
+    header += [] if figures is None else ["error"]
+    right = [0, *range(5, len(header))]
     if styled:
-        table = styled_table(rows, header, right=[0, 5], styles=["dim", "bold", "cyan", "", "dim", "green"])
+        table = styled_table(rows, header, right, styles=["dim", "bold", "cyan", "", "dim", "green", "yellow"])
     else:
-        table = text_table([[printable(cell) for cell in row] for row in rows], header=header, right=[0, 5])
+        table = text_table([[printable(cell) for cell in row] for row in rows], header=header, right=right)
     return f"{text_table([[printable(cell) for cell in row] for row in head])}\n\n{table}"
 
 
@@ -220,17 +204,6 @@ def phase_names(plan: SparsityPlan) -> list[str]:
     s = plan.schedule
     bounds = [s.sparse_below, *s.phase_bounds, s.dense_below]
     return [f"{i}: {high:g} to {low:g}" for i, (high, low) in enumerate(zip(bounds, bounds[1:], strict=False))]
-
-
-def fitting_attention(plan: SparsityPlan, grid: TokenGrid, folder: str | Path | None) -> PooledAttention | None:
-    """The measured attention beside a plan, or None: what is of another grid or other layers says nothing here."""
-    found = PooledAttention.beside(folder)
-    if found is None or found.grid.shape != grid.shape or found.block_size != plan.block_size:
-        return None
-    shape, heads = found.pooled.shape, plan.index.shape[2]
-    square = len(shape) == 5 and shape[:3] == plan.index.shape and shape[3] == shape[4] > 0
-    ordered = all(len(found.orders.get(layer, ())) == heads for layer in plan.layers)
-    return found if square and ordered else None
 
 
 def draw(

@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from tests.docs.pages import ROOT, documents, name
 from tests.house.imports import SOURCES, source_files
 
 DOCS = ROOT / "docs"
+SEE = DOCS / "see.md"
 sys.path.insert(0, str(DOCS / "scripts"))
 
 import pictures  # noqa: E402
@@ -85,7 +87,13 @@ def public_names() -> list[tuple[str, str]]:
     ]
 
 
-@pytest.mark.parametrize(("package", "public"), public_names())
+def names_of_the_search() -> list[tuple[str, str]]:
+    """What the reference shows of the search, which has no public names of its own."""
+    text = (DOCS / "api" / "search.md").read_text("utf-8")
+    return re.findall(r"^::: ([\w.]+)\.(\w+)$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("package", "public"), public_names() + names_of_the_search())
 def test_public_names_are_documented(package: str, public: str) -> None:
     value = getattr(importlib.import_module(package), public)
     if not callable(value):
@@ -194,6 +202,31 @@ def test_the_share_of_tails_is_that_of_the_shipped_plan() -> None:
     chosen = [plan.entries[i].execution for i in plan.index.reshape(-1)]
     with_tail = sum(e.mode == "exact" and e.tail != "none" for e in chosen)
     assert f"{with_tail} of {len(chosen)} entries of heads have a tail" in (DOCS / "methods.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    re.findall(r"^```bash\n(diffsparse [^\n]+)\n```\n+```text\n(.*?)\n```$", SEE.read_text("utf-8"), re.M | re.S),
+)
+def test_output_on_the_page_is_what_is_printed(
+    command: str, shown: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but the line that names the machine."""
+    from diffsparse.search.cli import main
+
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as end:
+        main([*shlex.split(command)[1:], "--device", "cpu"])
+    assert not end.value.code
+    printed, wanted = (
+        [line.rstrip() for line in text.splitlines() if not line.startswith("machine ")]
+        for text in (capsys.readouterr().out, shown)
+    )
+    assert printed == wanted and len(wanted) > 15
+
+
+def test_pages_show_output() -> None:
+    assert SEE.read_text("utf-8").count("```text\n") == 2
 
 
 # -- the whole ---------------------------------------------------------------------------------------------------------

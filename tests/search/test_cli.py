@@ -399,6 +399,19 @@ def test_show_writes_the_page_and_the_table_is_plain_where_it_is_piped(
     assert data["html"] == str(page) and '"start":0' in page.read_text("utf-8")
 
 
+def test_show_tells_the_errors_that_a_search_recorded(cli: Cli, tmp_path: Path) -> None:
+    from tests.search.test_show import with_attention
+
+    plan = make_plan()
+    folder = plan.save_pretrained(tmp_path / "plan")
+    assert json.loads(cli("show", folder, "--json")[1])["layers"][0]["error"] is None
+    with_attention(folder, plan, figures=True)
+    assert "mean (worst head)" in cli("show", folder)[1]
+    rows = json.loads(cli("show", folder, "--json")[1])["layers"]
+    assert all(0 < row["error"] <= row["worst_error"] and 0 < row["kept_mass"] < 1 for row in rows)
+    assert json.loads(cli("show", folder, "--grid", "3,16,9", "--json")[1])["layers"][0]["error"] is None
+
+
 def test_explain(cli: Cli, plan_folder: Path, model_folder: Path) -> None:
     code, out, err = cli("explain", plan_folder)
     assert code == 0, err

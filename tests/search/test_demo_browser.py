@@ -173,21 +173,84 @@ def test_inspect_with_the_keyboard(open_page: Open, shoot: Callable[[Any, str], 
         assert "sparse_plan.json" in archive.namelist()
 
 
+def tab_to(page: Any, selector: str) -> None:
+    """Presses Tab, past the page's end to its beginning again, until the focus is on what the selector names."""
+    for _ in range(80):
+        page.keyboard.press("Tab")
+        if page.evaluate("wanted => document.activeElement.matches(wanted)", selector):
+            return
+    raise AssertionError(f"{selector} cannot be reached with Tab")
+
+
+def type_into(page: Any, selector: str, text: str) -> None:
+    tab_to(page, selector)
+    page.keyboard.press("ControlOrMeta+a")
+    page.keyboard.type(text)
+
+
+def test_all_of_it_with_the_keyboard(open_page: Open, shoot: Callable[[Any, str], None]) -> None:
+    """A prompt, another plan, a generation that is cancelled and one that is not, its frames, a head, a search."""
+    page = open_page()
+    type_into(page, "#prompt textarea", PROMPTS[1])
+    tab_to(page, "#plan input[value=conservative]")
+    page.keyboard.press("Space")
+    assert page.get_by_label("conservative").is_checked()
+    type_into(page, "#steps input", "60")
+    tab_to(page, "#generate")
+    page.keyboard.press("Enter")
+    status(page, "step 2 of 60")
+    tab_to(page, "#cancel")
+    page.keyboard.press("Enter")
+    status(page, "cancelled")
+    type_into(page, "#steps input", "2")
+    tab_to(page, "#generate")
+    page.keyboard.press("Space")
+    status(page, "done")
+    page.wait_for_selector("#one img")
+    first = page.locator("#one img").get_attribute("src")
+    tab_to(page, "#frame input[type=range]")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function("src => document.querySelector('#one img').getAttribute('src') !== src", arg=first)
+    shoot(page, "11_keyboard")
+    tab_to(page, "[role=tab]:nth-of-type(2)")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#heads button[data-layer='0'][data-head='1'][aria-pressed='false']")
+    tab_to(page, "#heads button[data-layer='0'][data-head='1']")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#heads button[data-layer='0'][data-head='1'][aria-pressed='true']")
+    tab_to(page, "[role=tab]:nth-of-type(3)")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#search:visible")
+    type_into(page, "#prompts textarea", "")
+    page.keyboard.press("Delete")
+    tab_to(page, "#search")
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.querySelector('#search_status').innerText.includes('there is no prompt')")
+
+
 def test_search_and_look_at_what_was_found(open_page: Open, shoot: Callable[[Any, str], None]) -> None:
     page = open_page()
     page.get_by_role("tab", name="Search").click()
     page.get_by_label("Prompts, one a line").fill("\n".join(PROMPTS))
     page.get_by_label("Steps to search for").fill("3")
     page.click("#search")
+    page.wait_for_function("document.querySelector('#stages').innerText.includes('trace: ')")
+    shoot(page, "9_searching")
+    page.click("#cancel_search")
+    page.wait_for_function("document.querySelector('#search_status').innerText.includes('goes on from here')")
+    page.click("#search")
     page.wait_for_function("document.querySelector('#search_status').innerText.includes('done: the plan')")
-    assert "trace: 2 of 2" in page.inner_text("#stages")
+    stages = page.inner_text("#stages")
+    assert "going on with the search" in stages and "probe" not in stages and "validate: 3 of 3" in stages
     shoot(page, "9_searched")
     page.get_by_role("tab", name="Inspect").click()
     page.get_by_label("Plan", exact=True).last.click()
     page.get_by_role("option", name="searched on this page").click()
     page.wait_for_selector("#heads :text('the plan searched here')")
     page.wait_for_selector("#measured img")
-    assert re.search(r"kept mass\s+\d\.\d+ of the attention", page.inner_text("#facts"))
+    facts = page.inner_text("#facts")
+    assert re.search(r"kept mass\s+\d\.\d+ of the attention", facts)
+    assert re.search(r"error of the head\s+[\d.e-]+ of its output \(squared\), as the search predicts", facts)
     shoot(page, "10_searched_inspect")
 
 
@@ -198,6 +261,11 @@ def test_two_users_at_once(open_page: Open, shoot: Callable[[Any, str], None]) -
     ask(two, 2, PROMPTS[1])
     status(two, "waiting")
     assert "of 60" not in two.inner_text("#status")
+    two.click("#cancel")  # before its turn has come
+    status(two, "cancelled")
+    assert "of 60" in one.inner_text("#status")
+    ask(two, 2, PROMPTS[1])
+    status(two, "waiting")
     one.click("#cancel")
     status(one, "cancelled")
     status(two, "done")
@@ -207,11 +275,21 @@ def test_two_users_at_once(open_page: Open, shoot: Callable[[Any, str], None]) -
 
 def test_a_narrow_window(open_page: Open, shoot: Callable[[Any, str], None]) -> None:
     page = open_page(width=375, height=800)
+    page.get_by_label("window", exact=True).check()
+    page.get_by_label("Density of a sparse call (about)").first.wait_for()
     ask(page, 2)
     status(page, "done")
+    page.wait_for_selector("#sheet img", state="attached")
+    for picture in ("#one", "#sheet"):  # loaded once they come into view
+        page.locator(picture).scroll_into_view_if_needed()
+        page.wait_for_function("name => document.querySelector(name + ' img').naturalWidth > 0", arg=picture)
     assert page.evaluate("document.documentElement.scrollWidth") <= 380
     shoot(page, "7_narrow_generate")
     page.get_by_role("tab", name="Inspect").click()
     page.wait_for_selector("#mask img")
     assert page.evaluate("document.documentElement.scrollWidth") <= 380
     shoot(page, "8_narrow_inspect")
+    page.get_by_role("tab", name="Search").click()
+    page.wait_for_selector("#search:visible")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 380
+    shoot(page, "12_narrow_search")

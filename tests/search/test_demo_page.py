@@ -9,6 +9,8 @@ import stat
 import subprocess
 import sys
 import threading
+import urllib.error
+import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -41,6 +43,7 @@ from diffsparse.search.demo.studio import (
 from diffsparse.search.demo.upload import MAX_FILES, PLAN_FILES, read_uploaded_plan, unpack_plan, write_plan_zip
 from diffsparse.search.errors import BadInput
 from diffsparse.search.generate import GenerationSettings, generate_clip
+from diffsparse.search.measured import ATTENTION_NAME, HeadFigures, plan_digest
 from tests.house.process import ROOT
 from tests.search.conftest import make_plan
 from tests.search.tiny import PROMPTS, SHAPE
@@ -137,6 +140,16 @@ def encrypted() -> bytes:
     return bytes(data)
 
 
+def odd_attention() -> bytes:
+    """Measured attention without a number among its errors."""
+    from safetensors.numpy import save
+
+    shape = make_plan().index.shape
+    arrays = {"pooled": np.ones((*shape, 9, 9)), "error": np.full(shape, np.nan), "kept_mass": np.ones(shape)}
+    about = {"grid": "3,12,12", "block_size": "64", "orders": "{}", "plan": plan_digest(make_plan())}
+    return bytes(save(arrays, metadata=about))
+
+
 BAD_ZIPS: list[tuple[str, Callable[[Path], Path], str]] = [
     ("no_zip", lambda p: _bytes(p, b"hello"), "not a zip file"),
     ("empty", lambda p: _bytes(p, b""), "not a zip file"),
@@ -166,6 +179,8 @@ BAD_ZIPS: list[tuple[str, Callable[[Path], Path], str]] = [
         lambda p: zipped(p, {"sparse_plan.json": b'{"a": [{"grid": [99999, 99999, 99999]}]}'}),
         "at most 200,000",
     ),
+    ("torn_attention", lambda p: zipped(p, {**plan_files(), ATTENTION_NAME: b"torn"}), "^attention.+cannot be read"),
+    ("odd_attention", lambda p: zipped(p, {**plan_files(), ATTENTION_NAME: odd_attention()}), "cannot be read"),
     ("grid_kind", lambda p: zipped(p, {"sparse_plan.json": b'{"grid": ["x"]}'}), "no model has"),
 ]
 
@@ -479,7 +494,8 @@ def test_a_search_is_cancelled_goes_on_and_loads_its_plan(studio: Studio, sessio
     found = studio.view(SEARCHED_HERE, session)
     assert found is session.searched and found is second[-1].view
     assert found.attention is not None and found.pictures(0, 0, 0)[0] is not None
-    assert "predicted" in dict(found.facts(0, 0, 0))["error of the plan"]
+    facts = dict(found.facts(0, 0, 0))
+    assert "predicted" in facts["error of the plan"] and "as the search predicts" in facts["error of the head"]
     assert updates(studio, session, request(plan=SEARCHED_HERE))[-1].kind == "done"
 
 
@@ -542,6 +558,28 @@ def test_one_head(view: PlanView) -> None:
     assert facts["cost of the head"] == "not recorded" and facts["error of the plan"] == "not recorded"
     assert float(dict(view.facts(0, 0, 1))["kept mass"].split()[0]) == 1  # a dense head
     assert float(dict(view.facts(1, 1, 1))["kept mass"].split()[0]) == 0  # one that is left out
+
+
+def test_the_error_of_a_head_is_shown_where_the_search_recorded_it(view: PlanView, tmp_path: Path) -> None:
+    assert dict(view.facts(0, 1, 1))["error of the head"] == "not recorded"
+    assert view.attention is not None
+    shape = view.plan.index.shape
+    error, kept = np.arange(8).reshape(shape) / 8, np.full(shape, 0.125)
+    attention = view.attention
+    attention.figures = HeadFigures(error, kept, plan_digest(view.plan))
+    attention.save(tmp_path / "plan")
+    found = PlanView.of(view.plan, "a plan", tmp_path / "plan")
+    facts = dict(found.facts(0, 1, 1))
+    assert facts["error of the head"] == "0.38 of its output (squared), as the search predicts"
+    assert facts["kept mass"] == "0.125 of the attention"
+    assert "not recorded" not in {dict(found.facts(*at))["error of the head"] for at in np.ndindex(shape)}
+    into = tmp_path / "into"
+    into.mkdir()
+    again = PlanView.of(read_uploaded_plan(found.write_zip(tmp_path), into), "from its zip", into)
+    assert again.facts(0, 1, 1) == found.facts(0, 1, 1)
+    other = replace(view.plan, index=view.plan.index[:, ::-1].copy())
+    shown = PlanView.of(other, "another", tmp_path / "plan")
+    assert shown.attention is not None and dict(shown.facts(0, 1, 1))["error of the head"] == "not recorded"
 
 
 def test_recorded_cost_and_error_are_shown(view: PlanView) -> None:
@@ -668,7 +706,7 @@ def test_a_port_that_is_taken_or_none(studio: Studio) -> None:
 
 # Run in a process of its own: every connection but to this machine is refused, and counted.
 OFFLINE = """
-import ipaddress, json, socket, sys, threading, time, urllib.request
+import dataclasses, ipaddress, json, socket, sys, threading, time, urllib.request
 refused = []
 connect, resolve = socket.socket.connect, socket.getaddrinfo
 
@@ -691,16 +729,29 @@ def resolve_local(host, *args, **kwargs):
     return resolve(host, *args, **kwargs)
 
 socket.socket.connect, socket.getaddrinfo = only_local, resolve_local
-start = time.perf_counter()
+from pathlib import Path
+from diffsparse.search.demo.generate import Request, generate
 from diffsparse.search.demo.launch import serve
+from diffsparse.search.demo.search_plan import search_plan
+from diffsparse.search.demo.sessions import Session
+from diffsparse.search.demo.studio import Studio
 
 stop, told = threading.Event(), []
+
+def use():
+    studio, session = Studio.open(sys.argv[1]), Session(Path(sys.argv[2]))
+    size = dict(height=48, width=48, num_frames=9)
+    studio.defaults = lambda: dataclasses.replace(Studio.defaults(studio), **size)
+    asked = Request("a red circle", steps=2, plan="conservative", **size)
+    made = list(generate(studio, session, session.begin(), asked))
+    found = list(search_plan(studio, session, session.begin(), "a red circle", 0.9, 2))
+    looked = session.searched is not None and session.searched.overview(0)
+    return [made[-1].kind, found[-1].kind, bool(looked)]
 
 def say(text):
     told.append(text)
     if "http" not in text:
         return
-    seconds = time.perf_counter() - start
     address = text.split()[4]
     page = urllib.request.urlopen(address, timeout=60).read().decode()
     config = json.load(urllib.request.urlopen(address + "config", timeout=60))
@@ -709,8 +760,9 @@ def say(text):
         outside = "read"
     except urllib.error.HTTPError as error:
         outside = error.code
+    used = use()
     time.sleep(1)
-    print(json.dumps({"seconds": seconds, "page": len(page), "labels": [c["props"].get("label") for c in
+    print(json.dumps({"used": used, "page": len(page), "labels": [c["props"].get("label") for c in
           config["components"]], "analytics": config.get("analytics_enabled"), "address": address,
           "refused": refused, "outside": outside}))
     stop.set()
@@ -720,12 +772,13 @@ serve(sys.argv[1], say=say, until=stop)
 
 
 @needs_gradio
-def test_the_page_is_served_without_a_network(model_folder: Path) -> None:
+def test_the_demo_works_without_a_network(model_folder: Path, tmp_path: Path) -> None:
+    """The page is served, a pair is generated, a plan is searched and looked into."""
     import os
 
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "HF_HUB_OFFLINE"))}
     done = subprocess.run(
-        [sys.executable, "-c", OFFLINE, str(model_folder)],
+        [sys.executable, "-c", OFFLINE, str(model_folder), str(tmp_path)],
         cwd=ROOT,
         env={**kept, "PYTHONPATH": os.pathsep.join([str(ROOT), kept.get("PYTHONPATH", "")])},
         capture_output=True,
@@ -734,8 +787,69 @@ def test_the_page_is_served_without_a_network(model_folder: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.strip().splitlines()[-1])
-    assert found["refused"] == []
+    assert found["refused"] == [] and found["used"] == ["done", "done", True]
     assert found["address"].startswith("http://127.0.0.1:")
     assert found["analytics"] is False
     assert {"Prompt", "Plan", "Seed", "Steps", "dense", "sparse", "Phase", "Layer", "Head"} <= set(found["labels"])
     assert found["page"] > 1000 and found["outside"] in (403, 404)
+
+
+@needs_gradio
+@pytest.mark.parametrize("path", ["/etc/passwd", "../../../../../etc/passwd", str(ROOT / "pyproject.toml")])
+def test_a_file_that_was_not_uploaded_is_not_read(studio: Studio, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a page would never send: the upload's answer with a path of its own choosing."""
+    taken: list[Any] = []
+    monkeypatch.setattr(Studio, "take_upload", lambda self, file, session: taken.append(file))
+    with serving(studio) as address:
+        config = json.load(urllib.request.urlopen(address + "config", timeout=60))
+        kinds = {component["id"]: component["type"] for component in config["components"]}
+        (upload,) = [d for d in config["dependencies"] if [kinds[i] for i in d["inputs"]] == ["file"]]
+        file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+        body = {"data": [file], "fn_index": upload["id"], "session_hash": "somebody"}
+        asked = urllib.request.Request(
+            address + "gradio_api/queue/join", json.dumps(body).encode(), {"content-type": "application/json"}
+        )
+        urllib.request.urlopen(asked, timeout=60)
+        answers = urllib.request.urlopen(address + "gradio_api/queue/data?session_hash=somebody", timeout=60)
+        last = next(line for line in answers if b"process_completed" in line).decode()
+        assert json.loads(last.removeprefix("data: "))["success"] is False
+        assert not taken and "root:" not in last and str(ROOT) not in last and "Traceback" not in last
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(address + "gradio_api/file=" + path, timeout=60)
+        assert refused.value.code in (403, 404)
+
+
+@needs_gradio
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [["-m", "diffsparse.search", "demo"], [str(ROOT / "examples" / "gradio_demo.py")]])
+def test_it_starts_within_15_seconds(command: list[str]) -> None:
+    """On the bundled model, from the first line of Python to a page that answers; ended by Ctrl-C."""
+    import os
+    import signal
+    import time
+
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
+    seconds = []
+    for _ in range(2):  # the first one may have to read the libraries from a cold disk
+        start = time.perf_counter()
+        running = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env={**kept, "PYTHONPATH": str(ROOT)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert running.stderr is not None
+            line = next((line for line in running.stderr if line.startswith("the demo is at http://127.0.0.1:")), "")
+            assert line, f"the demo ended with {running.wait(60)}"
+            with urllib.request.urlopen(line.split()[4], timeout=60) as page:
+                assert b"gradio" in page.read()
+            seconds.append(time.perf_counter() - start)
+            running.send_signal(signal.SIGINT)
+            rest = running.communicate(timeout=60)[1]
+            assert running.returncode == 130 and rest.strip().endswith("interrupted: the demo has ended")
+        finally:
+            running.kill()
+            running.wait()
+    assert min(seconds) < 15, seconds

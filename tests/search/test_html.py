@@ -26,7 +26,7 @@ from diffsparse.presets import preset
 from diffsparse.schedule import Schedule
 from diffsparse.search.errors import BadInput
 from diffsparse.search.html import inspector, write_html
-from diffsparse.search.show import PooledAttention, fitting_attention
+from diffsparse.search.measured import PooledAttention, figures_beside, fitting_attention
 from tests.search.conftest import make_plan
 from tests.search.test_show import with_attention
 
@@ -121,6 +121,26 @@ def test_measured_attention_and_the_mass_that_is_kept(tmp_path: Path) -> None:
                 assert kept[at] == pytest.approx(float((share * pooled).sum() / pooled.sum()), abs=0.04)
     # Masks are drawn in the order that attention was measured in.
     assert set(data["orders"]) == {"tile(1,8,8)"}
+
+
+def test_errors_of_the_heads(tmp_path: Path) -> None:
+    """What the search recorded goes into the page, for this plan on this grid and no other."""
+    plan = make_plan()
+    folder = plan.save_pretrained(tmp_path)
+    with_attention(folder, plan)
+    old = Page(inspector(plan, GRID, fitting_attention(plan, GRID, folder))).data
+    assert old["error"] is None and old["attention"] is not None
+    with_attention(folder, plan, figures=True)
+    attention = fitting_attention(plan, GRID, folder)
+    assert attention is not None and attention.figures is not None
+    data = Page(inspector(plan, GRID, attention)).data
+    error = array(data["error"], "<f4").reshape(plan.index.shape)
+    assert np.array_equal(error, attention.figures.error)
+    kept = array(data["attention"]["kept"], "<u2").reshape(plan.index.shape) / 10000
+    assert np.allclose(kept, attention.figures.kept_mass, atol=1e-4)
+    assert data["attention"]["kept"] != old["attention"]["kept"]
+    edited = replace(plan, index=plan.index[:, :, ::-1].copy())
+    assert Page(inspector(edited, GRID, fitting_attention(edited, GRID, folder))).data["error"] is None
 
 
 def test_a_map_without_a_single_number_is_drawn_blank(tmp_path: Path) -> None:
@@ -292,9 +312,18 @@ def test_in_a_browser(tmp_path: Path) -> None:
     plan = make_plan()
     folder = plan.save_pretrained(tmp_path / "plan")
     with_attention(folder, plan)
+    old = rendered(write_html(plan, GRID, tmp_path / "old.html", folder=folder))
+    assert "<dt>error</dt><dd>not recorded" in old
+    with_attention(folder, plan, figures=True)
     text = rendered(write_html(plan, GRID, tmp_path / "page.html", folder=folder, phase=1))
     assert text.count('class="cell"') == 4 and "blocks.0.attn1, head 0" in text
     assert text.count('<input type="radio"') == 2 + 3 and "kept mass" in text
+    figures = figures_beside(plan, folder)
+    assert figures is not None
+    shown = re.search(r"<dt>error</dt><dd>([\d.e-]+)<small>of its output, squared, predicted", text)
+    assert shown is not None and float(shown[1]) == pytest.approx(float(figures.error[1, 0, 0]), rel=0.06)
+    labels = re.findall(r'class="cell".*?aria-label="[^"]*, error ([\d.e-]+)"', text)
+    assert [float(label) for label in labels] == pytest.approx(figures.error[1].reshape(-1).tolist(), rel=0.06)
     assert re.search(r"<span>window \(\d\)</span></li>", text)
 
 

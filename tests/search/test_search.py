@@ -14,15 +14,17 @@ import torch
 from diffsparse.kernels import sparse_attention
 from diffsparse.layout import build_layout
 from diffsparse.order import TileOrder
+from diffsparse.pattern import Empty
 from diffsparse.pipelines import architecture_of, tap_attention
 from diffsparse.plan import SparsityPlan
 from diffsparse.search.compose import strides, target_levels
 from diffsparse.search.errors import BadInput
 from diffsparse.search.generate import GenerationSettings
+from diffsparse.search.measured import PooledAttention, figures_beside
 from diffsparse.search.observe import final_latents, record, replaying, step_effect
 from diffsparse.search.options import HeadScores, is_stable
+from diffsparse.search.score import projection_roots
 from diffsparse.search.search import SearchConfig, run_search
-from diffsparse.search.show import PooledAttention
 from diffsparse.search.store import SearchStore, StoreMismatch
 from tests.search.tiny import PROMPTS, SHAPE
 
@@ -70,6 +72,62 @@ def test_its_pictures_are_probabilities(found: Path) -> None:
     assert attention is not None
     assert attention.pooled.shape[1:3] == (2, 2)
     assert np.allclose(attention.pooled.sum(-1), 1, atol=2e-2)
+
+
+def test_every_head_has_an_error_and_a_kept_mass_beside_the_plan(pipe: Any, found: Path) -> None:
+    plan, figures = SparsityPlan.from_pretrained(found), None
+    figures = figures_beside(plan, found)
+    assert figures is not None and figures.error.shape == figures.kept_mass.shape == plan.index.shape
+    for at in np.ndindex(plan.index.shape):
+        entry, error, kept = plan.entries[plan.index[at]], figures.error[at], figures.kept_mass[at]
+        if entry.is_dense or entry.execution.mode == "skip":
+            assert (error, kept) == ((0, 1) if entry.is_dense else (1, 0))
+        else:
+            assert 0 <= error < 1 and (0 < kept < 1 or isinstance(entry.pattern, Empty))
+    # Another plan from the same measurements has figures of its own.
+    other = search(pipe, found, density=0.8)
+    again = figures_beside(other, found)
+    assert again is not None and again.plan != figures.plan and again.error.mean() < figures.error.mean()
+    assert figures_beside(plan, found) is None
+    search(pipe, found)
+    back = figures_beside(plan, found)
+    assert back is not None and np.array_equal(back.error, figures.error)
+
+
+def test_they_are_what_the_kernel_makes(pipe: Any, tmp_path: Path) -> None:
+    """With every query sampled, against the model's own calls at the traced steps; through the output projection."""
+    plan = search(pipe, tmp_path, samples=64, validation_prompts=0)
+    figures = figures_beside(plan, tmp_path)
+    assert figures is not None
+    shape = plan.index.shape
+    off, whole, kept, calls = np.zeros(shape), np.zeros(shape), np.zeros(shape), np.zeros(shape)
+
+    def measure(call: Any) -> None:
+        phase, j = plan.schedule.phase(call.noise_level), plan.layers.index(call.layer)
+        if phase is None:
+            return
+        layout = plan.layout(phase, call.layer, 2, call.grid)
+        assert layout is not None
+        dense = call.dense()
+        sparse = sparse_attention(call.q, call.k, call.v, layout, scale=call.scale, backend="reference")
+        weight = pipe.transformer.get_submodule(call.layer).to_out[0].weight
+        roots = projection_roots(weight, 2, 32, call.q.device)
+        for total, values in ((off, sparse - dense), (whole, dense)):
+            total[phase, j] += torch.einsum("bshd,hde->bshe", values, roots).square().sum((0, 1, 3)).numpy()
+        weights = torch.einsum("bqhd,bkhd->bhqk", call.q, call.k).mul(call.scale or 32**-0.5).softmax(-1)
+        for head in range(2):
+            kept[phase, j, head] += float((weights[0, head] * layout.token_mask(head)).sum(-1).mean())
+        calls[phase, j] += 1
+
+    for p, prompt in enumerate(PROMPTS):
+        with torch.no_grad(), tap_attention(pipe, measure):
+            final_latents(pipe, prompt, p, SETTINGS)
+    traced = calls > 0  # a phase may hold none of the traced steps
+    made, said = off[traced] / whole[traced], figures.error[traced]
+    assert len(made) > 8
+    assert (said < 3 * made).all() and (made < 3 * said).all()
+    assert np.corrcoef(np.log(made), np.log(said))[0, 1] > 0.9
+    assert np.abs(kept[traced] / calls[traced] - figures.kept_mass[traced]).max() < 0.02
 
 
 def test_a_finished_search_read_back_gives_the_same_plan(pipe: Any, found: Path, tmp_path: Path) -> None:

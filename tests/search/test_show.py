@@ -18,10 +18,17 @@ from diffsparse.pattern import Empty, Full, Sink, Window
 from diffsparse.plan import SparsityPlan
 from diffsparse.presets import preset
 from diffsparse.search.errors import BadInput
+from diffsparse.search.measured import HeadFigures, PooledAttention, figures_beside, plan_digest
 from diffsparse.search.report import can_write_videos, write_video
-from diffsparse.search.sheet import colour_ramp, contact_sheet, kept_share, plan_sheet, side_by_side_frames
+from diffsparse.search.sheet import (
+    colour_ramp,
+    contact_sheet,
+    frame_sheet,
+    kept_share,
+    plan_sheet,
+    side_by_side_frames,
+)
 from diffsparse.search.show import (
-    PooledAttention,
     describe,
     draw,
     family,
@@ -63,6 +70,26 @@ def test_table() -> None:
     assert "--grid T,H,W gives densities" in plan_table(preset("window"))
 
 
+def test_errors_of_the_heads_are_a_column_where_they_are_recorded(tmp_path: Path) -> None:
+    plan = make_plan()
+    folder = plan.save_pretrained(tmp_path)
+    with_attention(folder, plan)
+    assert figures_beside(plan, folder) is None and figures_beside(plan, None) is None
+    assert describe(plan, GRID)["layers"][0]["error"] is None and "worst head" not in plan_table(plan, GRID)
+    with_attention(folder, plan, figures=True)
+    figures = figures_beside(plan, folder, GRID)
+    assert figures is not None and figures_beside(plan, folder, TokenGrid(3, 16, 9)) is None
+    rows = describe(plan, GRID, figures)["layers"]
+    for row, error, kept in zip(rows, figures.error.reshape(4, 2), figures.kept_mass.reshape(4, 2), strict=True):
+        assert row["error"] == pytest.approx(error.mean()) and row["worst_error"] == pytest.approx(error.max())
+        assert row["kept_mass"] == pytest.approx(kept.mean())
+    text = plan_table(plan, GRID, figures)
+    assert text.splitlines()[-1].endswith(f"{rows[-1]['error']:.3f} ({rows[-1]['worst_error']:.3f})")
+    assert "mean (worst head)" in text and f"({rows[0]['worst_error']:.3f})" in plan_table(
+        plan, GRID, figures, styled=True
+    )
+
+
 def test_a_dense_layer_counts_as_dense() -> None:
     plan = preset("window", dense_layers=("blocks.0.attn1",))
     assert describe(plan, GRID)["layers"][0]["families"] == {"window": 1}
@@ -89,6 +116,15 @@ def test_the_grid_is_read_from_the_record(text: str, grid: TokenGrid | None) -> 
     assert grid_of(plan) == grid
     if grid is not None:
         assert str(grid) == text
+
+
+def test_text_tokens_are_known_beside_measured_attention_too(tmp_path: Path) -> None:
+    plan = make_plan()
+    folder = plan.save_pretrained(tmp_path)
+    with_attention(folder, plan)
+    for recorded, wanted in (("3x12x12+20", "3x12x12+20"), ("3x8x16+20", "3x12x12"), ("?", "3x12x12")):
+        plan.record["calibration"] = {"grid": recorded}
+        assert str(grid_of(plan, folder)) == wanted
 
 
 def test_a_record_that_is_not_as_we_write_it() -> None:
@@ -137,13 +173,12 @@ def test_the_colours_grow_lighter_evenly() -> None:
     assert np.isfinite(colour_ramp(np.array([np.nan, -1, 2]))).all()
 
 
-def with_attention(folder: Path, plan: SparsityPlan, grid: str = "3,12,12") -> None:
-    from safetensors.numpy import save_file
-
-    pooled = np.random.default_rng(0).random((*plan.index.shape, 12, 12)).astype(np.float16)
-    orders = {layer: ["tile(1,8,8)"] * plan.index.shape[2] for layer in plan.layers}
-    metadata = {"grid": grid, "block_size": "64", "phases": "2", "orders": json.dumps(orders)}
-    save_file({"pooled": pooled}, folder / "attention.safetensors", metadata=metadata)
+def with_attention(folder: Path, plan: SparsityPlan, grid: str = "3,12,12", *, figures: bool = False) -> None:
+    rng = np.random.default_rng(0)
+    pooled = rng.random((*plan.index.shape, 12, 12))
+    orders: dict[str, list[TokenOrder]] = {layer: [TileOrder(1, 8, 8)] * plan.index.shape[2] for layer in plan.layers}
+    of_heads = HeadFigures(rng.random(plan.index.shape), rng.random(plan.index.shape), plan_digest(plan))
+    PooledAttention(pooled, orders, TokenGrid.parse(grid), 64, of_heads if figures else None).save(folder)
 
 
 def test_the_sheet_over_measured_attention(tmp_path: Path) -> None:
@@ -192,6 +227,19 @@ def test_contact_sheet() -> None:
     assert picture.width > 4 * 72 and picture.height > 6 * 48
     with pytest.raises(ValueError, match="at least one clip"):
         contact_sheet([])
+
+
+def test_one_frame_large() -> None:
+    dense, sparse = torch.zeros(3, 16, 24), torch.zeros(3, 16, 24)
+    sparse[:, :8] = 0.1
+    picture = frame_sheet(dense, sparse, caption="frame 1 of 2", height=48)
+    assert picture.width > picture.height and picture.width >= 3 * 72
+    pixels = np.asarray(picture)
+    # The panel on the right is bright where the two differ, above, and dark below.
+    x = picture.width - 8 - 36
+    assert pixels[58 + 12, x].sum() > pixels[58 + 36, x].sum() + 100
+    same = np.asarray(frame_sheet(dense, dense, caption="x", height=48))
+    assert (same[58 + 12, x] == same[58 + 36, x]).all()
 
 
 def test_video_frames_suit_encoders() -> None:

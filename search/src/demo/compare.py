@@ -12,7 +12,7 @@ from diffsparse.search.demo.live import Made
 from diffsparse.search.evaluate import ClipReport, clip_report
 from diffsparse.search.generate import GenerationSettings
 from diffsparse.search.report import can_write_videos, write_video
-from diffsparse.search.sheet import contact_sheet
+from diffsparse.search.sheet import contact_sheet, frame_sheet
 
 __all__ = ["Comparison", "compare"]
 
@@ -49,8 +49,7 @@ class Comparison:
         """One frame of both clips and the heat map of its difference, large."""
         index = min(max(index, 0), self.num_frames - 1)
         caption = f"frame {index + 1} of {self.num_frames}:  PSNR {self.frame_psnr[index]:.1f} dB"
-        dense, sparse = (made.clip.frames[index : index + 1] for made in (self.dense, self.sparse))
-        return contact_sheet([(caption, dense, sparse)], frames=1, height=288, gain=GAIN, title="Frame by frame")
+        return frame_sheet(self.dense.clip.frames[index], self.sparse.clip.frames[index], caption=caption, gain=GAIN)
 
 
 def _rows(report: ClipReport, frames: list[float], sparse: Made) -> list[tuple[str, str]]:

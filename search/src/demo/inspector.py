@@ -20,8 +20,9 @@ from diffsparse.plan import SparsityPlan
 from diffsparse.search.cost import CostModel
 from diffsparse.search.demo.upload import MAX_TOKENS, write_plan_zip
 from diffsparse.search.errors import BadInput
+from diffsparse.search.measured import ATTENTION_NAME, HeadFigures, PooledAttention
 from diffsparse.search.sheet import head_cell, kept_share
-from diffsparse.search.show import ATTENTION_NAME, PooledAttention, family, grid_of, tail_of
+from diffsparse.search.show import family, grid_of, tail_of
 
 __all__ = ["Head", "PlanView", "check_blocks"]
 
@@ -106,6 +107,11 @@ class PlanView:
     @property
     def heads(self) -> int:
         return int(self.plan.index.shape[2])
+
+    @cached_property
+    def figures(self) -> HeadFigures | None:
+        """What the search recorded of this plan's heads."""
+        return None if self.attention is None else self.attention.figures_of(self.plan)
 
     @cached_property
     def steps(self) -> int:
@@ -211,10 +217,12 @@ class PlanView:
             rows.append(("kept mass", "not known: no measured attention lies beside this plan"))
         else:
             pooled = self.attention.pooled[phase, layer, head]
-            rows.append(
-                ("kept mass", f"{float((pooled * share).sum() / max(pooled.sum(), 1e-30)):.3f} of the attention")
-            )
+            kept = float((pooled * share).sum() / max(pooled.sum(), 1e-30))
+            if self.figures is not None:
+                kept = float(self.figures.kept_mass[phase, layer, head])
+            rows.append(("kept mass", f"{kept:.3f} of the attention"))
             rows.append(("pictures' axes", f"queries down, keys across, in the order {order}"))
+        rows.append(("error of the head", self._head_error(phase, layer, head)))
         rows.append(("cost of the head", self._cost(entry)))
         rows.append(("error of the plan", self._error()))
         return rows
@@ -236,8 +244,13 @@ class PlanView:
             return f"recorded in a form that cannot be read ({type(error).__name__})"
         return f"{relative:.2f} of a dense head, by the times measured on {model.device}"
 
+    def _head_error(self, phase: int, layer: int, head: int) -> str:
+        if self.figures is None:
+            return "not recorded"
+        return f"{self.figures.error[phase, layer, head]:.2g} of its output (squared), as the search predicts"
+
     def _error(self) -> str:
-        """Heads' own errors are not part of a plan; that of the whole is, as predicted and as validated."""
+        """Of the whole plan, as it was predicted and as it was validated."""
         record = self.plan.record
         search, quality = record.get("search"), record.get("quality")
         parts = []

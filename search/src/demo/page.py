@@ -53,6 +53,7 @@ CSS = """
 .ds-figures th { text-align: left; font-weight: normal; padding: .3rem .6rem .3rem 0; width: 45%; }
 .ds-figures td { padding: .3rem 0; font-variant-numeric: tabular-nums; }
 .ds-blocks img { image-rendering: pixelated; }
+input[role=combobox] { text-overflow: ellipsis; padding-right: 1.8rem !important; }
 """
 
 #: The buttons of the grid of heads are plain HTML; a click on one, or Enter, names its layer and head.
@@ -118,6 +119,18 @@ class _Page:
             raise BadInput("this page has no session; load it again")
         return self.sessions.of(request.session_hash)
 
+    def cancel(self, request: gr.Request, what: str) -> Any:
+        """Stops what the session has under way, after the ``what`` at hand; gives the status line's new text."""
+        session = self.session(request)
+        job = session.job
+        if not session.cancel() or job is None:
+            return _status("stopped", "nothing is running")
+        if not job.started:
+            return _status("stopped", "cancelled")
+        # Not in the status line: this answer may come after the last word of what it stops.
+        gr.Info(f"Stopping after the {what} at hand.", duration=3)
+        return gr.skip()
+
     # -- generate --------------------------------------------------------------------------------------------------
 
     def generate_tab(self) -> None:
@@ -140,7 +153,9 @@ class _Page:
                 uploaded = gr.HTML()
                 with gr.Row():
                     seed = gr.Number(0, label="Seed", precision=0, min_width=90, elem_id="seed")
-                    steps = gr.Number(known.num_inference_steps, label="Steps", precision=0, min_width=90)
+                    steps = gr.Number(
+                        known.num_inference_steps, label="Steps", precision=0, min_width=90, elem_id="steps"
+                    )
                 with gr.Accordion("Size and guidance", open=False):
                     with gr.Row():
                         guidance = gr.Number(known.guidance_scale, label="Guidance", min_width=90)
@@ -150,6 +165,10 @@ class _Page:
                             known.num_frames, label="Frames", precision=0, min_width=90, visible=studio.is_video
                         )
         status = gr.HTML(IDLE, elem_id="status")
+        gr.Markdown(
+            "The dense clip is made first, then the sparse one with the same seed: at once they would slow each other "
+            "down, and the speed-up would be wrong. Until a clip is done its first frame is shown as it takes shape."
+        )
         with gr.Row():
             dense = gr.Image(
                 label="dense", interactive=False, buttons=BUTTONS, height=320, elem_id="dense", min_width=240
@@ -170,7 +189,7 @@ class _Page:
         )
         with gr.Column(visible=False) as details:
             frame = gr.Slider(1, 2, 1, step=1, label="Frame", elem_id="frame")
-            one = gr.Image(label="Frame by frame", show_label=False, interactive=False, buttons=BUTTONS)
+            one = gr.Image(label="Frame by frame", show_label=False, interactive=False, buttons=BUTTONS, elem_id="one")
             sheet = gr.Image(label="All frames", show_label=False, interactive=False, buttons=BUTTONS, elem_id="sheet")
 
         def shown(update: Update) -> dict[Any, Any]:
@@ -207,15 +226,12 @@ class _Page:
             if session.job is None:
                 yield {status: _status("stopped", "cancelled")}
                 return
+            session.job.started = True
             for update in generate(self.studio, session, session.job, Request(*values)):
                 yield shown(update)
 
         def stop(request: gr.Request) -> Any:
-            if self.session(request).cancel():
-                # Not in the status line: this answer may come after the last word of what it stops.
-                gr.Info("Stopping after the step at hand.", duration=3)
-                return gr.skip()
-            return _status("stopped", "nothing is running")
+            return self.cancel(request, "step")
 
         def choose(name: str) -> tuple[Any, Any]:
             return gr.update(visible=name in (WINDOW, RADIAL)), gr.update(visible=name == UPLOADED)
@@ -261,7 +277,9 @@ class _Page:
             "guidance that the tab Generate starts with. A search that was cancelled goes on where it was while this "
             "page is open; for a long one, `diffsparse search` keeps its record in a folder of yours."
         )
-        prompts = gr.Textbox("\n".join(self.studio.calibration), label="Prompts, one a line", lines=6)
+        prompts = gr.Textbox(
+            "\n".join(self.studio.calibration), label="Prompts, one a line", lines=6, elem_id="prompts"
+        )
         with gr.Row():
             budget = gr.Slider(0.05, 1, 0.4, step=0.01, label="Budget (share of the dense attention time)")
             steps = gr.Number(known.num_inference_steps, label="Steps to search for", precision=0)
@@ -280,17 +298,14 @@ class _Page:
             if session.job is None:
                 yield _status("stopped", "cancelled"), ""
                 return
+            session.job.started = True
             for update in search_plan(self.studio, session, session.job, *values):
                 fraction = update.fraction if update.kind == "busy" else None
                 items = "".join(f"<li>{html.escape(line)}</li>" for line in update.lines)
                 yield _status(update.kind, update.message, fraction), f"<ol>{items}</ol>"
 
         def stop(request: gr.Request) -> Any:
-            if self.session(request).cancel():
-                # Not in the status line: this answer may come after the last word of what it stops.
-                gr.Info("Stopping after the model call at hand.", duration=3)
-                return gr.skip()
-            return _status("stopped", "nothing is running")
+            return self.cancel(request, "model call")
 
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         run.click(begin, None, [status, stages], queue=False, **quiet).then(
@@ -305,7 +320,7 @@ class _Page:
         with gr.Row():
             plan = gr.Dropdown(_choices(studio), value=studio.plans[0], label="Plan", min_width=200)
             phase = gr.Dropdown([], label="Phase", min_width=160, elem_id="phase")
-            layer = gr.Dropdown([], label="Layer", min_width=160, elem_id="layer")
+            layer = gr.Dropdown([], label="Layer", min_width=220, elem_id="layer")
             head = gr.Dropdown([], label="Head", min_width=100, elem_id="head")
             download = gr.DownloadButton("Download the plan", elem_id="download")
         step = gr.Slider(1, 20, 1, step=1, label="Step", elem_id="step")

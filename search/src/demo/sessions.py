@@ -18,9 +18,13 @@ __all__ = ["Job", "Session", "Sessions"]
 
 @dataclass(eq=False)
 class Job:
-    """A generation or search that was asked for. It may still wait for its turn when it is cancelled."""
+    """A generation or search that was asked for. It may still wait for its turn when it is cancelled.
+
+    ``started``: its turn has come.
+    """
 
     cancelled: threading.Event = field(default_factory=threading.Event)
+    started: bool = False
 
 
 @dataclass(eq=False)

@@ -233,7 +233,10 @@ class Studio:
         folder = session.new_folder()
         plan = read_uploaded_plan(file, folder)
         load.check_plan_fits(plan, self.pipe)
-        session.uploaded = PlanView.of(plan, "the uploaded plan", folder, self.grid(self.defaults()))
+        try:
+            session.uploaded = PlanView.of(plan, "the uploaded plan", folder, self.grid(self.defaults()))
+        except BadInput as error:  # it may name a file by its path here
+            raise BadInput(str(error).replace(f"{folder}/", "")) from error
         return session.uploaded
 
     def view(self, choice: Any, session: Session) -> PlanView:

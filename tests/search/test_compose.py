@@ -1,0 +1,114 @@
+"""From scores to plans, with scores made up: what is recorded of a head is what its option was taken for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from diffsparse.entry import TAILS
+from diffsparse.grid import TokenGrid
+from diffsparse.order import TileOrder, TokenOrder
+from diffsparse.plan import Architecture
+from diffsparse.search.compose import Candidate, Composer
+from diffsparse.search.cost import CostModel
+from diffsparse.search.options import FamilyTable, HeadScores, head_entry, head_options
+from diffsparse.search.score import LADDER
+from diffsparse.search.search import SearchConfig
+
+GRID, TILE = TokenGrid(2, 16, 16), TileOrder(1, 8, 8)
+LAYERS = ("blocks.0.attn1", "blocks.1.attn1")
+TRACED = (1.0, 0.7, 0.4, 0.1)
+
+
+class Scheduler:
+    """Whose noise levels nobody can ask for: they come from the trace."""
+
+    def set_timesteps(self, steps: int) -> None:
+        raise ValueError("needs a size")
+
+
+class Scores:
+    """A search's measurements. Head 1 of the first layer puts out nothing at all."""
+
+    def __init__(self, config: SearchConfig) -> None:
+        self.config = config
+        self.architecture = Architecture("WanTransformer3DModel", LAYERS, 2, 32, (1, 1, 1))
+        self.layers = LAYERS
+        self.tables: dict[TokenOrder, FamilyTable] = {}
+
+    def head(self, layer: str, head: int, step: int) -> HeadScores:
+        """Of one traced step: block scores that fall off with distance, and some noise."""
+        j = LAYERS.index(layer)
+        silent = (j, head) == (0, 1)
+        rng = np.random.default_rng([j, head, step])
+        n = len(self.table(GRID, TILE).weight)
+        near = np.exp(-abs(np.arange(n)[:, None] - np.arange(n)) / (1 + 2 * j + head))
+        error = np.stack([near * rng.random((n, n)) / (1 + t) for t in range(len(TAILS))])[None] * (not silent)
+        sums = error[0].sum((1, 2))[:, None] * (1 - np.array(LADDER))
+        return HeadScores(error, float(3 * error.sum()), sums, 1.5 * sums)
+
+    def scores(self, layer: str, head: int, weights: Mapping[int, float]) -> HeadScores:
+        parts = [(w, self.head(layer, head, step)) for step, w in weights.items()]
+
+        def total(name: str) -> Any:
+            return sum(w * getattr(part, name) for w, part in parts)
+
+        return HeadScores(total("error"), float(total("energy")), total("summed"), total("true"))
+
+    def table(self, grid: TokenGrid, order: TokenOrder) -> FamilyTable:
+        if order not in self.tables:
+            self.tables[order] = FamilyTable(grid, order, 64)
+        return self.tables[order]
+
+
+def found(count: int = 1, **changes: Any) -> tuple[Scores, list[Candidate]]:
+    search = Scores(SearchConfig(**{"budget": None, "density": 0.5, "steps": 6, "validation_prompts": 0} | changes))
+    costs = CostModel("cpu", 1.0, (0.02, 0.1, 0.3, 0.6), {tail: (0.1, 0.2, 0.4, 0.7) for tail in TAILS})
+    orders = {(layer, head): TILE for layer in LAYERS for head in range(2)}
+    effects, growth = np.full((len(TRACED), 2), 1.0), np.array([4.0, 2.0, 1.0, 1.0])
+    return search, Composer(search, Scheduler(), GRID, orders, costs, effects, growth, TRACED).candidates(count)
+
+
+@pytest.mark.parametrize("changes", [{}, {"density": None, "budget": 0.4}, {"density": 0.25, "dense_steps": 1}])
+def test_a_heads_error_is_that_of_the_option_that_was_chosen(changes: dict[str, Any]) -> None:
+    search, candidates = found(3, **changes)
+    kinds = set()
+    for candidate in candidates:
+        plan, error = candidate.plan, candidate.error
+        assert error.shape == plan.index.shape and np.isfinite(error).all()
+        assert (error >= 0).all() and (error <= 1).all()
+        table = search.table(GRID, TILE)
+        levels = np.interp(np.arange(6) / 6, np.arange(5) / 4, [*TRACED, 0.0])
+        growth = np.sqrt(np.interp(-levels, -np.array(TRACED), [4.0, 2.0, 1.0, 1.0]))
+        push = -np.diff(levels, append=0.0) * growth
+        for phase, j, head in np.ndindex(plan.index.shape):
+            entry = plan.entries[plan.index[phase, j, head]]
+            weights: dict[int, float] = {}
+            for level, p in zip(levels, push, strict=True):
+                if plan.schedule.phase(level) == phase:
+                    step = int(abs(level - np.array(TRACED)).argmin())
+                    weights[step] = weights.get(step, 0.0) + p
+            scores = search.scores(LAYERS[j], head, weights)
+            same = [o for o in head_options(scores, table, bitmaps=True) if head_entry(o, scores, table) == entry]
+            kinds |= {option.kind for option in same}
+            wanted = 0.0 if scores.energy == 0 else min(option.error for option in same) / scores.energy
+            assert error[phase, j, head] == pytest.approx(wanted, rel=1e-6, abs=1e-12)
+    assert len(kinds) > 1, "the budget leaves too little choice to tell anything"
+
+
+def test_heads_that_compute_all_or_nothing() -> None:
+    (dense,) = found(density=1.0)[1]
+    assert not dense.error.any()
+    seen = set()
+    for density in (0.3, 0.5, 0.7):
+        (candidate,) = found(density=density)[1]
+        for at in np.ndindex(candidate.plan.index.shape):
+            entry = candidate.plan.entries[candidate.plan.index[at]]
+            silent = at[1:] == (0, 1)
+            if entry.is_dense or entry.execution.mode == "skip":
+                seen.add((entry.is_dense, silent))
+                assert candidate.error[at] == (0.0 if entry.is_dense or silent else 1.0)
+    assert (False, True) in seen  # the head without an output is left out, and loses nothing by it
