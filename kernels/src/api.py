@@ -69,7 +69,9 @@ def sparse_attention(
         scale: factor of the logits; ``head_dim ** -0.5`` where None.
         kv_len: valid tokens of each item, int32 ``[batch]``, or a bool key mask ``[batch, seq]``. Only text may be
             masked out. On a GPU its values are taken on trust, since reading them would stall the device.
-        numerics: ``"auto"``, the precision of q, k and v.
+        numerics: ``"auto"``, the precision of q, k and v; ``"int8"`` or ``"fp8"``: products of queries and keys in
+            that, those with values in fp8, keys and values smoothed first. Only with ``backend="gluon_sm90"``, head_dim
+            64 or 128 and a layout without tails.
         backend: ``"auto"``, or one of ``BACKENDS``, which then runs or raises.
         return_lse: return the log-sum-exp too.
 
@@ -83,7 +85,8 @@ def sparse_attention(
         ValueError: on any argument that does not fit, with the value received and what is allowed.
         NotImplementedError: in backward.
     """
-    if (reason := input_error(q, k, v, layout, scale=scale, kv_len=kv_len, numerics=numerics)) is not None:
+    reason = input_error(q, k, v, layout, scale=scale, kv_len=kv_len, numerics=numerics, backend=backend)
+    if reason is not None:
         raise ValueError(reason)
     out, lse = sparse_attention_op(
         q,
@@ -105,5 +108,6 @@ def sparse_attention(
         layout.needs_gather,
         return_lse,
         backend,
+        numerics,
     )
     return (out, lse) if return_lse else out

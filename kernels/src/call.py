@@ -24,6 +24,7 @@ class AttentionCall:
     key_mask: bool ``[B, S]``, False where a (text) key takes no part; or None.
     scale: factor of the logits ``q . k``.
     text_before, num_visual: tokens; the visual ones are positions ``text_before : text_before + num_visual``.
+    numerics: of all heads, one of ``entry.NUMERICS``.
     """
 
     q: torch.Tensor
@@ -44,6 +45,7 @@ class AttentionCall:
     has_tail: bool
     needs_gather: bool
     return_lse: bool
+    numerics: str = "auto"
 
     @property
     def num_blocks(self) -> int:
@@ -73,6 +75,7 @@ def make_call(
     scale: float | None = None,
     kv_len: torch.Tensor | None = None,
     return_lse: bool = False,
+    numerics: str = "auto",
 ) -> AttentionCall:
     """Put a layout and its tensors together; ``scale`` defaults to ``head_dim ** -0.5``."""
     return AttentionCall(
@@ -94,4 +97,5 @@ def make_call(
         has_tail=layout.has_tail,
         needs_gather=layout.needs_gather,
         return_lse=return_lse,
+        numerics=numerics,
     )

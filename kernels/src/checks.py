@@ -14,6 +14,7 @@ from functools import lru_cache
 
 import torch
 
+from diffsparse.entry import NUMERICS
 from diffsparse.kernels.call import BACKENDS
 from diffsparse.layout import BlockLayout
 
@@ -34,6 +35,7 @@ def input_error(
     scale: float | None = None,
     kv_len: torch.Tensor | None = None,
     numerics: str = "auto",
+    backend: str = "auto",
 ) -> str | None:
     """What is wrong with the arguments, whichever backend runs them. Reads shapes and types, never values."""
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -67,9 +69,18 @@ def input_error(
                 f"kv_len must be int32 [batch] or bool [batch, seq], here [{batch}] or [{batch}, {seq}]; "
                 f"got {kv_len.dtype} {list(kv_len.shape)}"
             )
-    for wanted in (numerics, *layout.numerics):
+    for wanted in layout.numerics:
         if wanted != "auto":
-            return f"numerics {wanted!r} is not available in this version; allowed: 'auto'"
+            return f"numerics {wanted!r} of a plan's heads is not available in this version; allowed: 'auto'"
+    if numerics not in NUMERICS:
+        return f"numerics must be one of {', '.join(map(repr, NUMERICS))}, got {numerics!r}"
+    if numerics != "auto":
+        if backend != "gluon_sm90":
+            return f"numerics {numerics!r} needs backend='gluon_sm90', got {backend!r}"
+        if layout.has_tail:
+            return f"numerics {numerics!r} is for layouts without tails"
+        if q.shape[3] not in (64, 128):
+            return f"numerics {numerics!r} takes head_dim 64 or 128, got {q.shape[3]}"
     return None
 
 
@@ -217,7 +228,7 @@ def check(
 
     With ``raise_error`` the reason is raised as a ValueError instead of being returned.
     """
-    reason = input_error(q, k, v, layout, scale=scale, kv_len=kv_len, numerics=numerics)
+    reason = input_error(q, k, v, layout, scale=scale, kv_len=kv_len, numerics=numerics, backend=backend)
     if reason is None:
         reason = kv_len_error(kv_len, layout.seq_len, layout.grid.text_before, layout.grid.num_visual)
     if reason is None and backend != "auto":

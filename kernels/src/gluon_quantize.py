@@ -144,30 +144,30 @@ def smoothing(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     return k_mean, v_mean, v_scale.contiguous()
 
 
-def empty_quantized(call: AttentionCall, numerics: str) -> Quantized:
+def empty_quantized(call: AttentionCall) -> Quantized:
     """Room for a call's inputs in 8 bits; means and the values' scale are not worked out."""
     batch, _, heads, dim = call.q.shape
     n, block, device = call.num_blocks, call.block_size, call.q.device
-    kind = torch.float8_e4m3fn if numerics == "fp8" else torch.int8
+    kind = torch.float8_e4m3fn if call.numerics == "fp8" else torch.int8
     q8, k8 = (torch.empty((batch, heads, n * block, dim), dtype=kind, device=device) for _ in range(2))
     v8 = torch.empty((batch, heads, n * dim, block), dtype=torch.float8_e4m3fn, device=device)
     q_scale, k_scale = (torch.empty((batch, heads, n), dtype=torch.float32, device=device) for _ in range(2))
-    others = [torch.empty((batch, heads, dim), dtype=torch.float32, device=device) for _ in range(3)]
-    views = [x.transpose(1, 2) for x in (q8, k8, v8)]
-    return Quantized(*views, q_scale, k_scale, *others)
+    v_scale, k_mean, v_mean = (torch.empty((batch, heads, dim), dtype=torch.float32, device=device) for _ in range(3))
+    q8, k8, v8 = (x.transpose(1, 2) for x in (q8, k8, v8))
+    return Quantized(q8, k8, v8, q_scale, k_scale, v_scale, k_mean, v_mean)
 
 
-def quantize(call: AttentionCall, numerics: str) -> Quantized:
+def quantize(call: AttentionCall) -> Quantized:
     """All heads' q, k and v in 8 bits, in their heads' orders, in one pass after the means."""
     q, k, v = call.q, call.k, call.v
     batch, seq, heads, dim = q.shape
     k_mean, v_mean, v_scale = smoothing(k, v)
-    out = replace(empty_quantized(call, numerics), k_mean=k_mean, v_mean=v_mean, v_scale=v_scale)
+    out = replace(empty_quantized(call), k_mean=k_mean, v_mean=v_mean, v_scale=v_scale)
     _quantize_kernel[(call.num_blocks, heads, batch)](
         q, k, v, out.q, out.k, out.v, out.q_scale, out.k_scale, v_scale, k_mean, v_mean,
         call.gather, call.block_start, call.head_order, seq, call.num_blocks,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        HEADS=heads, D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK=call.block_size, FP8=numerics == "fp8",
+        HEADS=heads, D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK=call.block_size, FP8=call.numerics == "fp8",
         num_warps=4 if call.block_size * dim <= 8192 else 8,
     )  # fmt: skip
     return out

@@ -323,7 +323,8 @@ def _consumer(
                         # softmax after the wait for the second product.
                         k_stage, k_phase = _next(k_stage, k_phase, STAGES)
                         mbarrier.wait(k_full.index(k_stage), k_phase, pred=e + 1 < listed)
-                        acc, p = warpgroup_mma_wait(0, deps=(acc, next_p))
+                        acc = warpgroup_mma_wait(0, deps=(acc,))
+                        p = next_p
                         mbarrier.arrive(v_empty.index(v_stage), count=1)
                         acc = acc * gl.convert_layout(keep, gl.SliceLayout(1, O))[:, None]
                         v_stage, v_phase = _next(v_stage, v_phase, STAGES)
@@ -511,12 +512,8 @@ def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     return launch(call, choose_config(call.block_size, call.q.shape[3]))
 
 
-def launch(call: AttentionCall, config: Config, warmup: bool = False, numerics: str = "auto") -> Any:
-    """Run with a given configuration. With ``warmup`` only compile, and return the compiled kernel.
-
-    ``numerics``: ``int8`` or ``fp8`` (products of queries and keys; those with values are in fp8 then), for head_dim 64
-    or 128 and layouts without tails; or ``auto``, the inputs' precision.
-    """
+def launch(call: AttentionCall, config: Config, warmup: bool = False) -> Any:
+    """Run with a given configuration. With ``warmup`` only compile, and return the compiled kernel."""
     q, k, v = call.q, call.k, call.v
     batch, seq, heads, dim = q.shape
     n, block = call.num_blocks, call.block_size
@@ -525,11 +522,11 @@ def launch(call: AttentionCall, config: Config, warmup: bool = False, numerics: 
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, seq, heads) if call.return_lse else (0,), dtype=torch.float32, device=q.device)
     text_after = seq - call.text_before - call.num_visual
-    eight = numerics != "auto"
+    eight = call.numerics != "auto"
     # Where a call has no heads in other orders, no tails, no mask, no scales, something stands in that is never read.
     scales = [call.gather] * 4
     if eight:
-        small = empty_quantized(call, numerics) if warmup else quantize(call, numerics)
+        small = empty_quantized(call) if warmup else quantize(call)
         boxes = [_boxes(small.q, 64, dim), _boxes(small.k, block, dim), _boxes(small.v, dim, block)]
         scales = [small.q_scale, small.k_scale, small.v_scale, small.v_mean]
     else:
@@ -570,7 +567,7 @@ def launch(call: AttentionCall, config: Config, warmup: bool = False, numerics: 
         GATHER=call.needs_gather,
         RETURN_LSE=call.return_lse,
         TAKE_TURNS=config.take_turns and consumers == 2,
-        NUMERICS=NUMERICS.index(numerics),
+        NUMERICS=NUMERICS.index(call.numerics),
         CONSUMER_REGS=consumer,
         PRODUCER_REGS=producer,
         num_warps=4,

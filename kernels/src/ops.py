@@ -25,7 +25,8 @@ _MODULES = {
 _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor gather, Tensor scatter, Tensor block_start, Tensor head_order, "
     "Tensor row_ptr, Tensor col_idx, Tensor head_mode, Tensor? kv_len, float scale, int block_size, int text_before, "
-    "int num_visual, bool has_tail, bool needs_gather, bool return_lse, str backend) -> (Tensor, Tensor)"
+    "int num_visual, bool has_tail, bool needs_gather, bool return_lse, str backend, str numerics) -> "
+    "(Tensor, Tensor)"
 )
 
 
@@ -50,6 +51,7 @@ def sparse_attention_op(
     needs_gather: bool,
     return_lse: bool,
     backend: str,
+    numerics: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run one call; the log-sum-exp is an empty tensor unless asked for. Arguments as in ``AttentionCall``."""
     seq = q.shape[1]
@@ -75,6 +77,7 @@ def sparse_attention_op(
         has_tail=has_tail,
         needs_gather=needs_gather,
         return_lse=return_lse,
+        numerics=numerics,
     )
     out, lse = import_module(_MODULES[name]).run(call)
     return out, lse if return_lse else q.new_empty(0, dtype=torch.float32)
@@ -82,7 +85,7 @@ def sparse_attention_op(
 
 @sparse_attention_op.register_fake
 def _(q: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return_lse = args[-2]
+    return_lse = args[-3]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     return out, torch.empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32, device=q.device)
 

@@ -67,17 +67,18 @@ def compile_gluon(slow: bool) -> None:
     from diffsparse.kernels import gluon_sm90
 
     grid = TokenGrid(2, 16, 16, text_after=70)
-    cases = [(128, 128, torch.bfloat16, "none", False)]
+    cases = [(128, 128, torch.bfloat16, "none", False, "auto")]
     if slow:
-        cases += [(d, b, torch.bfloat16, "moments", True) for d in (64, 96, 128) for b in (64, 128)]
-        cases += [(64, 128, torch.float16, "none", False), (128, 64, torch.float16, "centroids", True)]
-    for dim, block, dtype, tail, moved in cases:
+        cases += [(d, b, torch.bfloat16, "moments", True, "auto") for d in (64, 96, 128) for b in (64, 128)]
+        cases += [(64, 128, torch.float16, "none", False, "auto"), (128, 64, torch.float16, "centroids", True, "auto")]
+        cases += [(d, 128, torch.bfloat16, "none", True, numerics) for d in (64, 128) for numerics in ("int8", "fp8")]
+    for dim, block, dtype, tail, moved, numerics in cases:
         entries = [head(tail=tail), head(TileOrder(1, 8, 8) if moved else None)]
         layout = random_layout(grid, entries, block, 0.5)
-        call = make_call(*inputs(grid, 2, dim, dtype=dtype), layout, return_lse=True)
+        call = make_call(*inputs(grid, 2, dim, dtype=dtype), layout, return_lse=True, numerics=numerics)
         kernel = gluon_sm90.launch(call, gluon_sm90.choose_config(block, dim), warmup=True)
         found = {
-            "case": f"{dim}-{block}-{str(dtype)[6:]}-{tail}",
+            "case": f"{dim}-{block}-{str(dtype)[6:]}-{tail}-{numerics}",
             "triton": triton.__version__,
             "shared": kernel.metadata.shared,
             "wgmma": kernel.asm["ptx"].count("wgmma.mma_async"),

@@ -50,8 +50,11 @@ REFUSED = {
     "kv_len too long": (lambda a: dict(kv_len=odd_lengths(155)), "goes up to 155"),
     "kv_len masks video": (lambda a: dict(kv_len=odd_lengths(100)), "only text"),
     "mask masks video": (lambda a: dict(kv_len=torch.zeros(1, 154, dtype=torch.bool)), "only text"),
-    "numerics": (lambda a: dict(numerics="fp8"), "'fp8' is not available in this version"),
-    "a head's numerics": (lambda a: dict(layout=int8_layout()), "'int8' is not available in this version"),
+    "numerics": (lambda a: dict(numerics="fp8"), "numerics 'fp8' needs backend='gluon_sm90', got 'auto'"),
+    "a head's numerics": (
+        lambda a: dict(layout=int8_layout()),
+        "'int8' of a plan's heads is not available in this version",
+    ),
     "backend": (
         lambda a: dict(backend="cudnn"),
         "unknown backend 'cudnn'; allowed: auto, gluon_sm90, triton, cpu, reference",
@@ -112,7 +115,7 @@ def test_opcheck(return_lse: bool, masked: bool) -> None:
     kv_len = odd_lengths(150) if masked else None
     arguments = (a["q"], a["k"], a["v"], layout.gather, layout.scatter, layout.block_start, layout.head_order)
     arguments += (layout.row_ptr, layout.col_idx, layout.head_mode, kv_len, 0.1, 64, 0, 144)
-    arguments += (layout.has_tail, layout.needs_gather, return_lse, "auto")  # type: ignore[assignment]
+    arguments += (layout.has_tail, layout.needs_gather, return_lse, "auto", "auto")  # type: ignore[assignment]
     torch.library.opcheck(sparse_attention_op, arguments)
 
 

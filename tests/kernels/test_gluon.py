@@ -27,6 +27,10 @@ def test_emulated_more(repo_root: Path) -> None:
     assert run(repo_root, "tests.kernels.emulate", "--slow", TRITON_INTERPRET="1").count("ok") == 8
 
 
+def test_emulated_in_eight_bits(repo_root: Path) -> None:
+    assert run(repo_root, "tests.kernels.emulate", "--eight", TRITON_INTERPRET="1").count("ok") == 7
+
+
 @pytest.mark.slow
 def test_emulation_notices_faults(repo_root: Path) -> None:
     assert run(repo_root, "tests.kernels.emulate", "--faults", TRITON_INTERPRET="1").count("noticed") == 4
@@ -48,7 +52,7 @@ def test_compiles(repo_root: Path) -> None:
 
 @pytest.mark.slow
 def test_compiles_in_every_form(repo_root: Path) -> None:
-    assert len(compiled(repo_root, "--slow")) == 9
+    assert len(compiled(repo_root, "--slow")) == 13
 
 
 @pytest.mark.slow
@@ -57,7 +61,7 @@ def test_compiles_with_triton_3_6(repo_root: Path, tmp_path: Path) -> None:
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path), "triton==3.6.0"]
     subprocess.run(install, check=True, capture_output=True)
     kernels = compiled(repo_root, "--slow", PYTHONPATH=f"{tmp_path}:{repo_root}")
-    assert [kernel["triton"] for kernel in kernels] == ["3.6.0"] * 9
+    assert [kernel["triton"] for kernel in kernels] == ["3.6.0"] * 13
 
 
 def test_asked_for_where_it_cannot_run() -> None:
@@ -70,3 +74,19 @@ def test_asked_for_where_it_cannot_run() -> None:
         assert reason is not None and "gluon_sm90 needs a" in reason
     with pytest.raises(ValueError, match="runs tensors on a Hopper GPU, got cpu"):
         sparse_attention(*inputs(grid, 1, 64), layout, backend="gluon_sm90")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(numerics="int8"), "numerics 'int8' needs backend='gluon_sm90', got 'auto'"),
+        (dict(numerics="int4", backend="gluon_sm90"), "numerics must be one of 'auto', 'int8', 'fp8', got 'int4'"),
+        (dict(numerics="fp8", backend="gluon_sm90", dim=80), "numerics 'fp8' takes head_dim 64 or 128, got 80"),
+        (dict(numerics="fp8", backend="gluon_sm90", tail="mean"), "numerics 'fp8' is for layouts without tails"),
+    ],
+)
+def test_eight_bits_where_they_cannot_be(arguments: dict, message: str) -> None:
+    grid = TokenGrid(1, 8, 16)
+    layout = random_layout(grid, [head(tail=arguments.pop("tail", "none"))], 64, 0.5)
+    with pytest.raises(ValueError, match=message):
+        sparse_attention(*inputs(grid, 1, arguments.pop("dim", 64)), layout, **arguments)

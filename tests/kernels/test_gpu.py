@@ -195,3 +195,24 @@ def test_poison_in_dropped_keys_stays_out(backend: str) -> None:
     v[:, 64:128] = float("nan")
     out = sparse_attention(q, k, v, layout, backend=backend)
     assert torch.equal(out[:, :64], want[:, :64]) and torch.equal(out[:, 128:192], want[:, 128:192])
+
+
+@HOPPER
+@pytest.mark.parametrize("numerics", ["int8", "fp8"])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("block_size", [64, 128])
+def test_eight_bits(block_size: int, dim: int, numerics: str) -> None:
+    """Against exact attention within what 8 bits allow."""
+    grid = TokenGrid(3, 13, 17, text_before=5, text_after=77)
+    entries = [head(), head(TileOrder(1, 8, 8)), head(mode="skip")]
+    layout = random_layout(grid, entries, block_size, 0.5, diagonal=True).to("cuda")
+    q, k, v = inputs(grid, len(entries), dim, batch=2, dtype=torch.bfloat16, device="cuda")
+    k, v = k + 3 * torch.randn(dim, device="cuda").to(k), v + 1
+    call = dict(numerics=numerics, backend="gluon_sm90", return_lse=True)
+    out, lse = sparse_attention(q, k, v, layout, **call)
+    want, want_lse = sparse_attention(q.float(), k.float(), v.float(), layout, backend="reference", return_lse=True)
+    assert float((out - want).norm() / want.norm()) < 4e-2
+    live = ~want_lse.isneginf()
+    assert float((lse - want_lse)[live].abs().max()) < 0.5
+    again, _ = sparse_attention(q, k, v, layout, **call)
+    assert torch.equal(out, again)
