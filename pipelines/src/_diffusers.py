@@ -36,7 +36,7 @@ PRIVATE_NAMES = {
     "diffusers.models.attention_dispatch.dispatch_attention_fn": "the call by which most models leave for attention",
     "diffusers.models.attention_processor.F": "torch.nn.functional, by which the others do",
     "diffusers.models.transformers.transformer_bria_fibo2.compute_gist_count": "FIBO 2's number of gist tokens",
-    "diffusers.hooks.hooks.HookRegistry.check_if_exists_or_initialize": "what sets _diffusers_hook on a module",
+    "diffusers.hooks.hooks.HookRegistry.check_if_exists_or_initialize": "what sets _diffusers_hook, with hooks in it",
 }
 
 
@@ -103,7 +103,9 @@ def install(dispatch: Callable[..., torch.Tensor], sdpa: Callable[..., torch.Ten
 
 def replaced_forward(module: torch.nn.Module) -> bool:
     """True where a diffusers hook (a cache, an offloader) stands in for the module's own ``forward``."""
-    return getattr(module, "_diffusers_hook", None) is not None
+    # Pipelines that name a cache's context leave an empty registry behind, whether there is a cache or not.
+    registry = getattr(module, "_diffusers_hook", None)
+    return registry is not None and bool(registry.hooks)
 
 
 def gist_counts(text_lengths: list[int], **bounds: int) -> list[int]:
