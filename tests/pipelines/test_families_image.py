@@ -19,6 +19,7 @@ from diffsparse.pipelines.family import UnknownGridError, family_of
 from diffsparse.pipelines.summary import TransformerSummary
 from tests.pipelines import zoo_image as zoo
 from tests.pipelines.case import TEXT, Inputs
+from tests.pipelines.claims import shows
 from tests.pipelines.models import masked_attention, mixed_plan, run
 
 NO_KEY_MASK = "a mask that is not a key-padding mask"
@@ -156,6 +157,14 @@ def test_kontext_reference_of_another_size() -> None:
     check_all_sparse(zoo.kontext(), inputs, TokenGrid(1, 13, 16, text_before=TEXT, text_after=54))
 
 
+@shows(
+    "ControlNet",
+    "FluxTransformer2DModel",
+    "ChromaTransformer2DModel",
+    "BriaTransformer2DModel",
+    "QwenImageTransformer2DModel",
+    "SD3Transformer2DModel",
+)
 def test_controlnet_leaves_the_grid_alone() -> None:
     from diffusers import BriaTransformer2DModel
 
@@ -300,6 +309,7 @@ def test_sd3_perturbed_attention() -> None:
     assert summary.sparse_calls == 2 and summary.dense_reasons == {NO_KEY_MASK: 1}
 
 
+@shows("IP-adapter", "SD3Transformer2DModel")
 def test_sd3_ip_adapter() -> None:
     from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
 

@@ -23,6 +23,7 @@ from diffsparse.pipelines.family import family_by_class
 from diffsparse.pipelines.summary import TransformerSummary
 from tests.pipelines import zoo_video as zoo
 from tests.pipelines.case import TEXT, VIDEO_SHAPES, Inputs
+from tests.pipelines.claims import shows
 from tests.pipelines.models import masked_attention, mixed_plan, run
 from tests.pipelines.zoo_video import (
     allegro,
@@ -100,6 +101,7 @@ IMAGE_TO_VIDEO: dict[str, tuple[Callable[[], torch.nn.Module], Callable[..., Inp
 }
 
 
+@shows("ControlNet", "CosmosTransformer3DModel")
 @pytest.mark.parametrize("shape", VIDEO_SHAPES)
 @pytest.mark.parametrize("name", IMAGE_TO_VIDEO)
 def test_image_to_video(name: str, shape: tuple[int, int, int]) -> None:

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from diffsparse.pipelines import enable_sparse_attention, sparse_attention_summary
+from diffsparse.pipelines import enable_sparse_attention, hooks, sparse_attention_summary
 from diffsparse.pipelines import family as families
-from diffsparse.pipelines import hooks
 from diffsparse.pipelines.family import family_of
 from tests.pipelines.models import CASES, Case, mixed_plan, run
 

@@ -22,7 +22,6 @@ COMMON = (
 #: Feature -> classes with which diffusers itself refuses it, or which run dense then.
 _LACKING: dict[str, tuple[str, ...]] = {
     "compiled blocks": ("MochiTransformer3DModel",),
-    "bfloat16": ("Kandinsky5Transformer3DModel",),
     "LoRA": (
         "AllegroTransformer3DModel",
         "CogView3PlusTransformer2DModel",
@@ -59,8 +58,44 @@ _LACKING: dict[str, tuple[str, ...]] = {
     "attention backend": ("Kandinsky6Transformer3DModel",),
 }
 
-#: Class -> what is tested with it besides.
-_MORE: dict[str, tuple[str, ...]] = {}
+_WAN = ("WanTransformer3DModel",)
+_FLUX = ("FluxTransformer2DModel",)
+_SD3 = ("SD3Transformer2DModel",)
+
+#: Feature -> classes that it is tested with, besides.
+_MORE: dict[str, tuple[str, ...]] = {
+    "whole pipeline": (*_WAN, *_FLUX),
+    "whole model compiled": _WAN,
+    "first block cache": (
+        *_WAN,
+        *_FLUX,
+        "CogVideoXTransformer3DModel",
+        "CogView4Transformer2DModel",
+        "HunyuanImageTransformer2DModel",
+        "HunyuanVideoFramepackTransformer3DModel",
+        "HunyuanVideoTransformer3DModel",
+        "LTXVideoTransformer3DModel",
+        "MochiTransformer3DModel",
+        "MotifVideoTransformer3DModel",
+        "QwenImageTransformer2DModel",
+        "WanVACETransformer3DModel",
+    ),
+    "other caches": _WAN,
+    "model offload": _WAN,
+    "LoRA files": _WAN,
+    "PEFT wrapper": _WAN,
+    "quantised weights": _WAN,
+    "modular pipeline": _WAN,
+    "IP-adapter": (*_FLUX, *_SD3),
+    "ControlNet": (
+        *_FLUX,
+        *_SD3,
+        "BriaTransformer2DModel",
+        "ChromaTransformer2DModel",
+        "CosmosTransformer3DModel",
+        "QwenImageTransformer2DModel",
+    ),
+}
 
 
 def lacking(model_class: str) -> tuple[str, ...]:
@@ -70,7 +105,7 @@ def lacking(model_class: str) -> tuple[str, ...]:
 
 def more(model_class: str) -> tuple[str, ...]:
     """What is tested with this class beside the common features."""
-    return _MORE.get(model_class, ())
+    return tuple(feature for feature, classes in _MORE.items() if model_class in classes)
 
 
 def features_of(model_class: str) -> tuple[str, ...]:
