@@ -217,6 +217,25 @@ def test_chroma_mask_is_added_to_the_logits() -> None:
         check_dense(model, inputs, NO_KEY_MASK)
 
 
+def test_chroma_mask_is_no_key_mask_in_disguise() -> None:
+    """It lowers the weight of padding by a factor of e, so leaving those keys out would change the picture."""
+    from diffusers import ChromaPipeline
+
+    model, inputs = zoo.chroma(), zoo.packed_inputs(1, 13, 16)
+    text = torch.ones(1, TEXT)
+    text[:, 4:] = 0
+    mask = ChromaPipeline._prepare_attention_mask(None, 1, 208, torch.float32, text)  # as its pipeline makes it
+    assert mask.is_floating_point() and mask.shape == (1, TEXT + 208)
+    added = run(model, {**inputs, "attention_mask": mask})
+
+    def left_out(call: AttentionCall) -> torch.Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask.bool()[:, None, None]).transpose(1, 2)
+
+    with tap_attention(model, left_out):
+        assert (run(model, inputs) - added).abs().max() > 1e-3
+
+
 # -- Flux 2 ------------------------------------------------------------------------------------------------------------
 
 
