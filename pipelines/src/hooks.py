@@ -33,7 +33,8 @@ _MODULE_FILE = torch.nn.Module.__call__.__code__.co_filename
 
 def attach(transformer: torch.nn.Module, state: ModelState) -> None:
     """Put a state and its hooks on a transformer and its attention layers."""
-    install_patch()
+    install_patch(transformer)
+    state.installed = True
     modules = dict(transformer.named_modules())
     for layer in state.layers:
         module = modules[layer.name]
@@ -101,9 +102,11 @@ def _after_layer(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -
 # closed to it as a whole: one that is open and calls one that is closed is a graph break, which fullgraph refuses.
 @torch.compiler.disable(reason=_OPEN)
 def _before_model(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
-    install_patch()  # a module of diffusers may have been loaded since
-    CTX.layer = None
     state: ModelState = getattr(module, MODEL_STATE)
+    # A module of diffusers may have been loaded since; a model may come out of a pickle.
+    install_patch(None if state.installed else module)
+    state.installed = True
+    CTX.layer = None
     call = _read_call(module, state, args, kwargs)
     call.previous = CTX.call if CTX.call is not None and CTX.call.is_running() else None
     call.compiled = compiled_layers(module, state)

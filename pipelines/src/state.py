@@ -168,6 +168,7 @@ class ModelState:
         self.layouts = LayoutCache()
         self.lock = threading.Lock()
         self.tap = tap
+        self.installed = False  # the pass-through functions in the modules that define the model
         # A strong reference would make a deep copy of the transformer copy the whole pipeline.
         self._pipe = weakref.ref(pipe) if pipe is not None else None
         self.schedule: tuple[Any, list[float]] | None = None
@@ -177,7 +178,7 @@ class ModelState:
             self.num_train_timesteps = int(scheduler.config.get("num_train_timesteps", self.num_train_timesteps))
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("layouts", "lock", "tap", "_pipe", "schedule", "pending")
+        own = ("layouts", "lock", "tap", "installed", "_pipe", "schedule", "pending")
         return {k: v for k, v in self.__dict__.items() if k not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from diffsparse.pipelines import (
     sparse_attention_summary,
     tap_attention,
 )
+from tests.house.process import run_python
 from tests.pipelines.claims import shows
 from tests.pipelines.models import generate, masked_attention, mixed_plan, run, wan, wan_inputs, wan_pipeline
 
@@ -287,3 +289,80 @@ def test_disabled_by_a_hook_in_the_middle_of_a_forward() -> None:
     assert not torch.equal(mixed, dense) and not torch.equal(mixed, sparse)
     assert not sparse_attention_summary(model).enabled
     assert torch.equal(run(model, inputs), dense)
+
+
+# -- from outside diffusers ------------------------------------------------------------------------------------------
+
+SOMEBODYS_MODEL = """
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+class Layer(torch.nn.Module):
+    def __init__(self, direct):
+        super().__init__()
+        self.qkv, self.direct = torch.nn.Linear(32, 96), direct
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(2, (6, 16)).chunk(3, dim=2)
+        if self.direct:
+            out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+        else:
+            out = dispatch_attention_fn(q, k, v)
+        return x + out.flatten(2)
+
+class SomebodysTransformer(ModelMixin, ConfigMixin):
+    @register_to_config
+    def __init__(self, num_attention_heads=2, attention_head_dim=16):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([Layer(True), Layer(False)])
+
+    def forward(self, video, timestep):  # [B, T, H, W, C]
+        x = video.flatten(1, 3)
+        for layer in self.layers:
+            x = layer(x)
+        return (x,)
+"""
+
+
+def test_a_model_from_outside_that_calls_attention_itself(tmp_path: Path) -> None:
+    """By either way out, imported before anything was enabled; and again out of a pickle, in a fresh process."""
+    (tmp_path / "somebodys.py").write_text(SOMEBODYS_MODEL)
+    common = f"""
+import sys, torch, diffsparse
+sys.path.insert(0, {str(tmp_path)!r})
+from somebodys import SomebodysTransformer
+from diffsparse.pipelines import Family
+diffsparse.register_family(Family(
+    name="somebody's", classes=("SomebodysTransformer",), layers=("layers.*",), patch_size=lambda config: (1, 1, 1),
+    grid=lambda config, arguments: diffsparse.TokenGrid(*arguments["video"].shape[1:4]),
+))
+def check(model, inputs, dense, forwards):
+    from tests.pipelines.models import masked_attention
+    with torch.no_grad():
+        sparse = model(**inputs)[0]
+        found = diffsparse.sparse_attention_summary(model).transformers["transformer"]
+        assert (found.sparse_calls, found.dense_calls) == (2 * forwards, 0), found
+        plan = model._diffsparse_root.plan
+        diffsparse.disable_sparse_attention(model)
+        assert torch.equal(model(**inputs)[0], dense)
+        from diffsparse.pipelines import tap_attention
+        with tap_attention(model, masked_attention(plan)):
+            torch.testing.assert_close(model(**inputs)[0], sparse, rtol=1e-4, atol=1e-5)
+        assert (sparse - dense).abs().max() > 1e-3
+"""
+    first = """
+torch.manual_seed(0)
+model = SomebodysTransformer().eval()
+inputs = {"video": torch.randn(1, 3, 7, 9, 32), "timestep": torch.tensor([500.0])}
+with torch.no_grad():
+    dense = model(**inputs)[0]
+diffsparse.enable_sparse_attention(model, diffsparse.preset("window", size=(1, 3, 3), tail="none"))
+torch.save((model, inputs, dense), path)
+check(model, inputs, dense, 1)
+"""
+    path = f"path = {str(tmp_path / 'model.pt')!r}\n"
+    run_python(common + path + first)
+    run_python(common + path + "check(*torch.load(path, weights_only=False), 1)\n")
