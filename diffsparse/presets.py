@@ -24,7 +24,9 @@ def preset(
     ``window``: one neighbourhood for all heads on tiles of one frame. Options: ``size`` (default (0.5, 0.4, 0.4), per
     axis a fraction or latent units), ``stride``, ``dilation``, ``tail`` (default ``moments``).
     ``radial``: radial attention in raster order. Options: ``decay``, ``rule`` (``paper`` or ``code``), ``sink_frames``,
-    ``tail`` (default ``none``, as published).
+    ``tail`` (default ``none``, as published), ``tile`` (three numbers: tiles of that size in the place of raster order.
+    On images (1, 8, 8) is better: a block of raster order is a piece of a row, and up to 2048 x 2048 pixels all are
+    kept).
 
     Steps at a noise level above ``sparse_below`` stay dense, as do ``dense_layers``. Raises ValueError for other names
     and TypeError for options that the preset does not have.
@@ -40,8 +42,9 @@ def preset(
         tile = TileOrder(1, 8, 8) if block_size == 64 else TileOrder(2, 8, 8)
         entry = HeadEntry(tile, Window(**{k: tuple(v) for k, v in options.items()}), execution=Execution(tail=tail))
     elif name == "radial":
-        tail = options.pop("tail", "none")
-        entry = HeadEntry(RasterOrder(), Radial(**options), execution=Execution(tail=tail))
+        tail, tile = options.pop("tail", "none"), options.pop("tile", None)
+        order = RasterOrder() if tile is None else TileOrder(*tile)
+        entry = HeadEntry(order, Radial(**options), execution=Execution(tail=tail))
     else:
         raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
     return SparsityPlan.uniform(entry, schedule=schedule, block_size=block_size, record={"preset": name})

@@ -1,16 +1,17 @@
 """Everything that diffusers may rename without notice.
 
 Attention leaves diffusers' models in two forms: ``dispatch_attention_fn`` with ``[B, S, H, D]``, and
-``F.scaled_dot_product_attention`` with ``[B, H, S, D]``. Both names are replaced, in diffusers' own modules only, by
-functions that pass everything through unless a layer of an enabled model is running. The replacement stays for the life
-of the process: taking it out again would make a deep copy of an enabled model dense without a word.
+``F.scaled_dot_product_attention`` with ``[B, H, S, D]``. Both names are replaced, in diffusers' modules and in those
+that define an enabled model, by functions that pass everything through unless a layer of an enabled model is running.
+The replacement stays for the life of the process: taking it out again would make a deep copy of an enabled model dense
+without a word.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -36,7 +37,7 @@ PRIVATE_NAMES = {
     "diffusers.models.attention_dispatch.dispatch_attention_fn": "the call by which most models leave for attention",
     "diffusers.models.attention_processor.F": "torch.nn.functional, by which the others do",
     "diffusers.models.transformers.transformer_bria_fibo2.compute_gist_count": "FIBO 2's number of gist tokens",
-    "diffusers.hooks.hooks.HookRegistry.check_if_exists_or_initialize": "what sets _diffusers_hook on a module",
+    "diffusers.hooks.hooks.HookRegistry.check_if_exists_or_initialize": "what sets _diffusers_hook, with hooks in it",
 }
 
 
@@ -78,10 +79,15 @@ _seen_modules = 0
 _functional: ModuleType | None = None
 
 
-def install(dispatch: Callable[..., torch.Tensor], sdpa: Callable[..., torch.Tensor]) -> None:
-    """Put the two functions in place, in every module that is loaded by now. Cheap where nothing was loaded since."""
+def install(
+    dispatch: Callable[..., torch.Tensor], sdpa: Callable[..., torch.Tensor], also: Collection[str] = ()
+) -> None:
+    """Put the two functions in place, in every module that is loaded by now. Cheap where nothing was loaded since.
+
+    ``also``: names of modules outside diffusers that are to have them too.
+    """
     global _seen_modules, _functional
-    if len(sys.modules) == _seen_modules:
+    if len(sys.modules) == _seen_modules and not also:
         return
     if _functional is None:
         # A copy of torch.nn.functional: the original is everybody's.
@@ -90,20 +96,22 @@ def install(dispatch: Callable[..., torch.Tensor], sdpa: Callable[..., torch.Ten
         _functional.scaled_dot_product_attention = sdpa  # type: ignore[attr-defined]
     loaded = list(sys.modules.items())
     for name, module in loaded:
-        if not name.startswith(_MODELS) or not isinstance(module, ModuleType):
+        if not (name.startswith(_MODELS) or name in also) or not isinstance(module, ModuleType):
             continue
         names = vars(module)
         # In attention_dispatch too, so that model modules loaded later import the replacement.
         if names.get("dispatch_attention_fn") is original_dispatch:
             names["dispatch_attention_fn"] = dispatch
-        if name.startswith(_CALLS_SDPA) and names.get("F") is torch.nn.functional:
+        if (name.startswith(_CALLS_SDPA) or name in also) and names.get("F") is torch.nn.functional:
             names["F"] = _functional
     _seen_modules = len(loaded)
 
 
 def replaced_forward(module: torch.nn.Module) -> bool:
     """True where a diffusers hook (a cache, an offloader) stands in for the module's own ``forward``."""
-    return getattr(module, "_diffusers_hook", None) is not None
+    # Pipelines that name a cache's context leave an empty registry behind, whether there is a cache or not.
+    registry = getattr(module, "_diffusers_hook", None)
+    return registry is not None and bool(registry.hooks)
 
 
 def gist_counts(text_lengths: list[int], **bounds: int) -> list[int]:

@@ -214,8 +214,18 @@ def architecture_of(transformer: torch.nn.Module) -> Architecture:
 
 
 def unwrap(module: torch.nn.Module) -> torch.nn.Module:
-    """The model inside a ``torch.compile`` wrapper, or the module itself."""
-    return getattr(module, "_orig_mod", module)
+    """The model inside wrappers that call it as a module (``torch.compile``, PEFT, DDP), or the module itself."""
+    while _lookup(module) is None:
+        if isinstance(module, torch.nn.parallel.DistributedDataParallel):
+            inner = module.module
+        elif callable(base := getattr(module, "get_base_model", None)):
+            inner = base()
+        else:
+            inner = getattr(module, "_orig_mod", None)
+        if not isinstance(inner, torch.nn.Module) or inner is module:
+            return module
+        module = inner
+    return module
 
 
 def find_transformers(pipe: Any) -> dict[str, torch.nn.Module]:
@@ -237,6 +247,12 @@ def find_transformers(pipe: Any) -> dict[str, torch.nn.Module]:
             found[name] = module
     if not found:
         others = [_why_none(m) for name, m in modules.items() if "transformer" in name or name == "unet"]
-        what = f"its {' and its '.join(others)}" if others else "it has no transformer"
-        raise _unsupported(f"{type(pipe).__name__} cannot run sparse attention: {what}")
+        missing = [name for name, component in components.items() if "transformer" in name and component is None]
+        refusal = f"{type(pipe).__name__} cannot run sparse attention: "
+        if missing and not others:
+            raise UnsupportedModelError(
+                f"{refusal}its {' and its '.join(missing)} {'is' if len(missing) == 1 else 'are'} None; load the "
+                "pipeline with its transformer, or pass the transformer itself"
+            )
+        raise _unsupported(refusal + (f"its {' and its '.join(others)}" if others else "it has no transformer"))
     return found

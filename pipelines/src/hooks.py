@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -25,11 +26,15 @@ from diffsparse.pipelines.state import LAYER_STATE, MODEL_STATE, ModelState
 __all__ = ["KEY", "attach", "compiled_layers", "detach", "is_attached"]
 
 KEY = "diffsparse"
+# What Dynamo says where somebody compiles a function around an enabled model with fullgraph.
+_OPEN = "diffsparse reads the noise level before each forward: compile the model itself, not what calls it"
+_MODULE_FILE = torch.nn.Module.__call__.__code__.co_filename
 
 
 def attach(transformer: torch.nn.Module, state: ModelState) -> None:
     """Put a state and its hooks on a transformer and its attention layers."""
-    install_patch()
+    install_patch(transformer)
+    state.installed = True
     modules = dict(transformer.named_modules())
     for layer in state.layers:
         module = modules[layer.name]
@@ -93,17 +98,15 @@ def _after_layer(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -
     CTX.layer = None
 
 
+# Dynamo leaves the hooks of a compiled model to Python and takes up the frames that they call, so these two must be
+# closed to it as a whole: one that is open and calls one that is closed is a graph break, which fullgraph refuses.
+@torch.compiler.disable(reason=_OPEN)
 def _before_model(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
-    _begin(module, args, kwargs)
-    if not torch.compiler.is_compiling() and CTX.call is not None:
-        CTX.call.frame = sys._getframe(1)
-
-
-@torch.compiler.disable
-def _begin(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
-    install_patch()  # a module of diffusers may have been loaded since
-    CTX.layer = None
     state: ModelState = getattr(module, MODEL_STATE)
+    # A module of diffusers may have been loaded since; a model may come out of a pickle.
+    install_patch(None if state.installed else module)
+    state.installed = True
+    CTX.layer = None
     call = _read_call(module, state, args, kwargs)
     call.previous = CTX.call if CTX.call is not None and CTX.call.is_running() else None
     call.compiled = compiled_layers(module, state)
@@ -114,10 +117,19 @@ def _begin(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         if call.problem is None and device is not None:
             layout = call.layout(layer.index, device, uniform=bool(call.compiled))
         layer.layout = layout if isinstance(layout, BlockLayout) else None
+    call.frame = _caller()
     CTX.call = call
 
 
-@torch.compiler.disable
+def _caller() -> FrameType | None:
+    """The frame that runs the model's hooks and then its forward."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename != _MODULE_FILE:
+        frame = frame.f_back
+    return frame
+
+
+@torch.compiler.disable(reason=_OPEN)
 def _after_model(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     call = CTX.call
     if call is None or call.state is not getattr(module, MODEL_STATE, None):

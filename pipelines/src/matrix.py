@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from diffsparse.grid import TokenGrid
 from diffsparse.pipelines.families import FAMILIES, UNSUITABLE
 from diffsparse.pipelines.families.sizes import USUAL_SIZES
+from diffsparse.pipelines.families.tested import COMMON, features_of, lacking
 from diffsparse.pipelines.family import Family
 
 __all__ = ["ModelRow", "markdown", "model_rows"]
@@ -23,6 +24,7 @@ class ModelRow:
     layers: paths of the attention modules that run sparse.
     order: how a sequence is put together.
     stays_dense: what of its self-attention a plan does not reach, and when.
+    tested, not_tested: features of diffusers that are tested beside a plan, and common ones that this class has not.
     """
 
     model_class: str
@@ -32,6 +34,8 @@ class ModelRow:
     layers: tuple[str, ...]
     order: str
     stays_dense: str
+    tested: tuple[str, ...]
+    not_tested: tuple[str, ...]
 
     @property
     def is_video(self) -> bool:
@@ -49,22 +53,31 @@ def _row(family: Family, name: str) -> ModelRow:
     order = _ORDERS[family.text_position].format(v="video" if grid.frames > 1 else "image")
     if family.visual_only:
         order += f" ({', '.join(family.visual_only)}: no text)"
-    return ModelRow(name, family.name, size, grid, family.layers, order, family.stays_dense)
+    return ModelRow(
+        name, family.name, size, grid, family.layers, order, family.stays_dense, features_of(name), lacking(name)
+    )
+
+
+def _tested(row: ModelRow) -> str:
+    """``all but LoRA; IP-adapter``: of the common features, then what else."""
+    common = f"all but {', '.join(row.not_tested)}" if row.not_tested else "all"
+    besides = ", ".join(feature for feature in row.tested if feature not in COMMON)
+    return f"{common}; {besides}" if besides else common
 
 
 def markdown() -> str:
     """The whole page ``docs/models.md``."""
-    parts = [_HEAD]
+    parts = [_HEAD.format(common=", ".join(COMMON))]
     for title, video in (("Video", True), ("Images", False)):
         parts.append(f"## {title}\n")
-        parts.append("| transformer | self-attention layers | sequence | a usual size | visual tokens | stays dense |")
-        parts.append("|---|---|---|---|---|---|")
+        columns = ("transformer", "self-attention layers", "sequence", "a usual size", "visual tokens", "stays dense")
+        parts.append(f"| {' | '.join(columns)} | tested with |\n|{'---|' * (len(columns) + 1)}")
         for row in model_rows():
             if row.is_video == video:
                 layers = ", ".join(f"`{path}`" for path in row.layers)
                 parts.append(
                     f"| `{row.model_class}` | {layers} | {row.order} | {row.size} | {row.grid.num_visual:,} "
-                    f"({row.grid}) | {row.stays_dense or '–'} |"
+                    f"({row.grid}) | {row.stays_dense or '–'} | {_tested(row)} |"
                 )
         parts.append("")
     parts.append("## Models that cannot run sparse\n")
@@ -85,11 +98,13 @@ pattern in every head equals torch's attention under the same masks; that two si
 that disabling leaves nothing behind; and that a deep copy is independent. Text is always attended exactly. The sizes
 are usual ones of the released models. Real checkpoints of these sizes were not run in these tests.
 
-Beside it, switched on before and after it, these features of diffusers are tested on a Wan pipeline: FirstBlockCache,
-MagCache, TaylorSeer, PyramidAttentionBroadcast, FasterCache; model and group offload; layerwise casting to 8 bits;
-fused projections; LoRA (loaded, fused, switched off, unloaded); weights quantised by torchao and GGUF; modular
-pipelines; other schedulers, 50 to 4 steps; copies, pickles, saving and loading; `torch.compile` of repeated blocks and
-of the whole model.
+The last column says which features of diffusers are tested beside a plan, most of them switched on before and after
+it. *All* are: {common}.
+What is behind *but* diffusers itself refuses for that class, or (Mochi, compiled) runs dense; what comes after the
+semicolon is tested with that class besides. *Other caches* are MagCache, TaylorSeer,
+PyramidAttentionBroadcast and FasterCache, *quantised weights* torchao and GGUF. bitsandbytes is not tested: diffusers
+loads it on a GPU only. Copies, saving and loading again, schedulers with 50 to 4 steps and guidance in one batch or in
+two calls are tested too.
 
-A model that is not listed: see `register_family` in `CONTRIBUTING.md`.
+A model that is not listed: [describe it](own_model.md#a-model-that-is-not-listed).
 """

@@ -29,9 +29,19 @@ def _sdpa(*args: Any, **kwargs: Any) -> torch.Tensor:
     return torch.nn.functional.scaled_dot_product_attention(*args, **kwargs)
 
 
-def install_patch() -> None:
-    """Put the pass-through functions in place in all modules of diffusers that are loaded by now."""
-    _diffusers.install(routed_dispatch, routed_sdpa)
+# Their modules have an F of their own, or hand attention on to diffusers' models.
+_NOT_MODELS = ("torch.", "diffusers.", "transformers.", "accelerate.", "peft.", "torchao.")
+
+
+def install_patch(model: torch.nn.Module | None = None) -> None:
+    """Put the pass-through functions in place in all modules of diffusers that are loaded by now.
+
+    And in those that define the parts of ``model`` and their processors, where it is not one of diffusers'.
+    """
+    also: set[str] = set()
+    for part in model.modules() if model is not None else ():
+        also |= {type(x).__module__ for x in (part, part.__dict__.get("processor")) if x is not None}
+    _diffusers.install(routed_dispatch, routed_sdpa, {name for name in also if not name.startswith(_NOT_MODELS)})
 
 
 def routed_dispatch(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from diffsparse.pipelines._diffusers import local_folder
+from diffsparse.pipelines.families.sizes import USUAL_SIZES
 from diffsparse.pipelines.family import architecture_of
 from diffsparse.plan import JSON_NAME, PlanError, SparsityPlan
 from diffsparse.presets import PRESETS, conservative, preset
@@ -21,6 +22,8 @@ logger = logging.getLogger("diffsparse")
 
 #: Where a model's folder holds its plan.
 PLAN_FOLDER = "sparse_plan"
+#: Blocks of 64 tokens that are square: on an image a run of as many in raster order is a piece of a row.
+IMAGE_TILE = (1, 8, 8)
 
 
 def cache_folder(fingerprint: str) -> Path:
@@ -51,6 +54,8 @@ def _resolve(pipe: Any, name: str, transformer: torch.nn.Module, plan: Any) -> t
             return _auto(pipe, name, transformer)
         if plan == "conservative":
             return conservative(), "preset 'conservative'"
+        if plan == "radial" and _makes_images(transformer):
+            return preset(plan, tile=IMAGE_TILE), f"preset {plan!r} on tiles of 8 x 8, as for images"
         if plan in PRESETS:
             return preset(plan), f"preset {plan!r}"
     if isinstance(plan, (str, os.PathLike)):
@@ -59,6 +64,11 @@ def _resolve(pipe: Any, name: str, transformer: torch.nn.Module, plan: Any) -> t
         f"plan must be a SparsityPlan, a folder or Hub id, 'auto', 'conservative', {', '.join(map(repr, PRESETS))}, or "
         f"a dict of these by transformer; got {type(plan).__name__}"
     )
+
+
+def _makes_images(transformer: torch.nn.Module) -> bool:
+    usual = USUAL_SIZES.get(architecture_of(transformer).model_class)
+    return usual is not None and usual[1].frames == 1
 
 
 def _describe(plan: SparsityPlan) -> str:

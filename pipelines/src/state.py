@@ -13,7 +13,7 @@ import weakref
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from diffsparse.layout import BlockLayout, build_layout
 from diffsparse.pattern import uses_fallback
 from diffsparse.pipelines.family import Family, architecture_of, family_by_class, layers_of
 from diffsparse.pipelines.timing import Watch
+from diffsparse.pipelines.uniform import alike, mark_sizes
 from diffsparse.plan import Architecture, SparsityPlan
 
 __all__ = [
@@ -167,6 +168,7 @@ class ModelState:
         self.layouts = LayoutCache()
         self.lock = threading.Lock()
         self.tap = tap
+        self.installed = False  # the pass-through functions in the modules that define the model
         # A strong reference would make a deep copy of the transformer copy the whole pipeline.
         self._pipe = weakref.ref(pipe) if pipe is not None else None
         self.schedule: tuple[Any, list[float]] | None = None
@@ -176,7 +178,7 @@ class ModelState:
             self.num_train_timesteps = int(scheduler.config.get("num_train_timesteps", self.num_train_timesteps))
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("layouts", "lock", "tap", "_pipe", "schedule", "pending")
+        own = ("layouts", "lock", "tap", "installed", "_pipe", "schedule", "pending")
         return {k: v for k, v in self.__dict__.items() if k not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -205,7 +207,7 @@ class ModelState:
     ) -> BlockLayout | str:
         """One layer's block lists on a device, or why the layer runs dense here.
 
-        ``uniform``: ``has_tail`` and ``needs_gather`` hold for the whole plan, so that compiled layers share a graph.
+        ``uniform``: made so that compiled layers share a graph.
         """
         return self.layouts.get(
             (grid, phase, device, uniform), index, lambda: self._build(grid, phase, index, device, uniform)
@@ -231,11 +233,7 @@ class ModelState:
         if min(layout.densities) >= 1:
             return FULL
         if uniform:
-            layout = replace(
-                layout,
-                has_tail=any(e.execution.tail != "none" for e in self.plan.entries),
-                needs_gather=any(not e.order.is_raster for e in self.plan.entries),
-            )
+            return mark_sizes(alike(layout, self.plan).to(device))
         return layout.to(device)
 
     # -- counting --------------------------------------------------------------------------------------------------

@@ -83,12 +83,16 @@ def test_a_name_that_vanished_is_told_by_name(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_attribute_that_hooks_set() -> None:
-    """``replaced_forward`` looks for it."""
-    from diffusers.hooks import HookRegistry
+    """``replaced_forward`` looks for it, and for hooks in it: pipelines leave an empty one on their transformer."""
+    from diffusers.hooks import HookRegistry, ModelHook
 
     from diffsparse.pipelines import _diffusers
 
     module = torch.nn.Linear(1, 1)
     assert not _diffusers.replaced_forward(module)
-    HookRegistry.check_if_exists_or_initialize(module)
+    registry = HookRegistry.check_if_exists_or_initialize(module)
+    assert not _diffusers.replaced_forward(module)
+    registry.register_hook(ModelHook(), "any")
     assert _diffusers.replaced_forward(module)
+    registry.remove_hook("any")
+    assert not _diffusers.replaced_forward(module)

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
 
+from diffsparse.entry import Execution, HeadEntry
 from diffsparse.pipelines import (
     AttentionCall,
     architecture_of,
     disable_sparse_attention,
     enable_sparse_attention,
+    patch,
     sparse_attention,
     sparse_attention_summary,
     tap_attention,
 )
+from diffsparse.pipelines.context import CTX
+from diffsparse.pipelines.state import LayerState
 from diffsparse.plan import SparsityPlan
 from diffsparse.presets import preset
 from tests.pipelines.models import CASES, Case, dense_plan, masked_attention, mixed_plan, run
@@ -141,25 +146,54 @@ def test_deepcopy_is_independent(case: Case) -> None:
 
 
 @every_family
-def test_only_the_familys_layers_are_touched(case: Case) -> None:
-    """A plan that skips every head zeroes self-attention alone: cross-attention and text refiners go on."""
-    from diffsparse.entry import Execution, HeadEntry
-
+def test_only_the_familys_layers_are_touched(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all modules with an attention processor (cross-attention, text refiners, sound), and of all calls."""
     model = case.build()
-    seen: set[str] = set()
-    handles = [
-        m.register_forward_hook(lambda *_, name=n: seen.add(name))
-        for n, m in model.named_modules()
-        if hasattr(m, "processor") and n not in case.layers
-    ]
-    with sparse_attention(model, SparsityPlan.uniform(HeadEntry(execution=Execution("skip")))):
-        run(model, case.inputs(*case.shapes[0]))
+    inputs = case.inputs(*case.shapes[0])
+    others = {n: m for n, m in model.named_modules() if hasattr(m, "processor") and n not in case.layers}
+
+    def calls_of_others() -> dict[str, int]:
+        """How often each ran; none of them may be taken for a layer of the plan."""
+        seen: dict[str, int] = {}
+
+        def count(module: torch.nn.Module, args: object, name: str) -> None:
+            assert CTX.layer is None, f"{name} runs inside {CTX.layer.name}"
+            seen[name] = seen.get(name, 0) + 1
+
+        handles = [m.register_forward_pre_hook(partial(count, name=n)) for n, m in others.items()]
+        run(model, inputs)
+        for handle in handles:
+            handle.remove()
+        return seen
+
+    routed: list[str] = []
+
+    def route(layer: LayerState, *args: object) -> torch.Tensor:
+        routed.append(layer.name)
+        return original(layer, *args)
+
+    original = patch._route
+    monkeypatch.setattr(patch, "_route", route)
+    before = calls_of_others()
+    assert not routed
+    with sparse_attention(model, mixed_plan(model)):
+        assert calls_of_others() == before
         summary = sparse_attention_summary(model).transformers["transformer"]
-    for handle in handles:
-        handle.remove()
-    assert summary.sparse_calls == len(case.layers) * case.calls and summary.density == 0
+    assert sorted(routed) == sorted(case.layers * case.calls)
+    assert summary.sparse_calls == len(routed)
     if case is CASES["wan"]:
-        assert seen == {"blocks.0.attn2", "blocks.1.attn2"}
+        assert before == {"blocks.0.attn2": 1, "blocks.1.attn2": 1}
+
+
+def test_a_plan_that_skips_every_head_zeroes_self_attention_alone() -> None:
+    """Cross-attention gives what it gave, to queries that have no self-attention in them."""
+    model, inputs = CASES["wan"].build(), CASES["wan"].inputs(3, 7, 9)
+    with tap_attention(model, lambda call: torch.zeros_like(call.q)):
+        expected = run(model, inputs)
+    with sparse_attention(model, SparsityPlan.uniform(HeadEntry(execution=Execution("skip")))):
+        assert torch.equal(run(model, inputs), expected)
+        summary = sparse_attention_summary(model).transformers["transformer"]
+    assert summary.sparse_calls == 2 and summary.density == 0
 
 
 def test_fused_projections_and_attention_backend() -> None:

@@ -19,6 +19,7 @@ from diffsparse.pipelines.family import UnknownGridError, family_of
 from diffsparse.pipelines.summary import TransformerSummary
 from tests.pipelines import zoo_image as zoo
 from tests.pipelines.case import TEXT, Inputs
+from tests.pipelines.claims import shows
 from tests.pipelines.models import masked_attention, mixed_plan, run
 
 NO_KEY_MASK = "a mask that is not a key-padding mask"
@@ -156,6 +157,14 @@ def test_kontext_reference_of_another_size() -> None:
     check_all_sparse(zoo.kontext(), inputs, TokenGrid(1, 13, 16, text_before=TEXT, text_after=54))
 
 
+@shows(
+    "ControlNet",
+    "FluxTransformer2DModel",
+    "ChromaTransformer2DModel",
+    "BriaTransformer2DModel",
+    "QwenImageTransformer2DModel",
+    "SD3Transformer2DModel",
+)
 def test_controlnet_leaves_the_grid_alone() -> None:
     from diffusers import BriaTransformer2DModel
 
@@ -206,6 +215,25 @@ def test_chroma_mask_is_added_to_the_logits() -> None:
         inputs["attention_mask"] = form
         assert (run(model, inputs) - plain).abs().max() > 1e-5
         check_dense(model, inputs, NO_KEY_MASK)
+
+
+def test_chroma_mask_is_no_key_mask_in_disguise() -> None:
+    """It lowers the weight of padding by a factor of e, so leaving those keys out would change the picture."""
+    from diffusers import ChromaPipeline
+
+    model, inputs = zoo.chroma(), zoo.packed_inputs(1, 13, 16)
+    text = torch.ones(1, TEXT)
+    text[:, 4:] = 0
+    mask = ChromaPipeline._prepare_attention_mask(None, 1, 208, torch.float32, text)  # as its pipeline makes it
+    assert mask.is_floating_point() and mask.shape == (1, TEXT + 208)
+    added = run(model, {**inputs, "attention_mask": mask})
+
+    def left_out(call: AttentionCall) -> torch.Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask.bool()[:, None, None]).transpose(1, 2)
+
+    with tap_attention(model, left_out):
+        assert (run(model, inputs) - added).abs().max() > 1e-3
 
 
 # -- Flux 2 ------------------------------------------------------------------------------------------------------------
@@ -300,6 +328,7 @@ def test_sd3_perturbed_attention() -> None:
     assert summary.sparse_calls == 2 and summary.dense_reasons == {NO_KEY_MASK: 1}
 
 
+@shows("IP-adapter", "SD3Transformer2DModel")
 def test_sd3_ip_adapter() -> None:
     from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import diffusers
 import pytest
@@ -20,7 +21,9 @@ from diffsparse.pipelines import (
 from diffsparse.pipelines.families import UNSUITABLE
 from diffsparse.pipelines.family import family_by_class
 from diffsparse.pipelines.summary import TransformerSummary
+from tests.pipelines import zoo_video as zoo
 from tests.pipelines.case import TEXT, VIDEO_SHAPES, Inputs
+from tests.pipelines.claims import shows
 from tests.pipelines.models import masked_attention, mixed_plan, run
 from tests.pipelines.zoo_video import (
     allegro,
@@ -79,6 +82,34 @@ def levels(model: torch.nn.Module, inputs: Inputs) -> set[float]:
     with tap_attention(model, calls.append):
         run(model, inputs)
     return {round(call.noise_level, 6) for call in calls}
+
+
+# -- image-to-video ------------------------------------------------------------------------------------------------
+
+IMAGE_TO_VIDEO: dict[str, tuple[Callable[[], torch.nn.Module], Callable[..., Inputs]]] = {
+    "wan i2v": (partial(zoo.wan, **zoo.I2V), zoo.wan_i2v_inputs),
+    "wan first and last frame": (
+        partial(zoo.wan, **zoo.I2V, pos_embed_seq_len=6),
+        partial(zoo.wan_i2v_inputs, images=2),
+    ),
+    "wan 2.2 5b": (zoo.wan, zoo.wan_ti2v_inputs),
+    "skyreels": (partial(zoo.skyreels_v2, **zoo.I2V), zoo.wan_i2v_inputs),
+    "chronoedit": (partial(zoo.chronoedit, **zoo.I2V), zoo.wan_i2v_inputs),
+    "cosmos video2world": (partial(zoo.cosmos, in_channels=5), zoo.cosmos_video2world_inputs),
+    "cosmos 2.5 transfer": (zoo.cosmos25_transfer, zoo.cosmos25_transfer_inputs),
+    "kandinsky5": (partial(zoo.kandinsky5, visual_cond=True), zoo.kandinsky5_i2v_inputs),
+}
+
+
+@shows("ControlNet", "CosmosTransformer3DModel")
+@pytest.mark.parametrize("shape", VIDEO_SHAPES)
+@pytest.mark.parametrize("name", IMAGE_TO_VIDEO)
+def test_image_to_video(name: str, shape: tuple[int, int, int]) -> None:
+    """Given pictures come as channels, as keys of cross-attention, as clean timesteps: the sequence is the clip's."""
+    build, inputs = IMAGE_TO_VIDEO[name]
+    model, given = build(), inputs(*shape)
+    assert levels(model, given) == {0.5}
+    check_sparse(model, given, TokenGrid(*shape))
 
 
 # -- Wan's kin -----------------------------------------------------------------------------------------------------

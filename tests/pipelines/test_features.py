@@ -21,6 +21,7 @@ from diffsparse.pipelines import (
     sparse_attention_summary,
     tap_attention,
 )
+from tests.pipelines.claims import shows
 from tests.pipelines.models import (
     cogvideox,
     cogvideox_inputs,
@@ -33,6 +34,7 @@ from tests.pipelines.models import (
     wan_pipeline,
 )
 
+WAN = "WanTransformer3DModel"
 STEPS = 6
 SHAPE = (3, 7, 9)
 
@@ -141,6 +143,8 @@ FEATURES: dict[str, tuple[Callable[[Any], None], bool]] = {
 }
 
 
+@shows("other caches", WAN)
+@shows("model offload", WAN)
 @pytest.mark.parametrize("first", ["feature first", "plan first"])
 @pytest.mark.parametrize("name", FEATURES)
 def test_beside(name: str, first: str) -> None:
@@ -238,6 +242,7 @@ def test_other_schedulers(name: str) -> None:
     torch.testing.assert_close(generate(pipe, 4), expected, rtol=1e-3, atol=1e-4)
 
 
+@shows("quantised weights", WAN)
 def test_quantised_with_torchao() -> None:
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 

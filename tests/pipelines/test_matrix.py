@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib import import_module
+from pkgutil import iter_modules
 
 import pytest
 
 from diffsparse.pipelines.families import FAMILIES, UNSUITABLE
 from diffsparse.pipelines.families.sizes import USUAL_SIZES
+from diffsparse.pipelines.families.tested import _LACKING, _MORE, COMMON, features_of, more
 from diffsparse.pipelines.matrix import markdown, model_rows
 from tests.house.process import ROOT
+from tests.pipelines.claims import SHOWN
 from tests.pipelines.models import CASES
 
 CLASSES = {name for family in FAMILIES for name in family.classes}
@@ -33,6 +37,18 @@ def test_every_class_is_in_diffusers(name: str) -> None:
     from diffusers.models import transformers
 
     assert hasattr(diffusers, name) or hasattr(transformers, name)
+
+
+def test_every_feature_that_is_listed_is_shown_by_a_test_and_no_other() -> None:
+    for found in iter_modules([str(ROOT / "tests" / "pipelines")]):
+        import_module(f"tests.pipelines.{found.name}")
+    assert {(name, feature) for name in CLASSES for feature in more(name)} == SHOWN
+    assert {
+        name for feature in (*_LACKING, *_MORE) for name in (*_LACKING.get(feature, ()), *_MORE.get(feature, ()))
+    } <= CLASSES
+    assert set(_LACKING) <= set(COMMON) and not set(COMMON) & set(_MORE)
+    assert features_of("FluxTransformer2DModel")[: len(COMMON)] == COMMON
+    assert "compiled blocks" not in features_of("MochiTransformer3DModel")
 
 
 def test_the_page_is_fresh() -> None:

@@ -20,9 +20,11 @@ from diffsparse.pipelines import (
 )
 from diffsparse.plan import PlanError
 from diffsparse.schedule import Schedule
+from tests.pipelines.claims import shows
 from tests.pipelines.models import generate, masked_attention, mixed_plan, wan, wan_pipeline
 
 
+@shows("whole pipeline", "WanTransformer3DModel")
 def test_sparse_equals_masked_attention_over_a_generation() -> None:
     pipe = wan_pipeline()
     plan = mixed_plan(pipe.transformer, Schedule(sparse_below=0.95, phase_bounds=(0.6,)))

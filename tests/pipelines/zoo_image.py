@@ -191,11 +191,6 @@ def auraflow() -> torch.nn.Module:
             if ".norm1" in name and name.endswith("linear.weight"):
                 weight.normal_()
     return model
-    with torch.no_grad():  # gates are near 0 in a random model, so attention would hardly reach the output
-        for name, weight in model.named_parameters():
-            if ".norm1" in name and name.endswith("linear.weight"):
-                weight.normal_()
-    return model
 
 
 def auraflow_inputs(frames: int, height: int, width: int, timestep: float = 500) -> Inputs:

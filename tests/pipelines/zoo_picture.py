@@ -48,8 +48,12 @@ def z_image_inputs(
 def z_image_stacked() -> torch.nn.Module:
     """Answers with one tensor, as the tests expect, where the model answers with a list."""
     model = z_image()
-    model.register_forward_hook(lambda module, args, output: (torch.stack(output[0]),))
+    model.register_forward_hook(_stack)
     return model
+
+
+def _stack(module: torch.nn.Module, args: Any, output: Any) -> tuple[torch.Tensor]:
+    return (torch.stack(output[0]),)
 
 
 def pixart() -> torch.nn.Module:
@@ -387,8 +391,12 @@ def ideogram4() -> torch.nn.Module:
 def ideogram4_image() -> torch.nn.Module:
     """Answers with the image alone, as the pipeline uses it: what padding gives is of no use to anyone."""
     model = ideogram4()
-    model.register_forward_hook(lambda module, args, output: (output[0][:, TEXT:],))
+    model.register_forward_hook(_image_alone)
     return model
+
+
+def _image_alone(module: torch.nn.Module, args: Any, output: Any) -> tuple[torch.Tensor]:
+    return (output[0][:, TEXT:],)
 
 
 def ideogram4_inputs(

@@ -70,11 +70,11 @@ def wan_animate_inputs(frames: int, height: int, width: int, timestep: float = 5
     }
 
 
-def chronoedit() -> torch.nn.Module:
+def chronoedit(**options: Any) -> torch.nn.Module:
     from diffusers import ChronoEditTransformer3DModel
 
     torch.manual_seed(0)
-    return ChronoEditTransformer3DModel(**WAN_LIKE).eval()
+    return ChronoEditTransformer3DModel(**{**WAN_LIKE, **options}).eval()
 
 
 def anyflow() -> torch.nn.Module:
@@ -168,12 +168,13 @@ def ltx2_inputs(frames: int, height: int, width: int, timestep: float = 500) -> 
     }
 
 
-def cosmos() -> torch.nn.Module:
+def cosmos(**options: Any) -> torch.nn.Module:
     from diffusers import CosmosTransformer3DModel
 
     torch.manual_seed(0)
+    config: dict[str, Any] = {"in_channels": 4, **options}
     return CosmosTransformer3DModel(
-        in_channels=4,
+        **config,
         out_channels=4,
         num_attention_heads=3,
         attention_head_dim=16,
@@ -242,6 +243,70 @@ def allegro_inputs(frames: int, height: int, width: int, timestep: float = 500) 
     }
 
 
+#: What Wan's kin add for image-to-video: keys of the image's features in cross-attention, image latents as channels.
+I2V: dict[str, Any] = {"in_channels": 9, "image_dim": 12, "added_kv_proj_dim": 48}
+
+
+def wan(**options: Any) -> torch.nn.Module:
+    from diffusers import WanTransformer3DModel
+
+    torch.manual_seed(0)
+    return WanTransformer3DModel(**{**WAN_LIKE, **options}).eval()
+
+
+def wan_i2v_inputs(frames: int, height: int, width: int, images: int = 1) -> Inputs:
+    """With the features of one image (3 tokens), or of a first and a last one in a batch of their own."""
+    return {
+        **wan_like_inputs(frames, height, width),
+        "hidden_states": torch.randn(1, 9, frames, 2 * height, 2 * width),
+        "encoder_hidden_states_image": torch.randn(images, 3, 12),
+    }
+
+
+def wan_ti2v_inputs(frames: int, height: int, width: int) -> Inputs:
+    """Wan 2.2 5B: every token has its timestep, and those of the given first frame are clean."""
+    timesteps = torch.full((1, frames * height * width), 500.0)
+    timesteps[:, : height * width] = 0
+    return {**wan_like_inputs(frames, height, width), "timestep": timesteps}
+
+
+def cosmos_video2world_inputs(frames: int, height: int, width: int) -> Inputs:
+    """Cosmos 1 and 2: a channel says which frames are given."""
+    mask = torch.zeros(2, 1, frames, 2 * height, 2 * width)
+    mask[:, :, 0] = 1
+    return {**cosmos_inputs(frames, height, width), "condition_mask": mask}
+
+
+def cosmos25_transfer(**options: Any) -> torch.nn.Module:
+    """Cosmos 2.5: text through a projection, keys of an image in cross-attention, a ControlNet's residuals."""
+    return cosmos(
+        use_crossattn_projection=True,
+        crossattn_proj_in_channels=24,
+        encoder_hidden_states_channels=16,
+        img_context_dim_in=12,
+        img_context_num_tokens=3,
+        img_context_dim_out=48,
+        controlnet_block_every_n=1,
+        **options,
+    )
+
+
+def cosmos25_transfer_inputs(frames: int, height: int, width: int) -> Inputs:
+    inputs = cosmos_inputs(frames, height, width)
+    return {
+        **inputs,
+        "attention_mask": None,
+        "encoder_hidden_states": (torch.randn(2, TEXT, 24), torch.randn(2, 3, 12)),
+        "block_controlnet_hidden_states": [torch.randn(2, frames * height * width, 48) for _ in range(2)],
+    }
+
+
+def kandinsky5_i2v_inputs(frames: int, height: int, width: int) -> Inputs:
+    """The given frames and a mask of them are further channels."""
+    inputs = kandinsky5_inputs(frames, height, width)
+    return {**inputs, "hidden_states": torch.randn(1, frames, 2 * height, 2 * width, 9)}
+
+
 def _fill_zeros(model: torch.nn.Module) -> torch.nn.Module:
     """Give modulation layers, which begin at zero, small values: at zero, attention does not reach the output."""
     generator = torch.Generator().manual_seed(1)
@@ -251,7 +316,7 @@ def _fill_zeros(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def kandinsky5() -> torch.nn.Module:
+def kandinsky5(**options: Any) -> torch.nn.Module:
     """One block only: the model rounds queries and keys to bfloat16, so a second one would magnify rounding errors."""
     from diffusers import Kandinsky5Transformer3DModel
 
@@ -267,6 +332,7 @@ def kandinsky5() -> torch.nn.Module:
         num_text_blocks=1,
         num_visual_blocks=1,
         axes_dims=(4, 6, 6),
+        **options,
     ).eval()
     return _fill_zeros(model)
 
