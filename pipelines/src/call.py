@@ -47,6 +47,7 @@ class Call:
     watches: list[tuple[int, bool, Watch]] = field(default_factory=list)
     foreign: set[int] = field(default_factory=set)
     compiled: frozenset[int] = frozenset()
+    device: torch.device | None = None
 
     def is_running(self) -> bool:
         """Whether the forward is still on the stack.
@@ -158,7 +159,7 @@ class Call:
         if layout is not None:
             return (None, work, UNKNOWN_TEXT, "")
         if self.problem is None and self.phase is not None and self.grid is not None:
-            found = self.layout(index, torch.device("cpu"))
+            found = self.layout(index, self.device or torch.device("cpu"), uniform=True)
             reason = found if isinstance(found, str) else "the layout was not ready when compiled code ran"
         return (None, work, reason, "")
 

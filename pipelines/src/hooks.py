@@ -108,7 +108,7 @@ def _begin(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
     call.previous = CTX.call if CTX.call is not None and CTX.call.is_running() else None
     call.compiled = compiled_layers(module, state)
     # For compiled code, wherever there is any: of a wrapper around the whole model nothing can be seen from here.
-    device = _device_of(args, kwargs)
+    device = call.device = _device_of(args, kwargs)
     for layer in state.layers:
         layout: BlockLayout | str | None = None
         if call.problem is None and device is not None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from diffsparse.kernels.cache import cache_root
 from diffsparse.pipelines._diffusers import local_folder
 from diffsparse.pipelines.family import architecture_of
 from diffsparse.plan import JSON_NAME, PlanError, SparsityPlan
@@ -25,9 +26,7 @@ PLAN_FOLDER = "sparse_plan"
 
 def cache_folder(fingerprint: str) -> Path:
     """Where this machine keeps an architecture's plan, below ``$DIFFSPARSE_CACHE`` or ``~/.cache/diffsparse``."""
-    root = os.environ.get("DIFFSPARSE_CACHE")
-    base = Path(root) if root else Path.home() / ".cache" / "diffsparse"
-    return base / "plans" / fingerprint
+    return cache_root() / "plans" / fingerprint
 
 
 def resolve_plans(

@@ -20,6 +20,7 @@ import torch
 
 from diffsparse.entry import HeadEntry
 from diffsparse.grid import TokenGrid
+from diffsparse.kernels.break_even import find_table
 from diffsparse.layout import BlockLayout, build_layout
 from diffsparse.pattern import uses_fallback
 from diffsparse.pipelines.family import Family, architecture_of, family_by_class, layers_of
@@ -51,6 +52,7 @@ MAX_PENDING = 16384
 FULL = "every block is kept on this grid"
 DENSE_ENTRIES = "all heads are dense in the plan"
 NOT_IN_PLAN = "dense layer of the plan"
+SLOWER = "dense attention is faster here, by the break-even table"
 
 
 def sparse_entries(plan: SparsityPlan, phase: int, layer: str, heads: int) -> tuple[HeadEntry, ...] | str:
@@ -230,6 +232,13 @@ class ModelState:
         layout = build_layout(grid, entries, self.plan.block_size)
         if min(layout.densities) >= 1:
             return FULL
+        table = find_table(device, self.architecture.head_dim) if self.backend == "auto" else None
+        if table is not None and table.layout_ratio(layout) >= 1:
+            self.log(
+                f"layers whose blocks take longer than dense attention at {layout.seq_len} tokens stay dense, by the "
+                f"break-even table of {table.device}; backend={table.backend!r} runs them sparse all the same"
+            )
+            return SLOWER
         if uniform:
             layout = replace(
                 layout,
