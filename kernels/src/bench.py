@@ -141,10 +141,12 @@ def bench_case(
     rows = [replace(r, vs_dense=_ratio(best_dense, r.ms)) for r in rows]
     for row in rows:
         say(row)
-    shares: dict[str, float] = {}
-    for setting in case.settings:
-        if setting.like is None:
-            shares[setting.label] = executed(setting.layout(case.grid, case.block_size)).share
+    wanted = {setting.like for setting in case.settings}
+    shares = {
+        setting.label: executed(setting.layout(case.grid, case.block_size)).share
+        for setting in case.settings
+        if setting.label in wanted
+    }
     done: dict[str, list[Row]] = {}
     for setting in case.settings:
         share = shares[setting.like] if setting.like is not None else None

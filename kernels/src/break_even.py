@@ -235,7 +235,7 @@ def measure_break_even(
     for size in tokens:
         shape = (1, size, heads, head_dim)
         q, k, v = (torch.randn(*shape, generator=draw, device=device, dtype=dtype) for _ in range(3))
-        race = race_dense(shape, dtype, device, kernels=sdpa, budget_ms=budget_ms)
+        race = race_dense(q, k, v, kernels=sdpa, budget_ms=budget_ms)
         dense_names.append(race.fastest)
         dense = partial(dense_attention, q, k, v, kernel=race.fastest)
         attend = partial(sparse_attention, q, k, v, backend=backend)

@@ -9,7 +9,7 @@ import importlib.util
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from diffsparse.kernels.checks import cannot_run, input_error
 from diffsparse.kernels.clock import samples_ms, timing
 from diffsparse.layout import BlockLayout, build_layout
 
-__all__ = ["DENSE_KERNELS", "DenseRace", "cannot_run_dense", "dense_attention", "race_dense"]
+__all__ = ["DENSE_KERNELS", "OWN_WAY", "DenseRace", "cannot_run_dense", "dense_attention", "race_dense"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,9 @@ _OWN = {"diffsparse": "auto", "diffsparse_int8": "int8", "diffsparse_fp8": "fp8"
 
 #: Every dense kernel that is known here.
 DENSE_KERNELS = (*_SDPA, *_PACKAGES, *_OWN)
+
+#: The name in a race of the way in which a caller computes attention without it.
+OWN_WAY = "model"
 
 # Relative distance from torch's attention, both in the inputs' precision, beyond which a kernel is not used.
 _CLOSE, _CLOSE_8_BITS = 2e-2, 4e-2
@@ -83,8 +86,10 @@ def cannot_run_dense(name: str, q: torch.Tensor, masked: bool = False) -> str | 
         if masked:
             return "it takes no mask over keys"
         return None
+    if masked:
+        return "it masks text tokens only, which a dense call does not tell apart"
     on_cpu = q.device.type == "cpu"
-    backends = [name for name in BACKENDS if name != "reference" and (name == "cpu") == on_cpu]
+    backends = [backend for backend in BACKENDS if backend != "reference" and (backend == "cpu") == on_cpu]
     reasons = [cannot_run(backend, q) for backend in backends]
     if None not in reasons:
         return str(reasons[-1])
@@ -136,7 +141,7 @@ def _dense_op(
         out = _PACKAGE_CALLS[kernel](q, k, v, scale)
     else:
         layout = _full_layout(q.shape[1], q.shape[2], _OWN_BLOCK, str(q.device))
-        return sparse_attention(q, k, v, layout, scale=scale, kv_len=key_mask, numerics=_OWN[kernel])
+        return sparse_attention(q, k, v, layout, scale=scale, numerics=_OWN[kernel])
     return out.contiguous()
 
 
@@ -196,8 +201,8 @@ def _full_layout(seq: int, heads: int, block_size: int, device: str) -> BlockLay
 class DenseRace:
     """What was measured for one shape.
 
-    ms: the median time of each kernel that ran and agreed with torch's attention. excluded: the others, with the
-    reason. fastest: the first in time.
+    ms: the median time of each kernel that ran and was right. excluded: the others, with the reason. fastest: the
+    first in time.
     """
 
     fastest: str
@@ -211,47 +216,56 @@ class DenseRace:
 
 @torch.no_grad()
 def race_dense(
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    device: torch.device,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
     *,
-    masked: bool = False,
+    key_mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    own: Callable[[], torch.Tensor] | None = None,
     kernels: Sequence[str] = DENSE_KERNELS,
     budget_ms: float = 100.0,
 ) -> DenseRace:
-    """Time the dense kernels that can run ``[batch, seq, heads, head_dim]`` on random inputs, and name the fastest.
+    """Time the dense kernels that can run this call, and name the fastest.
 
-    Each one's output is first compared with that of torch's attention (relative error at most 2e-2, 4e-2 in 8 bits);
-    one that is further off is not timed. ``masked``: with a mask over keys, all of them valid.
+    Each one's output is first compared with ``own``'s, or where there is none with that of torch's attention (relative
+    error at most 2e-2, 4e-2 in 8 bits); one that is further off is not timed.
+
+    Args:
+        q, k, v, key_mask, scale: as in :func:`dense_attention`.
+        own: gives the call's output in another way, which takes part as :data:`OWN_WAY`.
+        kernels: that take part.
+        budget_ms: for each one's timing, after a call to warm up; three calls at least.
 
     Raises:
         RuntimeError: none of them can run, with each one's reason.
     """
-    draw = torch.Generator(device).manual_seed(0)  # the process's own random numbers stay as they are
-    q, k, v = (torch.randn(*shape, generator=draw, device=device, dtype=dtype) for _ in range(3))
-    key_mask = torch.ones(q.shape[:2], dtype=torch.bool, device=device) if masked else None
-    qt, kt, vt = (x.transpose(1, 2) for x in (q, k, v))
-    want = F.scaled_dot_product_attention(qt, kt, vt).transpose(1, 2)
+    masked = key_mask is not None
+
+    def torch_chooses() -> torch.Tensor:
+        qt, kt, vt = (x.transpose(1, 2) for x in (q, k, v))
+        mask = None if key_mask is None else key_mask[:, None, None, :]
+        return F.scaled_dot_product_attention(qt, kt, vt, attn_mask=mask, scale=scale).transpose(1, 2)
+
+    want = (own or torch_chooses)()
     ms: dict[str, float] = {}
     excluded: dict[str, str] = {}
+    if own is not None:
+        ms[OWN_WAY] = timing(samples_ms(own, q.device, budget_ms, least=3)).ms
     for name in kernels:
         if (reason := cannot_run_dense(name, q, masked)) is not None:
             excluded[name] = reason
             continue
-
-        def call(name: str = name) -> torch.Tensor:
-            return dense_attention(q, k, v, kernel=name, key_mask=key_mask)
-
+        call = partial(dense_attention, q, k, v, kernel=name, scale=scale, key_mask=key_mask)
         try:
             error = _distance(call(), want)
+            limit = _CLOSE if _OWN.get(name, "auto") == "auto" else _CLOSE_8_BITS
+            if not error <= limit:
+                excluded[name] = f"its output is off by {error:.2g} (relative), at most {limit:g} is taken"
+                continue
+            ms[name] = timing(samples_ms(call, q.device, budget_ms, least=3)).ms
         except Exception as failure:  # other people's kernels: whatever stops one is its reason
             excluded[name] = f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}"
-            continue
-        limit = _CLOSE if _OWN.get(name, "auto") == "auto" else _CLOSE_8_BITS
-        if not error <= limit:
-            excluded[name] = f"its output is off by {error:.2g} (relative), at most {limit:g} is taken"
-            continue
-        ms[name] = timing(samples_ms(call, device, budget_ms, least=3)).ms
     if not ms:
         raise RuntimeError("no dense attention runs here: " + "; ".join(f"{n}: {why}" for n, why in excluded.items()))
     return DenseRace(min(ms, key=lambda name: ms[name]), ms, excluded)

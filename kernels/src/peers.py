@@ -10,7 +10,7 @@ import importlib.util
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -110,10 +110,18 @@ class Peer:
     capability: tuple[int, int] | None = None
 
 
-def _flex(inputs: Inputs, lists: BlockLists) -> Prepared:
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+@lru_cache(maxsize=1)
+def _compiled_flex(*what: Any) -> Callable[..., torch.Tensor]:
+    """FlexAttention compiled afresh for another shape: there is a limit to how many graphs one function may have."""
+    from torch.nn.attention.flex_attention import flex_attention
 
-    torch._dynamo.reset()  # every shape is a graph of its own, and there is a limit to how many one function may have
+    torch._dynamo.reset()
+    return torch.compile(flex_attention, dynamic=False)  # type: ignore[return-value]
+
+
+def _flex(inputs: Inputs, lists: BlockLists) -> Prepared:
+    from torch.nn.attention.flex_attention import BlockMask
+
     none = torch.zeros_like(lists.count)
     mask = BlockMask.from_kv_blocks(
         none[None],
@@ -123,7 +131,7 @@ def _flex(inputs: Inputs, lists: BlockLists) -> Prepared:
         BLOCK_SIZE=lists.block_size,
         seq_lengths=(inputs.q.shape[1], inputs.q.shape[1]),
     )
-    attend = torch.compile(flex_attention, dynamic=False)
+    attend = _compiled_flex(inputs.q.shape, inputs.q.dtype, inputs.q.device, lists.index.shape, lists.block_size)
     q, k, v = inputs.heads_first
 
     def run() -> torch.Tensor:

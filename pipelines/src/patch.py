@@ -13,6 +13,7 @@ import torch
 
 from diffsparse.kernels import check, sparse_attention
 from diffsparse.kernels.checks import choose_backend
+from diffsparse.kernels.dense import dense_attention
 from diffsparse.layout import BlockLayout
 from diffsparse.pipelines import _diffusers
 from diffsparse.pipelines.call import Call
@@ -181,8 +182,13 @@ def _route(
             reason = "a mask that is not a key-padding mask"
     if torch.compiler.is_compiling():
         layout = layer.layout
-        if layout is None or reason is not None or layer.text_from_call:
+        if reason is not None or layer.text_from_call:
             return dense()
+        if layout is None:
+            kernel = layer.dense_kernel if key_mask is None else layer.masked_dense_kernel
+            if kernel is None:
+                return dense()
+            return dense_attention(q, k, v, kernel=kernel, scale=scale, key_mask=key_mask)
         if q.shape[1] != layout.seq_len or q.shape[2] != layout.num_heads:
             return dense()
         if key_mask is not None and not layout.grid.text_before + layout.grid.text_after:
@@ -215,13 +221,16 @@ def _eager(
     if call.state.tap is not None:
         return call.state.tap.run(call, layer, q, k, v, key_mask, scale, reason, dense)
     layout = call.layout(index, q.device, seq=q.shape[1])
+    by = ""
+    if call.state.dense is not None and reason is None and not isinstance(layout, BlockLayout):
+        by, dense = call.state.dense.run(q, k, v, key_mask, scale, dense)
     reason = call.problem or reason  # what holds for the whole forward says more than its effect on one call
     if reason is None and isinstance(layout, BlockLayout):
         reason = _misfit(layout, q, k, v, key_mask)
     if reason is not None and (call.problem is not None or isinstance(layout, BlockLayout)):
-        return call.run_dense(index, q, reason, dense, issue=True)
+        return call.run_dense(index, q, reason, dense, issue=True, by=by)
     if isinstance(layout, str):
-        return call.run_dense(index, q, layout, dense, issue=False)
+        return call.run_dense(index, q, layout, dense, issue=False, by=by)
     watch = call.start_watch(q)
     out = sparse_attention(q, k, v, layout, scale=scale, kv_len=key_mask, backend=layer.backend)
     call.ran_sparse(index, q, layout.density, choose_backend(layer.backend, q), watch)

@@ -23,6 +23,7 @@ from diffsparse.grid import TokenGrid
 from diffsparse.kernels.break_even import find_table
 from diffsparse.layout import BlockLayout, build_layout
 from diffsparse.pattern import uses_fallback
+from diffsparse.pipelines.dense import DenseChoice
 from diffsparse.pipelines.family import Family, architecture_of, family_by_class, layers_of
 from diffsparse.pipelines.timing import Watch
 from diffsparse.plan import Architecture, SparsityPlan
@@ -73,6 +74,8 @@ class LayerState:
     visual_only: bool = False  # no text in this layer's sequences, though there is in other layers'
     text_from_call: bool = False  # the number of text tokens is known in the call only, which compiled code is not
     layout: BlockLayout | None = None
+    dense_kernel: str | None = None  # for compiled code too; None is the model's own attention
+    masked_dense_kernel: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "layout": None}
@@ -97,6 +100,7 @@ class LayerCounts:
     timed_dense: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     backends: Counter[str] = field(default_factory=Counter)
+    dense_kernels: Counter[str] = field(default_factory=Counter)
 
 
 class LayoutCache:
@@ -141,6 +145,7 @@ class ModelState:
         skipped: dict[str, str] | None = None,
         tap: Any = None,
         timing: bool = False,
+        dense_backend: str | None = None,
     ) -> None:
         self.component = component
         self.architecture: Architecture = architecture_of(transformer)
@@ -150,6 +155,7 @@ class ModelState:
         self.backend = backend
         self.skipped = skipped or {}
         self.timing = timing
+        self.dense = DenseChoice() if dense_backend == "fastest" else None
         family = self.family
         self.layers = [
             LayerState(name, i, backend, family.is_visual_only(name), family.text_from_call)
