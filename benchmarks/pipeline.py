@@ -38,6 +38,7 @@ from diffsparse.order import RasterOrder, TileOrder, TokenOrder
 from diffsparse.pattern import Band, Pattern, Window
 from diffsparse.pipelines import architecture_of, sparse_attention, sparse_attention_summary
 from diffsparse.plan import SparsityPlan
+from diffsparse.presets import preset
 from diffsparse.schedule import Schedule
 from diffsparse.search.environment import stamp
 
@@ -99,9 +100,10 @@ TINY = {
 
 @dataclass(frozen=True)
 class Row:
-    """One step. what: ``dense``, ``rest`` or ``sparse``; asked: the density asked for; density: of a call as it ran,
-    tails counted, mean over layers and heads.
+    """One step.
 
+    what: ``dense``, ``rest``, ``fastest`` (dense, on the fastest kernel that is installed) or ``sparse``. asked: the
+    density asked for. density: of a call as it ran, tails counted, mean over layers and heads. backend: what ran.
     attention_share: of this step. speedup: the dense step of the same mode over this one; attention_speedup: the same
     of what is not ``rest``. peak_gib: memory at the highest, the weights included.
     """
@@ -375,6 +377,12 @@ def bench_model(
         row = replace(row, density=found.call_density or 0.0, backend="+".join(found.backends), block_size=block_size)
         return told(row, step)
 
+    def fastest(row: Row) -> Row:
+        with sparse_attention(transformer, preset("dense"), dense_backend="fastest"):
+            step = run_step(forward, device, seconds, most)
+            found = sparse_attention_summary(transformer).transformers["transformer"]
+        return told(replace(row, backend="+".join(found.dense_kernels)), step)
+
     rows: list[Row] = []
     for mode in modes:
         if mode == "compiled":
@@ -382,6 +390,7 @@ def bench_model(
         here = [
             attempt(replace(base, mode=mode, what="dense"), plain),
             attempt(replace(base, mode=mode, what="rest"), rest),
+            attempt(replace(base, mode=mode, what="fastest"), fastest),
         ]
         for row in ratios(here):
             say(row)
@@ -397,13 +406,16 @@ def bench_model(
 
 
 def describe(row: Row) -> str:
-    what = row.what if row.what != "sparse" else f"sparse {row.asked:g}{'' if row.tail == 'none' else ' ' + row.tail}"
+    what = {"fastest": "dense, fastest"}.get(row.what, row.what)
+    if row.what == "sparse":
+        what = f"sparse {row.asked:g}{'' if row.tail == 'none' else ' ' + row.tail}"
     head = f"{row.model:<15}{row.mode:<10}{what:<22}"
     if row.ms is None:
         return f"{head}not timed: {row.status}"
     share = "" if row.attention_share is None else f"  attention {row.attention_share:5.1%}"
-    speed = "" if row.what != "sparse" or row.speedup is None else f"  {row.speedup:.2f}x"
+    speed = "" if row.what not in ("sparse", "fastest") or row.speedup is None else f"  {row.speedup:.2f}x"
     peak = "" if row.peak_gib is None else f"  peak {row.peak_gib:.1f} GiB"
+    peak += "" if not row.backend else f"  {row.backend}"
     wrong = "" if row.status == OK else f"  NOT COUNTED: {row.status}"
     return f"{head}{row.ms:12.2f} ms  density {row.density:.3f}{share}{speed}{peak}{wrong}"
 
@@ -441,9 +453,10 @@ def draw(rows: list[Row], machine: dict[str, str], path: Path) -> None:
             panel.bar(x, row.ms / 1e3 - attention, color="tab:gray", label="rest" if x == 0 else None)
             color = "tab:blue" if row.what == "dense" else "tab:orange"
             panel.bar(x, attention, bottom=row.ms / 1e3 - attention, color=color)
-            if row.what == "sparse" and row.speedup is not None:
+            if row.what != "dense" and row.speedup is not None:
                 panel.annotate(f"{row.speedup:.2f}x", (x, row.ms / 1e3), ha="center", va="bottom", fontsize="small")
-        labels = [f"{r.mode}\n" + ("dense" if r.what == "dense" else f"{r.density:.2f} {r.tail}") for r in mine]
+        words = {"dense": "dense", "fastest": "dense, fastest"}
+        labels = [f"{r.mode}\n" + words.get(r.what, f"{r.density:.2f} {r.tail}") for r in mine]
         panel.set_xticks(range(len(mine)), labels, fontsize="x-small", rotation=60)
         panel.set_title(f"{name}, {mine[0].tokens:,} tokens" if mine else name, fontsize="medium")
         panel.set_ylabel("seconds a step (gray: not attention)")

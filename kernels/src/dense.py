@@ -23,7 +23,7 @@ from diffsparse.kernels.checks import cannot_run, input_error
 from diffsparse.kernels.clock import samples_ms, timing
 from diffsparse.layout import BlockLayout, build_layout
 
-__all__ = ["DENSE_KERNELS", "OWN_WAY", "DenseRace", "cannot_run_dense", "dense_attention", "race_dense"]
+__all__ = ["DENSE_KERNELS", "OWN_WAY", "DenseRace", "cannot_run_dense", "dense_attention", "dense_heads_", "race_dense"]
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +148,55 @@ def _dense_op(
 @_dense_op.register_fake
 def _(q: torch.Tensor, *args: Any) -> torch.Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+def dense_heads_(
+    out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    heads: torch.Tensor,
+    *,
+    kernel: str,
+    scale: float | None = None,
+    key_mask: torch.Tensor | None = None,
+) -> None:
+    """Overwrite some heads of ``out`` ``[batch, seq, heads, head_dim]`` with :func:`dense_attention` of them alone.
+
+    heads: bool ``[heads]`` on the CPU, where reading it makes no device wait; True for those to write.
+    """
+    factor = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    _dense_heads_op(out, q, k, v, heads, key_mask, factor, kernel)
+
+
+@torch.library.custom_op(
+    "diffsparse::dense_heads_",
+    mutates_args=("out",),
+    schema=(
+        "(Tensor(a!) out, Tensor q, Tensor k, Tensor v, Tensor heads, Tensor? key_mask, float scale, str kernel) -> ()"
+    ),
+)
+def _dense_heads_op(
+    out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    heads: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    scale: float,
+    kernel: str,
+) -> None:
+    chosen = heads.nonzero()[:, 0]
+    if not len(chosen):
+        return
+    index = chosen.to(q.device, non_blocking=True)
+    part = _dense_op(*(x.index_select(2, index) for x in (q, k, v)), key_mask, scale, kernel)
+    out.index_copy_(2, index, part)
+
+
+@_dense_heads_op.register_fake
+def _(*args: Any) -> None:
+    return None
 
 
 def _sdpa(

@@ -51,10 +51,11 @@ def enable_sparse_attention(
         dense_backend: None leaves every dense call to the model's own attention, bit for bit. ``"fastest"`` measures
             once for each shape what is installed (the model's own, cuDNN's, FlashAttention's and the memory-efficient
             kernel of torch, FlashAttention-3 and -4, xformers, the kernel of this package with every block kept) and
-            runs dense steps and layers on the fastest that agrees with the model's own. An uncompiled model measures in
-            the first dense call of a shape, on that call's q, k and v. A compiled one measures before the forward, on
-            random inputs and without the model's own; nothing is measured while code is traced. Dense heads of a layer
-            that has sparse ones stay in the sparse kernel. The summary names what ran and every time.
+            runs dense steps, layers and heads on the fastest that agrees with the model's own. An uncompiled model
+            measures in the first call of a shape that needs it, on that call's q, k and v. Compiled blocks are measured
+            for before the forward, on random inputs and without the model's own way; nothing is measured while code is
+            traced, and a transformer that was compiled as a whole from outside keeps its own. Dense heads leave the
+            sparse kernel only where another package's or torch's is faster. The summary names what ran and every time.
 
     What cannot run sparse (causal, gradients needed, an unknown mask, ...) runs dense; it is logged once with its
     reason and counted in ``sparse_attention_summary``. One transformer runs in several threads at once only uncompiled.

@@ -89,6 +89,15 @@ class Call:
             return OUTSIDE
         return self.state.layout(grid, self.phase, index, device, uniform)
 
+    def without_dense_heads(
+        self, index: int, device: torch.device, uniform: bool = False, seq: int | None = None
+    ) -> tuple[BlockLayout, torch.Tensor] | None:
+        """Where dense heads may run apart: the layout that skips them, and which they are."""
+        grid = self.grid_of(index, seq)
+        if self.state.dense is None or self.phase is None or grid is None:
+            return None
+        return self.state.without_dense_heads(grid, self.phase, index, device, uniform)
+
     def start_watch(self, q: torch.Tensor) -> Watch | None:
         """For the call that comes next, where it can be timed."""
         return start_watch(q.device, self.state.timing)

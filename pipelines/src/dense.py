@@ -16,7 +16,7 @@ import torch
 
 from diffsparse.kernels.dense import OWN_WAY, DenseRace, dense_attention, race_dense
 
-__all__ = ["DENSE_BACKENDS", "DenseChoice", "RaceKey"]
+__all__ = ["DENSE_BACKENDS", "DenseChoice", "RaceKey", "serves_heads"]
 
 logger = logging.getLogger("diffsparse")
 
@@ -37,6 +37,11 @@ class RaceKey:
         batch, seq, heads, dim = self.shape
         text = f"{batch} x {seq} tokens, {heads} heads of {dim}, {str(self.dtype).removeprefix('torch.')}"
         return f"{text}, masked" if self.masked else text
+
+
+def serves_heads(kernel: str) -> bool:
+    """Whether a kernel runs dense heads apart from sparse ones. Those of this package run both in one go."""
+    return not kernel.startswith("diffsparse")
 
 
 class DenseChoice:
@@ -78,6 +83,24 @@ class DenseChoice:
             return OWN_WAY, own
         name = race.fastest
         return name, lambda: dense_attention(q, k, v, kernel=name, scale=scale, key_mask=key_mask)
+
+    def for_heads(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        key_mask: torch.Tensor | None,
+        scale: float | None,
+        own: Callable[[], torch.Tensor],
+    ) -> str | None:
+        """The kernel for the dense heads of a call that has sparse ones too, or None where they stay with those.
+
+        By the race for all heads of the call. The model's own way computes all heads or none, so the next one counts.
+        """
+        self.run(q, k, v, key_mask, scale, own)
+        race = self.races.get(RaceKey(tuple(q.shape), q.dtype, q.device, key_mask is not None))
+        ranked = sorted((ms, name) for name, ms in race.ms.items() if name != OWN_WAY) if race is not None else []
+        return ranked[0][1] if ranked and serves_heads(ranked[0][1]) else None
 
     def for_compiled(self, key: RaceKey) -> str | None:
         """The kernel for compiled code, raced on random inputs before it runs; None where none can run such a call.

@@ -76,9 +76,10 @@ class LayerState:
     layout: BlockLayout | None = None
     dense_kernel: str | None = None  # for compiled code too; None is the model's own attention
     masked_dense_kernel: str | None = None
+    dense_heads: torch.Tensor | None = None  # bool [H] on the CPU: heads that ``layout`` leaves to ``dense_kernel``
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "layout": None}
+        return {**self.__dict__, "layout": None, "dense_heads": None}
 
 
 @dataclass
@@ -218,6 +219,30 @@ class ModelState:
         return self.layouts.get(
             (grid, phase, device, uniform), index, lambda: self._build(grid, phase, index, device, uniform)
         )
+
+    def without_dense_heads(
+        self, grid: TokenGrid, phase: int, index: int, device: torch.device, uniform: bool = False
+    ) -> tuple[BlockLayout, torch.Tensor] | None:
+        """One layer's layout with its dense heads skipped, and which those are: bool ``[H]`` on the CPU.
+
+        None where the plan gives the layer no dense heads beside sparse ones.
+        """
+        assert self.plan is not None
+        layout = self.layout(grid, phase, index, device, uniform)
+        entries = sparse_entries(self.plan, phase, self.layers[index].name, self.architecture.heads)
+        if isinstance(layout, str) or isinstance(entries, str) or not any(e.is_dense for e in entries):
+            return None
+
+        def build() -> tuple[BlockLayout, torch.Tensor]:
+            heads = torch.tensor([entry.is_dense for entry in entries])
+            mode = layout.head_mode.clone()
+            mode[heads.to(device), 0] = 1
+            return replace(layout, head_mode=mode), heads
+
+        found: tuple[BlockLayout, torch.Tensor] = self.layouts.get(
+            (grid, phase, device, uniform), ("without dense heads", entries), build
+        )
+        return found
 
     def _build(self, grid: TokenGrid, phase: int, index: int, device: torch.device, uniform: bool) -> BlockLayout | str:
         assert self.plan is not None

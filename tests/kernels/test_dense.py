@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels import dense
-from diffsparse.kernels.dense import DENSE_KERNELS, OWN_WAY, cannot_run_dense, dense_attention, race_dense
+from diffsparse.kernels.dense import DENSE_KERNELS, OWN_WAY, cannot_run_dense, dense_attention, dense_heads_, race_dense
 from tests.kernels.cases import inputs
 
 GRID = TokenGrid(3, 7, 9)
@@ -113,3 +113,14 @@ def test_other_packages_get_what_they_take(kernel: str, with_lse: bool, monkeypa
     q, k, v = inputs(GRID, 2, 16)
     out = dense._PACKAGE_CALLS[kernel](q, k, v, 0.5)
     torch.testing.assert_close(out.double(), exact(2 * q, k, v), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("chosen", [(), (1,), (0, 2)])
+def test_some_heads_are_overwritten(chosen: tuple[int, ...]) -> None:
+    q, k, v = inputs(GRID, 3, 16, batch=2)
+    heads = torch.tensor([h in chosen for h in range(3)])
+    out = torch.zeros_like(q)
+    dense_heads_(out, q, k, v, heads, kernel="flash_sdpa")
+    want = exact(q, k, v) * heads[:, None]
+    torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=1e-5)
+    torch.library.opcheck(dense._dense_heads_op, (out, q, k, v, heads, None, 0.25, "flash_sdpa"))

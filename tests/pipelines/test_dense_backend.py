@@ -185,3 +185,89 @@ def test_dense_entries_are_dense_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     with sparse_attention(model, plan, dense_backend="fastest"):
         run(model, wan_inputs(3, 7, 9))
         assert summary(model).dense_kernels == {"flash_sdpa": len(architecture_of(model).layers)}
+
+
+# -- dense heads beside sparse ones ------------------------------------------------------------------------------------
+
+
+def mixed(model: Any) -> SparsityPlan:
+    """The first layer has a dense head beside sparse ones, the second has none, the third two."""
+    sparse = SPARSE.entries[0]
+    heads = ([HeadEntry(), sparse, sparse], [sparse] * 3, [sparse, HeadEntry(), HeadEntry()])
+    layers = architecture_of(model).layers
+    return SparsityPlan.from_table({name: [heads[i % 3]] for i, name in enumerate(layers)})
+
+
+@pytest.mark.parametrize("winner", ["flash_sdpa", "diffsparse"])
+def test_dense_heads_run_on_the_winner(winner: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffsparse.kernels.dense import dense_heads_
+
+    choose(monkeypatch, winner)
+    model = wan(layers=3)
+    inputs = wan_inputs(3, 7, 9)
+    calls: list[list[bool]] = []
+
+    def counted(*args: Any, **options: Any) -> None:
+        calls.append(args[4].tolist())
+        dense_heads_(*args, **options)
+
+    monkeypatch.setattr("diffsparse.pipelines.patch.dense_heads_", counted)
+    with sparse_attention(model, mixed(model)):
+        want = run(model, inputs)
+    with sparse_attention(model, mixed(model), dense_backend="fastest"):
+        out = run(model, inputs)
+        found = summary(model)
+    torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)
+    assert found.dense_calls == 0
+    if winner == "diffsparse":  # the sparse kernel runs them as fast itself
+        assert not calls and found.backends == {"cpu": 3}
+    else:
+        assert calls == [[True, False, False], [False, True, True]]
+        assert found.backends == {"cpu, dense heads flash_sdpa": 2, "cpu": 1}
+
+
+def test_dense_heads_beside_masked_text() -> None:
+    case = CASES["hunyuan"]
+    model = case.build()
+    inputs = case.inputs(*case.shapes[0])
+    with sparse_attention(model, mixed(model)):
+        want = run(model, inputs)
+    with sparse_attention(model, mixed(model), dense_backend="fastest"):
+        torch.testing.assert_close(run(model, inputs), want, rtol=1e-4, atol=1e-5)
+        assert any("dense heads" in name for name in summary(model).backends)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["wan", "hunyuan"])
+def test_dense_heads_cost_compiled_layers_no_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many graphs as without: a layer's dense heads are a tensor of one size."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    from diffsparse.pipelines.state import state_of
+
+    choose(monkeypatch, "flash_sdpa")
+    graphs: list[int] = []
+    want: torch.Tensor | None = None
+    for choice in (None, "fastest"):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        if name == "wan":
+            model, inputs = wan(layers=6), wan_inputs(3, 7, 9)
+        else:
+            case = CASES["hunyuan"]
+            model, inputs = case.build(), case.inputs(*case.shapes[0])
+        counter = CompileCounterWithBackend("inductor")
+        model.compile_repeated_blocks(fullgraph=True, backend=counter)
+        with sparse_attention(model, mixed(model), dense_backend=choice):
+            out = run(model, inputs)
+            run(model, inputs)
+            assert summary(model).dense_calls == 0
+            state = state_of(model)
+            assert state is not None
+            apart = [layer.dense_heads for layer in state.layers]
+        assert (None in apart) == (choice is None)
+        graphs.append(counter.frame_count)
+        want = out if want is None else want
+    torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)
+    assert graphs[0] == graphs[1]
+    torch._dynamo.reset()

@@ -42,7 +42,8 @@ def run(tmp_path: Path, *options: str) -> list[dict[str, str]]:
 
 
 def check(rows: list[dict[str, str]], layers: int = 2) -> None:
-    dense, rest, *sparse = rows
+    dense, rest, fastest, *sparse = rows
+    assert fastest["what"] == "fastest" and fastest["backend"] and float(fastest["speedup"]) > 0
     assert [dense["what"], rest["what"]] == ["dense", "rest"] and len(sparse) == 2
     assert float(rest["ms"]) < float(dense["ms"])
     share = 1 - float(rest["ms"]) / float(dense["ms"])
@@ -106,10 +107,10 @@ def test_a_step_that_fails_or_runs_dense_is_not_counted(script: ModuleType, monk
             **{"settings": [(0.3, "none")], "kind": "mixed", **options},
         )  # fmt: skip
 
-    dense, rest, sparse = (row.status for row in bench(settings=[(1.0, "none")], kind="band"))
-    assert dense == rest == "ok" and sparse.endswith("calls ran dense: every block is kept on this grid")
+    dense, rest, fastest, sparse = (row.status for row in bench(settings=[(1.0, "none")], kind="band"))
+    assert dense == rest == fastest == "ok" and sparse.endswith("calls ran dense: every block is kept on this grid")
     monkeypatch.setattr(script, "plan_of", lambda *a: (_ for _ in ()).throw(RuntimeError("no plan\ntoday")))
-    assert [row.status for row in bench()] == ["ok", "ok", "RuntimeError: no plan"]
+    assert [row.status for row in bench()] == ["ok", "ok", "ok", "RuntimeError: no plan"]
 
 
 @pytest.mark.parametrize(("text", "reason"), [("2", "above 0 and at most at 1"), ("0.1:long", "tail"), ("x", "float")])
