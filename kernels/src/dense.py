@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -186,12 +187,14 @@ def _dense_heads_op(
     scale: float,
     kernel: str,
 ) -> None:
-    chosen = heads.nonzero()[:, 0]
-    if not len(chosen):
-        return
-    index = chosen.to(q.device, non_blocking=True)
-    part = _dense_op(*(x.index_select(2, index) for x in (q, k, v)), key_mask, scale, kernel)
-    out.index_copy_(2, index, part)
+    # One call for each run of neighbours: views need neither copies nor indices on the device, which could not be
+    # brought there while a CUDA graph is captured.
+    position = 0
+    for chosen, run in groupby(heads.tolist()):
+        begin, position = position, position + len(list(run))
+        if chosen:
+            part = slice(begin, position)
+            out[:, :, part] = _dense_op(q[:, :, part], k[:, :, part], v[:, :, part], key_mask, scale, kernel)
 
 
 @_dense_heads_op.register_fake

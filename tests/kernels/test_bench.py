@@ -316,3 +316,28 @@ def test_the_script_runs_as_it_stands(tmp_path: Path) -> None:
     assert {row["name"] for row in rows} - {row["name"] for row in timed} >= {"triton", "cudnn_sdpa", "xformers"}
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert "not timed: it runs on a GPU" in done.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["uniform-32k", "mixed", "mixed-text", "orders", "tail"])
+def test_cases_on_a_gpu(name: str) -> None:
+    """Every kernel and peer that is there is right, or says why it was not timed; ours that run are right."""
+    (case,) = cases([name], tiny=True)
+    case = replace(case, head_dim=64, block_size=128)
+    rows = bench_case(case, device="cuda", dtype=torch.bfloat16, budget_ms=5)
+    ours = [r for r in rows if r.kind == "own" and r.numerics == "auto" and r.error is not None]
+    assert ours and all(r.status == OK for r in ours), [r.status for r in ours]
+    assert any(r.kind == "dense" and r.status == OK for r in rows)
+    assert all(r.ms is not None or r.status != OK for r in rows)
+
+
+@pytest.mark.gpu
+def test_a_call_that_is_long_is_timed_by_events() -> None:
+    calls: list[int] = []
+
+    def long() -> None:
+        calls.append(1)
+        torch.cuda._sleep(200_000_000)  # about a tenth of a second
+
+    samples = samples_ms(long, torch.device("cuda"), 0.0, least=3)
+    assert len(samples) == 3 and len(calls) == 5 and min(samples) > 20

@@ -124,3 +124,19 @@ def test_some_heads_are_overwritten(chosen: tuple[int, ...]) -> None:
     want = exact(q, k, v) * heads[:, None]
     torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=1e-5)
     torch.library.opcheck(dense._dense_heads_op, (out, q, k, v, heads, None, 0.25, "flash_sdpa"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_race_on_a_gpu(masked: bool) -> None:
+    q, k, v = inputs(TokenGrid(4, 24, 30), 4, 128, dtype=torch.bfloat16, device="cuda")
+    mask = torch.ones(q.shape[:2], dtype=torch.bool, device="cuda") if masked else None
+    race = race_dense(q, k, v, key_mask=mask, budget_ms=5)
+    assert race.fastest in race.ms and "efficient_sdpa" in race.ms, race.excluded
+    wrong = {name: why for name, why in race.excluded.items() if "is off by" in why}
+    assert not wrong
+    heads = torch.tensor([True, False, False, True])
+    out = torch.zeros_like(q)
+    dense_heads_(out, q, k, v, heads, kernel=race.fastest, key_mask=mask)
+    want = exact(q, k, v) * heads.cuda()[:, None]
+    assert float((out.double() - want).norm() / want.norm()) < 2e-2
