@@ -1,6 +1,10 @@
-"""Time the kernels against dense attention: ``python benchmarks/kernels.py --device cuda --json out.json``.
+"""Time the kernels beside dense attention and beside whatever peers are installed, in one run:
 
-Every backend first passes a correctness gate. Times are medians; density counts kept blocks.
+    python benchmarks/kernels.py --device cuda --csv benchmarks/results/kernels_h200.csv --plot kernels.png
+    python benchmarks/kernels.py --device cpu            # the same cases, cut to a few hundred tokens
+
+Every kernel is first checked against exact attention at sampled rows of the call that is timed. What is missing, fails
+or is wrong is listed with its reason. Ends with status 1 where one of our own kernels fails or is wrong.
 """
 
 from __future__ import annotations
@@ -8,62 +12,170 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import platform
+import sys
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
+
+# ruff: noqa: E402
+# This file's folder, first on the path, would have it stand in for Hugging Face's package `kernels`.
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
 
 import torch
 
-from diffsparse.grid import TokenGrid
-from diffsparse.kernels.bench import bench
+from diffsparse.kernels.bench import OK, TIMED_BACKENDS, Row, bench_case, describe
+from diffsparse.kernels.bench_cases import CASES, cases, uniform_case
+from diffsparse.kernels.dense import DENSE_KERNELS
+from diffsparse.kernels.peers import PEERS
+from diffsparse.search.environment import stamp
+
+#: The package on PyPI that a kernel comes from, where it is not torch or this one.
+DISTRIBUTIONS = {
+    "flash_attention_3": "flash-attn-3",
+    "flash_attention_4": "flash-attn-4",
+    "xformers": "xformers",
+    "fastvideo_vsa": "fastvideo-kernel",
+    "fastvideo_triton": "fastvideo-kernel",
+}
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--grid", default="32,32,32" if cuda else "5,32,32", help="latent tokens T,H,W")
-    parser.add_argument("--heads", type=int, default=24 if cuda else 4)
-    parser.add_argument("--head-dim", type=int, default=128 if cuda else 64)
-    parser.add_argument("--block-size", type=int, default=128 if cuda else 64, choices=(64, 128))
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--densities", default="0.1,0.25,0.3,0.5,0.7,1.0")
-    parser.add_argument("--tails", default="none,moments")
-    parser.add_argument("--backends", default="triton,cpu")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", default=",".join(CASES), help=f"a list; {', '.join(CASES)}")
+    parser.add_argument("--tokens", type=int, help="one uniform case of your own instead: its number of tokens")
+    parser.add_argument("--heads", type=int, default=24, help="with --tokens")
+    parser.add_argument("--head-dim", type=int, default=128, help="with --tokens")
+    parser.add_argument("--densities", default="1.0,0.5,0.25,0.1", help="with --tokens")
+    parser.add_argument("--block-size", type=int, default=128, choices=(64, 128), help="with --tokens")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--dtype", default="bfloat16" if cuda else "float32")
-    parser.add_argument("--json", type=Path, help="write the rows and the machine here")
-    parser.add_argument("--csv", type=Path, help="write the rows here")
-    a = parser.parse_args()
-    rows = bench(
-        TokenGrid.parse(a.grid),
-        heads=a.heads,
-        head_dim=a.head_dim,
-        densities=[float(d) for d in a.densities.split(",")],
-        block_size=a.block_size,
-        tails=a.tails.split(","),
-        backends=a.backends.split(","),
-        device=a.device,
-        dtype=getattr(torch, a.dtype),
-        batch=a.batch,
+    parser.add_argument("--dtype", default="", help="bfloat16 on a GPU, float32 on a CPU, or float16")
+    parser.add_argument(
+        "--tiny", action=argparse.BooleanOptionalAction, help="cases cut to a few hundred tokens (default: on a CPU)"
     )
-    device = (
-        torch.cuda.get_device_name()
-        if a.device == "cuda"
-        else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    )
-    print(f"{device}, torch {torch.__version__}, {a.grid} tokens, {a.heads} heads of {a.head_dim}, {a.dtype}")
-    for r in rows:
-        print(
-            f"{r['name']:<26}{r['tail']:<9}density {r['density']:.3f}  {r['ms']:9.3f} ms  "
-            f"{r['tflops']:8.2f} TF/s  {r['speedup']:6.2f}x"
-        )
-    if a.json:
-        a.json.write_text(json.dumps({"device": device, "torch": torch.__version__, "rows": rows}, indent=1) + "\n")
-    if a.csv:
-        with a.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+    parser.add_argument("--backends", default=",".join(TIMED_BACKENDS), help="of this package")
+    parser.add_argument("--numerics", default="auto,int8,fp8")
+    parser.add_argument("--dense", default=",".join(DENSE_KERNELS))
+    parser.add_argument("--peers", default=",".join(PEERS), help="a list, or nothing at all: ''")
+    parser.add_argument("--seconds", type=float, default=0.3, help="to time one kernel in one round")
+    parser.add_argument("--rounds", type=int, default=1, help="how often all kernels of a setting are timed in turn")
+    parser.add_argument("--csv", type=Path, help="write the rows here, after every case")
+    parser.add_argument("--json", type=Path, help="write the rows here, after every case")
+    parser.add_argument("--plot", type=Path, help="draw TF/s here (needs matplotlib)")
+    return parser.parse_args()
+
+
+def split(text: str) -> list[str]:
+    return [part for part in text.split(",") if part]
+
+
+def origin(row: Row) -> str:
+    """Name and version of the package that a kernel comes from."""
+    package = DISTRIBUTIONS.get(row.name, "torch" if row.kind != "own" and row.name != "diffsparse" else "diffsparse")
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return package
+
+
+def write(rows: list[Row], machine: dict[str, str], as_csv: Path | None, as_json: Path | None) -> None:
+    table: list[dict[str, Any]] = [{**asdict(row), "package": origin(row), **machine} for row in rows]
+    for path in (as_csv, as_json):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+    if as_json is not None:
+        as_json.write_text(json.dumps(table, indent=1) + "\n")
+    if as_csv is not None:
+        with as_csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(table[0]))
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in line.items()} for line in table)
+
+
+def draw(rows: list[Row], machine: dict[str, str], path: Path) -> None:
+    """One panel a case: TF/s of whole executed blocks of every kernel, over the case's settings."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = list(dict.fromkeys(row.case for row in rows))
+    figure, panels = plt.subplots(len(names), 1, figsize=(9, 3.6 * len(names)), squeeze=False, layout="constrained")
+    for name, panel in zip(names, panels[:, 0]):
+        mine = [row for row in rows if row.case == name and row.status == OK]
+        settings = list(dict.fromkeys(row.setting for row in rows if row.case == name))
+        kernels = list(dict.fromkeys((row.kind, row.name, row.numerics) for row in mine))
+        for kind, kernel, numerics in kernels:
+            points = [r for r in mine if (r.kind, r.name, r.numerics) == (kind, kernel, numerics)]
+            panel.plot(
+                [settings.index(r.setting) for r in points],
+                [r.block_tflops for r in points],
+                marker={"dense": "s", "own": "o", "peer": "^"}[kind],
+                linestyle="--" if kind == "peer" else "-",
+                label=" ".join([kernel, *([numerics] if numerics != "auto" else [])]),
+            )
+        panel.set_xticks(range(len(settings)), settings)
+        panel.set_ylim(bottom=0)
+        panel.set_ylabel("TF/s, executed blocks")
+        first = next(row for row in rows if row.case == name)
+        panel.set_title(f"{name}: {first.tokens:,} tokens, {first.heads} heads of {first.head_dim}, {first.dtype}")
+        if kernels:
+            panel.legend(fontsize="x-small", ncols=2)
+    figure.suptitle(f"{machine['gpu']}, torch {machine['torch']}, {machine['date']}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> int:
+    """Read the command line, time, write. The exit status."""
+    a = arguments()
+    device = torch.device(a.device)
+    tiny = device.type == "cpu" if a.tiny is None else a.tiny
+    dtype = getattr(torch, a.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    if a.tokens:
+        densities = [float(d) for d in split(a.densities)]
+        wanted = [uniform_case("own", "", a.tokens, a.heads, a.head_dim, densities, block_size=a.block_size)]
+    else:
+        try:
+            wanted = cases(split(a.cases), tiny=tiny)
+        except ValueError as error:
+            raise SystemExit(f"error: {error}") from None
+    machine = stamp(device)
+    print(", ".join(f"{k} {v}" for k, v in machine.items() if v), flush=True)
+    rows: list[Row] = []
+    refused: set[tuple[str, str, str]] = set()
+
+    def say(row: Row) -> None:
+        seen = (row.name, row.numerics, row.status)
+        if row.status == OK or seen not in refused:  # what refuses does so for every setting
+            print(describe(row), flush=True)
+        refused.add(seen)
+
+    for case in wanted:
+        print(f"\n{case.name}: {case.about}; {case.grid.seq_len:,} tokens, {case.heads} heads of {case.head_dim}")
+        rows += bench_case(
+            case,
+            device=device,
+            dtype=dtype,
+            backends=split(a.backends),
+            numerics=split(a.numerics),
+            dense=split(a.dense),
+            peers=split(a.peers),
+            budget_ms=a.seconds * 1e3,
+            rounds=a.rounds,
+            say=say,
+        )
+        write(rows, machine, a.csv, a.json)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    if a.plot is not None:
+        draw(rows, machine, a.plot)
+    # A backend that this machine cannot run has no error; one that ran and was wrong or raised has.
+    ours = [r for r in rows if r.kind == "own" and r.status != OK]
+    return int(any(r.error is not None or "Error: " in r.status for r in ours))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

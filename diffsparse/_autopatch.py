@@ -33,12 +33,20 @@ MARK = "_diffsparse"
 
 
 def enable_sparse_attention(
-    self: Any, plan: Any = "auto", *, backend: str = "auto", strict: bool = True, timing: bool = False
+    self: Any,
+    plan: Any = "auto",
+    *,
+    backend: str = "auto",
+    strict: bool = True,
+    timing: bool = False,
+    dense_backend: str | None = None,
 ) -> Any:
     """Compute only the attention blocks that ``plan`` keeps. See :func:`diffsparse.enable_sparse_attention`."""
     from diffsparse import pipelines
 
-    return pipelines.enable_sparse_attention(self, plan, backend=backend, strict=strict, timing=timing)
+    return pipelines.enable_sparse_attention(
+        self, plan, backend=backend, strict=strict, timing=timing, dense_backend=dense_backend
+    )
 
 
 def disable_sparse_attention(self: Any) -> Any:

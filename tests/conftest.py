@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Plans and break-even tables that this machine keeps would change what runs.
+os.environ["DIFFSPARSE_CACHE"] = os.path.join(tempfile.gettempdir(), "diffsparse-tests-have-no-cache")
 
 import pytest
 import torch

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from diffsparse.kernels.checks import cannot_run
+from diffsparse.pipelines.dense import DENSE_BACKENDS
 from diffsparse.pipelines.family import architecture_of, find_transformers
 from diffsparse.pipelines.hooks import attach, detach, is_attached
 from diffsparse.pipelines.resolve import resolve_plans
@@ -28,6 +29,7 @@ def enable_sparse_attention(
     backend: str = "auto",
     strict: bool = True,
     timing: bool = False,
+    dense_backend: str | None = None,
 ) -> None:
     """Compute only the attention blocks that a plan keeps, in every self-attention layer of the denoiser.
 
@@ -37,12 +39,23 @@ def enable_sparse_attention(
             ``"conservative"``; a dict of these by component (``{"transformer": ..., "transformer_2": ...}``; one that
             is left out stays dense); or ``"auto"``: the plan in the model folder's ``sparse_plan`` if it is for this
             architecture, else the one cached for it, else the conservative preset. A log line says which.
-        backend: the kernel, ``"auto"`` or one of ``diffsparse.kernels.BACKENDS``, which then runs or raises.
+        backend: the kernel, ``"auto"`` or one of ``diffsparse.kernels.BACKENDS``, which then runs or raises. Under
+            ``"auto"`` a layer stays dense where the device's break-even table says that its blocks would take longer;
+            the summary says so. A device without a table runs all of them (`diffsparse bench break-even` makes one).
         strict: refuse a plan for another architecture. With False, layers that the plan and the model do not share run
             dense and are listed in the summary.
         timing: on a GPU, time every attention call for the summary, by two CUDA events around it; nothing waits for
             them. What that costs on a GPU has not been measured, so it has to be asked for. On a CPU calls are timed
             in any case, which takes about a microsecond a call. Calls in compiled code are not timed.
+
+        dense_backend: None leaves every dense call to the model's own attention, bit for bit. ``"fastest"`` measures
+            once for each shape what is installed (the model's own, cuDNN's, FlashAttention's and the memory-efficient
+            kernel of torch, FlashAttention-3 and -4, xformers, the kernel of this package with every block kept) and
+            runs dense steps, layers and heads on the fastest that agrees with the model's own. An uncompiled model
+            measures in the first call of a shape that needs it, on that call's q, k and v. Compiled blocks are measured
+            for before the forward, on random inputs and without the model's own way; nothing is measured while code is
+            traced, and a transformer that was compiled as a whole from outside keeps its own. Dense heads leave the
+            sparse kernel only where another package's or torch's is faster. The summary names what ran and every time.
 
     What cannot run sparse (causal, gradients needed, an unknown mask, ...) runs dense; it is logged once with its
     reason and counted in ``sparse_attention_summary``. One transformer runs in several threads at once only uncompiled.
@@ -51,12 +64,16 @@ def enable_sparse_attention(
         RuntimeError: already enabled; disable first.
         UnsupportedModelError: no known transformer.
         PlanError: the plan cannot be read, or is for another architecture.
-        ValueError: an unknown backend, or a name of no transformer.
+        ValueError: an unknown backend or dense_backend, or a name of no transformer.
     """
     transformers = find_transformers(pipe_or_transformer)
     pipe = None if isinstance(pipe_or_transformer, torch.nn.Module) else pipe_or_transformer
     if backend != "auto" and (reason := cannot_run(backend)) is not None:
         raise ValueError(reason)
+    if dense_backend not in DENSE_BACKENDS:
+        raise ValueError(
+            f"unknown dense_backend {dense_backend!r}; it is None (the model's own attention) or 'fastest' (measured)"
+        )
     for name, transformer in transformers.items():
         if is_attached(transformer):
             raise RuntimeError(f"sparse attention is already enabled on {name}; call disable_sparse_attention first")
@@ -72,6 +89,7 @@ def enable_sparse_attention(
             backend=backend,
             skipped=_fit(chosen, architecture, name, strict),
             timing=timing,
+            dense_backend=dense_backend,
         )
     for name, state in states.items():
         attach(transformers[name], state)
@@ -93,9 +111,11 @@ def sparse_attention(
     backend: str = "auto",
     strict: bool = True,
     timing: bool = False,
+    dense_backend: str | None = None,
 ) -> Iterator[Any]:
     """``with sparse_attention(pipe, plan): ...``, dense again afterwards in any case. Gives the pipeline."""
-    enable_sparse_attention(pipe_or_transformer, plan, backend=backend, strict=strict, timing=timing)
+    options: dict[str, Any] = {"backend": backend, "strict": strict, "timing": timing, "dense_backend": dense_backend}
+    enable_sparse_attention(pipe_or_transformer, plan, **options)
     try:
         yield pipe_or_transformer
     finally:

@@ -42,11 +42,12 @@ class Call:
     problem: str | None = None
     previous: Call | None = None
     frame: FrameType | None = None
-    # layer index -> (density executed, work of the dense call, why dense, backend)
+    # layer index -> (density executed, work of the dense call, why dense, backend or dense kernel)
     events: dict[int, list[tuple[float | None, float, str, str]]] = field(default_factory=dict)
     watches: list[tuple[int, bool, Watch]] = field(default_factory=list)
     foreign: set[int] = field(default_factory=set)
     compiled: frozenset[int] = frozenset()
+    device: torch.device | None = None
 
     def is_running(self) -> bool:
         """Whether the forward is still on the stack.
@@ -88,6 +89,15 @@ class Call:
             return OUTSIDE
         return self.state.layout(grid, self.phase, index, device, uniform)
 
+    def without_dense_heads(
+        self, index: int, device: torch.device, uniform: bool = False, seq: int | None = None
+    ) -> tuple[BlockLayout, torch.Tensor] | None:
+        """Where dense heads may run apart: the layout that skips them, and which they are."""
+        grid = self.grid_of(index, seq)
+        if self.state.dense is None or self.phase is None or grid is None:
+            return None
+        return self.state.without_dense_heads(grid, self.phase, index, device, uniform)
+
     def start_watch(self, q: torch.Tensor) -> Watch | None:
         """For the call that comes next, where it can be timed."""
         return start_watch(q.device, self.state.timing)
@@ -99,10 +109,10 @@ class Call:
             self.watches.append((index, True, watch))
 
     def run_dense(
-        self, index: int, q: torch.Tensor, reason: str, dense: Callable[[], torch.Tensor], *, issue: bool
+        self, index: int, q: torch.Tensor, reason: str, dense: Callable[[], torch.Tensor], *, issue: bool, by: str = ""
     ) -> torch.Tensor:
-        """The output of a dense call, which is counted with its reason."""
-        self.events.setdefault(index, []).append((None, _work(q), reason, ""))
+        """The output of a dense call, which is counted with its reason. ``by``: the kernel where it was chosen."""
+        self.events.setdefault(index, []).append((None, _work(q), reason, by))
         if issue:
             self.state.log(f"runs dense: {reason}")
         watch = self.start_watch(q)
@@ -139,6 +149,8 @@ class Call:
                         count.dense_calls += 1
                         count.done += work
                         count.reasons[reason] += 1
+                        if backend:
+                            count.dense_kernels[backend] += 1
                     else:
                         count.sparse_calls += 1
                         count.done += density * work
@@ -157,10 +169,12 @@ class Call:
         reason = self.problem or OUTSIDE
         if layout is not None:
             return (None, work, UNKNOWN_TEXT, "")
+        layer = self.state.layers[index]  # whether this call had a mask is not known here
+        kernel = "/".join(dict.fromkeys(k for k in (layer.dense_kernel, layer.masked_dense_kernel) if k))
         if self.problem is None and self.phase is not None and self.grid is not None:
-            found = self.layout(index, torch.device("cpu"))
+            found = self.layout(index, self.device or torch.device("cpu"), uniform=True)
             reason = found if isinstance(found, str) else "the layout was not ready when compiled code ran"
-        return (None, work, reason, "")
+        return (None, work, reason, kernel)
 
 
 def _work(q: torch.Tensor) -> float:

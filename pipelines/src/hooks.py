@@ -18,6 +18,7 @@ from diffsparse.layout import BlockLayout
 from diffsparse.pipelines._diffusers import StandIn, replaced_forward
 from diffsparse.pipelines.call import Call
 from diffsparse.pipelines.context import CTX, EPOCH
+from diffsparse.pipelines.dense import RaceKey, serves_heads
 from diffsparse.pipelines.family import UnknownGridError
 from diffsparse.pipelines.noise import noise_level
 from diffsparse.pipelines.patch import install_patch
@@ -111,12 +112,15 @@ def _before_model(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
     call.previous = CTX.call if CTX.call is not None and CTX.call.is_running() else None
     call.compiled = compiled_layers(module, state)
     # For compiled code, wherever there is any: of a wrapper around the whole model nothing can be seen from here.
-    device = _device_of(args, kwargs)
+    device = call.device = _device_of(args, kwargs)
     for layer in state.layers:
         layout: BlockLayout | str | None = None
         if call.problem is None and device is not None:
             layout = call.layout(layer.index, device, uniform=bool(call.compiled))
         layer.layout = layout if isinstance(layout, BlockLayout) else None
+        layer.dense_kernel = layer.masked_dense_kernel = layer.dense_heads = None
+    if call.compiled and state.dense is not None:
+        _choose_dense_kernels(module, call)
     call.frame = _caller()
     CTX.call = call
 
@@ -127,6 +131,33 @@ def _caller() -> FrameType | None:
     while frame is not None and frame.f_code.co_filename != _MODULE_FILE:
         frame = frame.f_back
     return frame
+
+
+def _choose_dense_kernels(module: torch.nn.Module, call: Call) -> None:
+    """For dense calls and heads in compiled code, where nothing can be timed: what is fastest on random inputs."""
+    state, device = call.state, call.device
+    if state.dense is None or device is None or call.grid is None or state.family.text_from_call:
+        return
+    dtype = next((p.dtype for p in module.parameters() if p.dtype in (torch.float16, torch.bfloat16)), torch.float32)
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    apart = {layer.index: call.without_dense_heads(layer.index, device, uniform=True) for layer in state.layers}
+    none = torch.zeros(state.architecture.heads, dtype=torch.bool)
+    for layer in state.layers:
+        grid = call.grid_of(layer.index)
+        any_apart = any(found is not None for found in apart.values())
+        if grid is None or (layer.layout is not None and not any_apart):
+            continue
+        shape = (call.batch, grid.seq_len, state.architecture.heads, state.architecture.head_dim)
+        layer.dense_kernel = state.dense.for_compiled(RaceKey(shape, dtype, device, masked=False))
+        kernels = [layer.dense_kernel]
+        if grid.text_before or grid.text_after:
+            layer.masked_dense_kernel = state.dense.for_compiled(RaceKey(shape, dtype, device, masked=True))
+            kernels.append(layer.masked_dense_kernel)
+        if layer.layout is None or not all(kernel is not None and serves_heads(kernel) for kernel in kernels):
+            continue
+        # Layers without dense heads get an empty choice of them: one graph serves all.
+        layer.layout, layer.dense_heads = apart[layer.index] or (layer.layout, none)
 
 
 @torch.compiler.disable(reason=_OPEN)

@@ -13,6 +13,7 @@ import torch
 
 from diffsparse.kernels import check, sparse_attention
 from diffsparse.kernels.checks import choose_backend
+from diffsparse.kernels.dense import dense_attention, dense_heads_
 from diffsparse.layout import BlockLayout
 from diffsparse.pipelines import _diffusers
 from diffsparse.pipelines.call import Call
@@ -191,13 +192,23 @@ def _route(
             reason = "a mask that is not a key-padding mask"
     if torch.compiler.is_compiling():
         layout = layer.layout
-        if layout is None or reason is not None or layer.text_from_call:
+        if reason is not None or layer.text_from_call:
             return dense()
+        if layout is None:
+            kernel = layer.dense_kernel if key_mask is None else layer.masked_dense_kernel
+            if kernel is None:
+                return dense()
+            return dense_attention(q, k, v, kernel=kernel, scale=scale, key_mask=key_mask)
         if q.shape[1] != layout.seq_len or q.shape[2] != layout.num_heads:
             return dense()
         if key_mask is not None and not layout.grid.text_before + layout.grid.text_after:
             return dense()
-        return sparse_attention(q, k, v, layout, scale=scale, kv_len=key_mask, backend=layer.backend)
+        out = sparse_attention(q, k, v, layout, scale=scale, kv_len=key_mask, backend=layer.backend)
+        if layer.dense_heads is not None:
+            kernel = layer.dense_kernel if key_mask is None else layer.masked_dense_kernel
+            assert kernel is not None  # or the heads would not have been taken out of the layout
+            dense_heads_(out, q, k, v, layer.dense_heads, kernel=kernel, scale=scale, key_mask=key_mask)
+        return out
     call = CTX.call
     if call is None or not call.is_running():  # a layer on its own, outside its model's forward: there is no grid
         return dense()
@@ -225,16 +236,29 @@ def _eager(
     if call.state.tap is not None:
         return call.state.tap.run(call, layer, q, k, v, key_mask, scale, reason, dense)
     layout = call.layout(index, q.device, seq=q.shape[1])
+    by = ""
+    if call.state.dense is not None and reason is None and not isinstance(layout, BlockLayout):
+        by, dense = call.state.dense.run(q, k, v, key_mask, scale, dense)
     reason = call.problem or reason  # what holds for the whole forward says more than its effect on one call
     if reason is None and isinstance(layout, BlockLayout):
         reason = _misfit(layout, q, k, v, key_mask)
     if reason is not None and (call.problem is not None or isinstance(layout, BlockLayout)):
-        return call.run_dense(index, q, reason, dense, issue=True)
+        return call.run_dense(index, q, reason, dense, issue=True, by=by)
     if isinstance(layout, str):
-        return call.run_dense(index, q, layout, dense, issue=False)
+        return call.run_dense(index, q, layout, dense, issue=False, by=by)
+    by_heads = None
+    apart = call.without_dense_heads(index, q.device, seq=q.shape[1])
+    if apart is not None and call.state.dense is not None:
+        by_heads = call.state.dense.for_heads(q, k, v, key_mask, scale, dense)
     watch = call.start_watch(q)
-    out = sparse_attention(q, k, v, layout, scale=scale, kv_len=key_mask, backend=layer.backend)
-    call.ran_sparse(index, q, layout.density, choose_backend(layer.backend, q), watch)
+    backend = choose_backend(layer.backend, q)
+    if apart is not None and by_heads is not None:
+        out = sparse_attention(q, k, v, apart[0], scale=scale, kv_len=key_mask, backend=layer.backend)
+        dense_heads_(out, q, k, v, apart[1], kernel=by_heads, scale=scale, key_mask=key_mask)
+        backend = f"{backend}, dense heads {by_heads}"
+    else:
+        out = sparse_attention(q, k, v, layout, scale=scale, kv_len=key_mask, backend=layer.backend)
+    call.ran_sparse(index, q, layout.density, backend, watch)
     return out
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from diffsparse.kernels.cache import cache_root
 from diffsparse.pipelines._diffusers import local_folder
 from diffsparse.pipelines.families.sizes import USUAL_SIZES
 from diffsparse.pipelines.family import architecture_of
@@ -28,9 +29,7 @@ IMAGE_TILE = (1, 8, 8)
 
 def cache_folder(fingerprint: str) -> Path:
     """Where this machine keeps an architecture's plan, below ``$DIFFSPARSE_CACHE`` or ``~/.cache/diffsparse``."""
-    root = os.environ.get("DIFFSPARSE_CACHE")
-    base = Path(root) if root else Path.home() / ".cache" / "diffsparse"
-    return base / "plans" / fingerprint
+    return cache_root() / "plans" / fingerprint
 
 
 def resolve_plans(

@@ -20,8 +20,10 @@ import torch
 
 from diffsparse.entry import HeadEntry
 from diffsparse.grid import TokenGrid
+from diffsparse.kernels.break_even import find_table
 from diffsparse.layout import BlockLayout, build_layout
 from diffsparse.pattern import uses_fallback
+from diffsparse.pipelines.dense import DenseChoice
 from diffsparse.pipelines.family import Family, architecture_of, family_by_class, layers_of
 from diffsparse.pipelines.timing import Watch
 from diffsparse.pipelines.uniform import alike, mark_sizes
@@ -52,6 +54,7 @@ MAX_PENDING = 16384
 FULL = "every block is kept on this grid"
 DENSE_ENTRIES = "all heads are dense in the plan"
 NOT_IN_PLAN = "dense layer of the plan"
+SLOWER = "dense attention is faster here, by the break-even table"
 
 
 def sparse_entries(plan: SparsityPlan, phase: int, layer: str, heads: int) -> tuple[HeadEntry, ...] | str:
@@ -72,9 +75,12 @@ class LayerState:
     visual_only: bool = False  # no text in this layer's sequences, though there is in other layers'
     text_from_call: bool = False  # the number of text tokens is known in the call only, which compiled code is not
     layout: BlockLayout | None = None
+    dense_kernel: str | None = None  # for compiled code too; None is the model's own attention
+    masked_dense_kernel: str | None = None
+    dense_heads: torch.Tensor | None = None  # bool [H] on the CPU: heads that ``layout`` leaves to ``dense_kernel``
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "layout": None}
+        return {**self.__dict__, "layout": None, "dense_heads": None}
 
 
 @dataclass
@@ -96,6 +102,7 @@ class LayerCounts:
     timed_dense: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     backends: Counter[str] = field(default_factory=Counter)
+    dense_kernels: Counter[str] = field(default_factory=Counter)
 
 
 class LayoutCache:
@@ -140,6 +147,7 @@ class ModelState:
         skipped: dict[str, str] | None = None,
         tap: Any = None,
         timing: bool = False,
+        dense_backend: str | None = None,
     ) -> None:
         self.component = component
         self.architecture: Architecture = architecture_of(transformer)
@@ -149,6 +157,7 @@ class ModelState:
         self.backend = backend
         self.skipped = skipped or {}
         self.timing = timing
+        self.dense = DenseChoice() if dense_backend == "fastest" else None
         family = self.family
         self.layers = [
             LayerState(name, i, backend, family.is_visual_only(name), family.text_from_call)
@@ -213,6 +222,30 @@ class ModelState:
             (grid, phase, device, uniform), index, lambda: self._build(grid, phase, index, device, uniform)
         )
 
+    def without_dense_heads(
+        self, grid: TokenGrid, phase: int, index: int, device: torch.device, uniform: bool = False
+    ) -> tuple[BlockLayout, torch.Tensor] | None:
+        """One layer's layout with its dense heads skipped, and which those are: bool ``[H]`` on the CPU.
+
+        None where the plan gives the layer no dense heads beside sparse ones.
+        """
+        assert self.plan is not None
+        layout = self.layout(grid, phase, index, device, uniform)
+        entries = sparse_entries(self.plan, phase, self.layers[index].name, self.architecture.heads)
+        if isinstance(layout, str) or isinstance(entries, str) or not any(e.is_dense for e in entries):
+            return None
+
+        def build() -> tuple[BlockLayout, torch.Tensor]:
+            heads = torch.tensor([entry.is_dense for entry in entries])
+            mode = layout.head_mode.clone()
+            mode[heads.to(device), 0] = 1
+            return replace(layout, head_mode=mode), heads
+
+        found: tuple[BlockLayout, torch.Tensor] = self.layouts.get(
+            (grid, phase, device, uniform), ("without dense heads", entries), build
+        )
+        return found
+
     def _build(self, grid: TokenGrid, phase: int, index: int, device: torch.device, uniform: bool) -> BlockLayout | str:
         assert self.plan is not None
         name = self.layers[index].name
@@ -232,6 +265,13 @@ class ModelState:
         layout = build_layout(grid, entries, self.plan.block_size)
         if min(layout.densities) >= 1:
             return FULL
+        table = find_table(device, self.architecture.head_dim) if self.backend == "auto" else None
+        if table is not None and table.layout_ratio(layout) >= 1:
+            self.log(
+                f"layers whose blocks take longer than dense attention at {layout.seq_len} tokens stay dense, by the "
+                f"break-even table of {table.device}; backend={table.backend!r} runs them sparse all the same"
+            )
+            return SLOWER
         if uniform:
             return mark_sizes(alike(layout, self.plan).to(device))
         return layout.to(device)

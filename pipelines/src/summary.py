@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from diffsparse.pipelines.family import find_transformers
@@ -33,6 +33,7 @@ class LayerSummary:
     dense_ms: float | None = None
     timed_calls: int = 0
     seconds: float | None = None
+    dense_kernels: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,9 @@ class TransformerSummary:
     density: whole-trajectory density, the work-weighted mean over all self-attention calls executed, dense ones at 1;
         None before the first. call_density: the mean over sparse calls.
     grids: forwards on each grid. fallbacks: bitmap heads that ran their fallback, on each grid where there were any.
-    skipped: layers that plan and model do not share (``strict=False``).
+    skipped: layers that plan and model do not share (``strict=False``). races: with ``dense_backend="fastest"``, what
+        was measured for each shape: the kernel that is fastest and the milliseconds of all that ran; race_excluded: why
+        the others did not.
     """
 
     name: str
@@ -57,6 +60,18 @@ class TransformerSummary:
     fallbacks: dict[str, int]
     skipped: dict[str, str]
     layers: tuple[LayerSummary, ...]
+    dense_backend: str | None = None
+    races: dict[str, str] = field(default_factory=dict)
+    race_excluded: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    @property
+    def dense_kernels(self) -> dict[str, int]:
+        """Dense calls by the kernel that ran them, where ``dense_backend`` chose it; ``model`` is the model's own."""
+        total: dict[str, int] = {}
+        for layer in self.layers:
+            for name, count in layer.dense_kernels.items():
+                total[name] = total.get(name, 0) + count
+        return total
 
     @property
     def sparse_calls(self) -> int:
@@ -124,6 +139,7 @@ class SparseSummary:
                 "dense_calls": t.dense_calls,
                 "dense_reasons": t.dense_reasons,
                 "backends": t.backends,
+                "dense_kernels": t.dense_kernels,
                 "timed_calls": t.timed_calls,
                 "seconds": t.seconds,
             }
@@ -143,11 +159,13 @@ class SparseSummary:
             for title, counts in (
                 ("ran on", t.backends),
                 ("dense because", _where(t)),
+                ("dense calls ran on", t.dense_kernels),
                 ("grids", t.grids),
                 ("bitmaps that ran their fallback", t.fallbacks),
             ):
                 if counts:
                     lines.append(f"  {title}: " + ", ".join(f"{key} ({count})" for key, count in counts.items()))
+            lines += [f"  fastest dense attention for {shape}: {race}" for shape, race in t.races.items()]
             if t.seconds is not None:
                 calls = t.sparse_calls + t.dense_calls
                 of = f" ({t.timed_calls} of {calls} calls timed)" if t.timed_calls != calls else ""
@@ -215,6 +233,7 @@ def _summarise(name: str, state: ModelState) -> TransformerSummary:
                 dense_reasons=dict(c.reasons),
                 backends=dict(c.backends),
                 unseen_calls=c.unseen,
+                dense_kernels=dict(c.dense_kernels),
                 sparse_ms=1e3 * c.sparse_seconds / c.timed_sparse if c.timed_sparse else None,
                 dense_ms=1e3 * c.dense_seconds / c.timed_dense if c.timed_dense else None,
                 timed_calls=c.timed_sparse + c.timed_dense,
@@ -226,6 +245,7 @@ def _summarise(name: str, state: ModelState) -> TransformerSummary:
         done = sum(c.done for c in counts)
         sparse = sum(c.sparse_calls for c in counts)
         sparse_density = sum(c.sparse_density for c in counts)
+        races = dict(state.dense.races) if state.dense is not None else {}
         return TransformerSummary(
             name=name,
             model_class=state.family_class,
@@ -239,4 +259,7 @@ def _summarise(name: str, state: ModelState) -> TransformerSummary:
             fallbacks={str(grid): count for grid, count in state.fallbacks.items() if count},
             skipped=dict(state.skipped),
             layers=layers,
+            dense_backend="fastest" if state.dense is not None else None,
+            races={str(key): str(race) for key, race in races.items()},
+            race_excluded={str(key): dict(race.excluded) for key, race in races.items()},
         )

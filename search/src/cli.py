@@ -445,6 +445,43 @@ def bench_kernels_command(
         answer(result, bench_table(result))
 
 
+@bench_app.command("break-even")
+@_interruptible("nothing was written")
+def bench_break_even_command(
+    heads: Annotated[int, typer.Option("--heads")] = 24,
+    head_dim: Annotated[int, typer.Option("--head-dim")] = 128,
+    block_size: Annotated[int, typer.Option("--block-size", help="64 or 128.")] = 128,
+    tokens: Annotated[str, typer.Option("--tokens", help="Sequence lengths, a rising list.")] = "",
+    out: Annotated[str, typer.Option("--out", metavar="FILE", help="Write the table here, not to the cache.")] = "",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure from which length and density on sparse attention pays, and keep it for `backend="auto"`.
+
+    \b
+    Example:
+      diffsparse bench break-even --heads 24 --head-dim 128
+    """
+    with _answers(as_json) as answer:
+        _check_numbers(heads=heads, head_dim=head_dim)
+        from diffsparse.search import load
+        from diffsparse.search.break_even import bench_break_even, break_even_text
+
+        place = load.choose_device(device)
+        table, path = bench_break_even(
+            place,
+            heads=heads,
+            head_dim=head_dim,
+            dtype=load.choose_dtype(dtype, place),
+            block_size=block_size,
+            tokens=tokens,
+            out=out,
+            say=lambda line: print(line, file=sys.stderr, flush=True),
+        )
+        answer({**table.to_dict(), "file": str(path)}, break_even_text(table, path))
+
+
 @app.command("env")
 def env_command(as_json: Json = False) -> None:
     """Versions, devices and attention backends, to paste into an issue.

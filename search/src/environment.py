@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-__all__ = ["PACKAGES", "environment", "full_environment", "versions"]
+__all__ = ["PACKAGES", "environment", "full_environment", "stamp", "versions"]
 
 PACKAGES = (
     "torch",
@@ -97,4 +98,25 @@ def full_environment() -> dict[str, Any]:
         "gpus": gpus,
         "packages": versions(),
         "backends": available_backends(),
+    }
+
+
+def stamp(device: Any) -> dict[str, str]:
+    """What stands beside every figure of a committed benchmark: device, versions, date (UTC)."""
+    import torch
+
+    import diffsparse
+
+    device = torch.device(device)
+    on_gpu = device.type == "cuda"
+    return {
+        "gpu": torch.cuda.get_device_name(device)
+        if on_gpu
+        else f"none ({_processor()}, {torch.get_num_threads()} threads)",
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "diffsparse": diffsparse.__version__,
+        "torch": torch.__version__,
+        "triton": versions()["triton"] or "",
+        "cuda": str(torch.version.cuda or ""),
+        "cudnn": str(torch.backends.cudnn.version() or "") if on_gpu else "",
     }

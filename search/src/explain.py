@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -13,11 +14,12 @@ import torch
 
 from diffsparse.entry import TAILS, HeadEntry
 from diffsparse.grid import TokenGrid
+from diffsparse.kernels.break_even import BreakEvenTable, find_table
 from diffsparse.kernels.checks import choose_backend
 from diffsparse.layout import TAIL_COST
 from diffsparse.pattern import uses_fallback
 from diffsparse.pipelines.family import Family, UnsupportedModelError, family_by_class
-from diffsparse.pipelines.state import FULL, sparse_entries
+from diffsparse.pipelines.state import FULL, SLOWER, sparse_entries
 from diffsparse.plan import Architecture, SparsityPlan
 from diffsparse.search.cost import CostModel
 from diffsparse.search.density import kept_density
@@ -270,8 +272,8 @@ class HeadForecast:
 class HeadForecaster:
     """Figures of entries, each worked out once."""
 
-    def __init__(self, plan: SparsityPlan, costs: CostModel | None) -> None:
-        self.plan, self.costs = plan, costs
+    def __init__(self, plan: SparsityPlan, costs: CostModel | None, table: BreakEvenTable | None = None) -> None:
+        self.plan, self.costs, self.table = plan, costs, table
         self.known: dict[tuple[HeadEntry, TokenGrid], HeadForecast] = {}
 
     def head(self, entry: HeadEntry, grid: TokenGrid) -> HeadForecast:
@@ -306,8 +308,21 @@ class HeadForecaster:
         fallback = sum(f.fallback for f in found)
         if min(f.density for f in found) >= 1:
             return PhaseForecast(1.0, one, FULL, fallback, families)
+        if self.table is not None and self._over_dense(self.table, entries, found, grid) >= 1:
+            return PhaseForecast(1.0, one, SLOWER, fallback, families)
         time = None if self.costs is None else float(np.mean([f.time for f in found if f.time is not None]))
         return PhaseForecast(density, time, None, fallback, families)
+
+    def _over_dense(
+        self, table: BreakEvenTable, entries: Sequence[HeadEntry], found: Sequence[HeadForecast], grid: TokenGrid
+    ) -> float:
+        """What ``BreakEvenTable.layout_ratio`` says, up to short blocks, of which it counts the whole."""
+        times = [
+            0.0 if entry.execution.mode == "skip"
+            else table.head_ratio(grid.seq_len, head.kept, entry.execution.tail, not entry.order.is_raster)
+            for entry, head in zip(entries, found)
+        ]  # fmt: skip
+        return float(np.mean(times))
 
 
 def explain(
@@ -334,7 +349,7 @@ def explain(
         raise BadInput(f"--backend {backend}: {error}; see `diffsparse env`") from None
     family = _family(architecture, model_class)
     costs = recorded_costs(plan)
-    forecaster = HeadForecaster(plan, costs)
+    forecaster = HeadForecaster(plan, costs, find_table(device, head_dim) if backend == "auto" else None)
     rows = []
     for layer in layers:
         own = grid.visual_only() if family is not None and family.is_visual_only(layer) else grid

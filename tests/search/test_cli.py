@@ -45,7 +45,17 @@ def once_loaded(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [["search"], ["eval"], ["show"], ["explain"], ["bench", "kernels"], ["env"], ["models"], ["demo"]],
+    [
+        ["search"],
+        ["eval"],
+        ["show"],
+        ["explain"],
+        ["bench", "kernels"],
+        ["bench", "break-even"],
+        ["env"],
+        ["models"],
+        ["demo"],
+    ],
 )
 def test_help_has_an_example(cli: Cli, command: list[str]) -> None:
     code, out, _ = cli(*command, "--help")
@@ -385,6 +395,21 @@ def test_bench(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [r["backend"] for r in data["sparse"]].count("cpu") == 2
     assert data["sparse"][-1]["density"] == 1.0 and "reference" not in str(data["sparse"])
     assert "dense: flash_attention" in cli(*arguments, "--device", "cpu")[1]
+
+
+def test_bench_break_even(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFSPARSE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("diffsparse.search.break_even.DENSITIES", (0.5, 1.0))
+    arguments = ["bench", "break-even", "--heads", "1", "--head-dim", "16", "--block-size", "64", "--device", "cpu"]
+    code, out, err = cli(*arguments, "--tokens", "128,256", "--out", tmp_path / "a" / "table.json")
+    assert code == 0, err
+    assert "share of kept blocks up to which sparse attention is faster" in out and "256 tokens: dense" in err
+    assert json.loads((tmp_path / "a" / "table.json").read_text())["tables"][0]["tokens"] == [128, 256]
+    assert not (tmp_path / "cache").exists()
+    data = json.loads(cli(*arguments, "--tokens", "128", "--json")[1])
+    assert Path(data["file"]).is_relative_to(tmp_path / "cache") and data["about"]["command"].startswith("diffsparse")
+    assert "--tokens '2,1': a rising list" in refused(cli, *arguments, "--tokens", "2,1")
+    assert "--block-size 77: it is one of 64, 128" in refused(cli, "bench", "break-even", "--block-size", "77")
 
 
 def test_show_writes_the_page_and_the_table_is_plain_where_it_is_piped(

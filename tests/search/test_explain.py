@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from diffsparse.entry import Execution, HeadEntry
+from diffsparse.entry import TAILS, Execution, HeadEntry
 from diffsparse.grid import TokenGrid
+from diffsparse.kernels.break_even import BreakEvenTable, device_name, save_local
 from diffsparse.layout import build_layout
 from diffsparse.order import AxisOrder, CurveOrder, RasterOrder, TileOrder
 from diffsparse.pattern import Band, Bitmap, Empty, Full, Radial, Window
 from diffsparse.pipelines import sparse_attention, sparse_attention_summary
 from diffsparse.pipelines.families.sizes import USUAL_SIZES
+from diffsparse.pipelines.state import SLOWER
 from diffsparse.plan import Architecture, SparsityPlan
 from diffsparse.presets import preset
 from diffsparse.schedule import Schedule
@@ -154,6 +156,25 @@ def test_a_class_must_be_that_of_the_plan() -> None:
 
 
 # -- forecasts ---------------------------------------------------------------------------------------------------------
+
+
+def test_layers_that_a_break_even_table_speaks_against(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFSPARSE_CACHE", str(tmp_path))
+    plan = preset("window", tail="none")
+    assert told(plan).layers[0].phases[0].dense_because is None
+    for ratio, reason in ((1.2, SLOWER), (0.9, None)):
+        rows = ((ratio, ratio),)
+        save_local(
+            BreakEvenTable(
+                device=device_name(CPU), backend="cpu", dtype="float32", heads=2, head_dim=64, block_size=64,
+                tokens=(1000,), densities=(0.1, 1.0), ratio=dict.fromkeys(TAILS, rows), gather=(0.0,), dense=("any",),
+                about={},
+            )
+        )  # fmt: skip
+        found = told(plan)
+        assert found.layers[0].phases[0].dense_because == reason
+        assert found.layers[0].backend == (None if reason else "cpu")
+        assert told(plan, backend="cpu").layers[0].phases[0].dense_because is None  # asked for by name
 
 
 def test_densities_and_times_of_layers() -> None:

@@ -1,0 +1,271 @@
+"""Whether sparse attention pays: its time over dense attention's, measured on a device by tokens and density.
+
+Tables that were measured elsewhere are in ``break_even.json`` beside this module; one that is measured on the machine
+itself (``diffsparse bench break-even``) lies in the cache folder and goes before them. A device without a table is
+unknown, and nothing is predicted for it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from diffsparse.entry import TAILS, Execution, HeadEntry
+from diffsparse.grid import TokenGrid
+from diffsparse.kernels.api import sparse_attention
+from diffsparse.kernels.bench_cases import random_rows
+from diffsparse.kernels.cache import cache_root
+from diffsparse.kernels.call import GATHERED, SKIP, TAIL
+from diffsparse.kernels.checks import choose_backend
+from diffsparse.kernels.clock import samples_ms, timing
+from diffsparse.kernels.dense import DENSE_KERNELS, dense_attention, race_dense
+from diffsparse.layout import BlockLayout
+from diffsparse.order import AxisOrder, RasterOrder
+
+__all__ = ["BreakEvenTable", "device_name", "find_table", "local_file", "measure_break_even", "save_local"]
+
+logger = logging.getLogger("diffsparse")
+
+FORMAT = 1
+TOKENS = (1024, 2048, 4096, 8192, 16384, 32768)
+DENSITIES = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
+#: Gathering costs the same at every density; this is where it is measured.
+_GATHER_DENSITY = 0.25
+_TURNS = 3
+_SHIPPED = Path(__file__).with_name("break_even.json")
+
+
+@dataclass(frozen=True)
+class BreakEvenTable:
+    """Sparse attention's time over dense attention's on one device, with one backend.
+
+    ratio: for each tail ``[len(tokens)][len(densities)]``, heads in the model's order, densities of kept blocks.
+    gather: for each number of tokens, what an order other than the model's adds. dense: the dense kernel compared
+    with, the fastest of torch's. about: versions, date and command of the measurement.
+    """
+
+    device: str
+    backend: str
+    dtype: str
+    heads: int
+    head_dim: int
+    block_size: int
+    tokens: tuple[int, ...]
+    densities: tuple[float, ...]
+    ratio: dict[str, tuple[tuple[float, ...], ...]]
+    gather: tuple[float, ...]
+    dense: tuple[str, ...]
+    about: dict[str, str]
+
+    def __post_init__(self) -> None:
+        shape = (len(self.tokens), len(self.densities))
+        ascending = all(a < b for axis in (self.tokens, self.densities) for a, b in zip(axis, axis[1:]))
+        tables = [np.array(self.ratio.get(tail, ()), np.float64) for tail in TAILS]
+        numbers = np.concatenate([*(t.ravel() for t in tables), np.array(self.gather, np.float64)])
+        if not ascending or min(shape) < 1 or any(t.shape != shape for t in tables) or len(self.gather) != shape[0]:
+            raise ValueError("its axes and tables do not fit together")
+        if not np.isfinite(numbers).all() or min(t.min() for t in tables) <= 0:
+            raise ValueError("it holds numbers that are no ratios of times")
+
+    def head_ratio(self, tokens: int, density: float, tail: str = "none", gathered: bool = False) -> float:
+        """Predicted time of one head over its dense time. Below and above the measured sizes the nearest one counts.
+
+        Between measured sizes it is interpolated over the logarithm of the number of tokens. Below the lowest measured
+        density nothing is promised: its time counts.
+        """
+        position = np.interp(np.log(tokens), np.log(self.tokens), np.arange(len(self.tokens)))
+        low = int(position)
+        high, part = min(low + 1, len(self.tokens) - 1), float(position - low)
+        rows = np.array(self.ratio[tail])
+        row = (1 - part) * rows[low] + part * rows[high]
+        extra = (1 - part) * self.gather[low] + part * self.gather[high] if gathered else 0.0
+        return float(np.interp(density, self.densities, row)) + extra
+
+    def layout_ratio(self, layout: BlockLayout) -> float:
+        """Predicted time of a call over its dense time: the mean over its heads, of which skipped ones take none."""
+        heads, n = layout.num_heads, layout.max_blocks
+        counts = layout.row_ptr.diff().view(heads, n).sum(1).tolist()
+        blocks = (layout.block_start.diff(dim=1) > 0).sum(1).tolist()
+        order, mode = layout.head_order.tolist(), layout.head_mode.tolist()
+        known: dict[tuple[float, int, int], float] = {}
+        total = 0.0
+        for h in range(heads):
+            if mode[h][SKIP]:
+                continue
+            key = (counts[h] / blocks[order[h]] ** 2, mode[h][TAIL], int(mode[h][GATHERED] > 0))
+            if key not in known:
+                known[key] = self.head_ratio(layout.seq_len, key[0], TAILS[key[1]], bool(key[2]))
+            total += known[key]
+        return total / heads
+
+    def break_even(self, tokens: int, tail: str = "none", gathered: bool = False) -> float:
+        """The density, in steps of 0.01, up to which sparse is predicted to be faster; 0 where it is not even there."""
+        found = 0.0
+        for step in range(1, 101):
+            if self.head_ratio(tokens, 0.01 * step, tail, gathered) >= 1:
+                break
+            found = 0.01 * step
+        return round(found, 2)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> BreakEvenTable:
+        """Raises KeyError, TypeError or ValueError where ``data`` is no table."""
+        ratio = {tail: tuple(tuple(map(float, row)) for row in data["ratio"][tail]) for tail in TAILS}
+        lists = {name: tuple(data[name]) for name in ("tokens", "densities", "gather", "dense")}
+        return cls(**{**data, **lists, "ratio": ratio})
+
+
+def device_name(device: torch.device) -> str:
+    """What tables are kept by: the GPU's name, or the processor's and the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_processor()}, {torch.get_num_threads()} threads"
+
+
+@lru_cache(maxsize=1)
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        import platform
+
+        return platform.processor() or platform.machine() or "cpu"
+
+
+def local_file(device: str, root: Path | None = None) -> Path:
+    """Where this machine keeps a device's tables."""
+    return (root or cache_root()) / "break_even" / (re.sub(r"[^A-Za-z0-9]+", "_", device).strip("_") + ".json")
+
+
+def save_local(table: BreakEvenTable, root: Path | None = None) -> Path:
+    """Add a table to the machine's own, in the place of one for the same backend and head_dim. Returns the file."""
+    path = local_file(table.device, root)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    same = (table.backend, table.head_dim)
+    kept = [t for t in _read(path) if (t.backend, t.head_dim) != same] if path.is_file() else []
+    text = json.dumps({"format": FORMAT, "tables": [t.to_dict() for t in (*kept, table)]}, indent=1) + "\n"
+    scratch = path.with_suffix(f".{os.getpid()}.tmp")
+    scratch.write_text(text)
+    scratch.replace(path)
+    _read_cached.cache_clear()
+    return path
+
+
+def _read(path: Path) -> tuple[BreakEvenTable, ...]:
+    """A file's tables; of one that is damaged none, with a line in the log, since it must not stop a pipeline."""
+    try:
+        data = json.loads(path.read_text("utf-8"))
+        if data["format"] != FORMAT:
+            raise ValueError(f"it has format {data['format']!r}, this version reads {FORMAT}")
+        return tuple(BreakEvenTable.from_dict(table) for table in data["tables"])
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        logger.warning(
+            "the break-even table %s cannot be read (%s: %s); measure it again with `diffsparse bench break-even`",
+            path, type(error).__name__, error,
+        )  # fmt: skip
+        return ()
+
+
+@lru_cache(maxsize=8)
+def _read_cached(path: Path, changed: int) -> tuple[BreakEvenTable, ...]:
+    return _read(path)
+
+
+def find_table(device: torch.device, head_dim: int) -> BreakEvenTable | None:
+    """The table for this device and the backend that ``"auto"`` takes on it, or None where none was measured.
+
+    One measured on this machine goes before one that is shipped, then the one of the nearest head_dim. One that was
+    measured with another backend than runs now says nothing.
+    """
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    probe = torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device)
+    backend, name = choose_backend("auto", probe), device_name(device)
+    for path in (local_file(name), _SHIPPED):
+        if not path.is_file():
+            continue
+        fitting = [t for t in _read_cached(path, path.stat().st_mtime_ns) if (t.device, t.backend) == (name, backend)]
+        if fitting:
+            return min(fitting, key=lambda t: abs(t.head_dim - head_dim))
+    return None
+
+
+def _ratio(function: Callable[[], Any], over: Callable[[], Any], device: torch.device, budget_ms: float) -> float:
+    """Median time of one over that of the other, timed in turn, so that what else the machine does falls on both."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(_TURNS):
+        for one, samples in zip((function, over), times):
+            samples += samples_ms(one, device, budget_ms / _TURNS, least=2)
+    return timing(times[0]).ms / timing(times[1]).ms
+
+
+@torch.no_grad()
+def measure_break_even(
+    device: torch.device,
+    *,
+    heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    block_size: int = 128,
+    tokens: Sequence[int] = TOKENS,
+    densities: Sequence[float] = DENSITIES,
+    budget_ms: float = 100.0,
+    about: dict[str, str] | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> BreakEvenTable:
+    """Time sparse calls with random lists and every tail against the fastest dense attention of torch, batch 1."""
+    draw = torch.Generator(device).manual_seed(0)
+    ratio: dict[str, list[tuple[float, ...]]] = {tail: [] for tail in TAILS}
+    gather, dense_names = [], []
+    sdpa = [name for name in DENSE_KERNELS if name.endswith("_sdpa")]
+    backend = choose_backend("auto", torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device))
+    for size in tokens:
+        shape = (1, size, heads, head_dim)
+        q, k, v = (torch.randn(*shape, generator=draw, device=device, dtype=dtype) for _ in range(3))
+        race = race_dense(q, k, v, kernels=sdpa, budget_ms=budget_ms)
+        dense_names.append(race.fastest)
+        dense = partial(dense_attention, q, k, v, kernel=race.fastest)
+        attend = partial(sparse_attention, q, k, v, backend=backend)
+        # Orders are bijections of a box, so the sequence is one: rows of 32 tokens.
+        grid = TokenGrid(1, size // 32, 32) if size % 32 == 0 else TokenGrid(1, 1, size)
+
+        def over_dense(entry: HeadEntry, density: float) -> float:
+            layout = random_rows(grid, [entry] * heads, block_size, density).to(device)  # noqa: B023
+            return _ratio(partial(attend, layout), dense, device, budget_ms)  # noqa: B023
+
+        for tail in TAILS:
+            entry = HeadEntry(RasterOrder(), execution=Execution(tail=tail))
+            ratio[tail].append(tuple(over_dense(entry, density) for density in densities))
+        plain = over_dense(HeadEntry(RasterOrder()), _GATHER_DENSITY)
+        gather.append(max(0.0, over_dense(HeadEntry(AxisOrder("WHF")), _GATHER_DENSITY) - plain))
+        told = ", ".join(f"{d:g}: {r:.2f}" for d, r in zip(densities, ratio["none"][-1]))
+        say(
+            f"{size} tokens: dense {race.ms[race.fastest]:.3g} ms ({race.fastest}); sparse over dense by density {told}"
+        )
+    return BreakEvenTable(
+        device=device_name(device),
+        backend=backend,
+        dtype=str(dtype).removeprefix("torch."),
+        heads=heads,
+        head_dim=head_dim,
+        block_size=block_size,
+        tokens=tuple(tokens),
+        densities=tuple(densities),
+        ratio={tail: tuple(rows) for tail, rows in ratio.items()},
+        gather=tuple(gather),
+        dense=tuple(dense_names),
+        about=dict(about or {}),
+    )

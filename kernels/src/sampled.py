@@ -1,0 +1,105 @@
+"""What a call of any size should give, at a few of its query rows: a check of the very call that is timed."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from diffsparse.entry import TAILS
+from diffsparse.kernels.call import SKIP, TAIL, key_mask_of
+from diffsparse.layout import BlockLayout
+
+__all__ = ["sampled_error", "tolerance"]
+
+_LIMITS = {torch.float32: 2e-3, torch.float16: 5e-3, torch.bfloat16: 1e-2}
+_LIMIT_8_BITS = 4e-2
+
+
+def tolerance(dtype: torch.dtype, numerics: str = "auto") -> float:
+    """The relative error that a kernel may have at its inputs' precision.
+
+    In float32 there is room for tf32 products, which GPU kernels use there.
+    """
+    return _LIMITS[dtype] if numerics == "auto" else _LIMIT_8_BITS
+
+
+def sampled_error(
+    out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: BlockLayout,
+    *,
+    kv_len: torch.Tensor | None = None,
+    heads: int = 12,
+    rows: int = 32,
+    seed: int = 0,
+) -> float:
+    """``||out - exact|| / ||exact||`` over sampled query tokens, the exact values in fp64 from the layout's definition.
+
+    ``heads`` heads (all where there are no more, else spread evenly) and ``rows`` tokens of each, in the first item;
+    the first and the last token are always among them, since that is where short blocks are. Skipped heads must be
+    zero: anything else there makes the error infinite. Raises ValueError for the ``centroids`` tail, whose halves are
+    defined by :func:`diffsparse.kernels.reference_attention` alone.
+    """
+    total, seq = q.shape[2], q.shape[1]
+    scale = q.shape[-1] ** -0.5
+    mask = key_mask_of(kv_len, seq)
+    draw = torch.Generator("cpu").manual_seed(seed)
+    picked = sorted({round(i * (total - 1) / max(1, min(heads, total) - 1)) for i in range(min(heads, total))})
+    off = size = 0.0
+    for h in picked:
+        if int(layout.head_mode[h, SKIP]):
+            if bool(out[0, :, h].any()):
+                return math.inf
+            continue
+        tail = TAILS[int(layout.head_mode[h, TAIL])]
+        if tail == "centroids":
+            raise ValueError("the sampled check knows no centroids tail: use reference_attention on a small case")
+        tokens = torch.cat([torch.randint(seq, (max(0, rows - 2),), generator=draw), torch.tensor([0, seq - 1])])
+        want = _rows(q, k, v, layout, h, tail, tokens.to(q.device), scale, mask)
+        got = out[0, tokens.to(out.device), h].double()
+        off += float((got - want).square().sum())
+        size += float(want.square().sum())
+    return (off / size) ** 0.5 if size else 0.0 if not off else math.inf
+
+
+def _rows(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: BlockLayout,
+    head: int,
+    tail: str,
+    tokens: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """Exact outputs fp64 ``[len(tokens), D]`` of one head of the first item."""
+    n, order = layout.max_blocks, int(layout.head_order[head])
+    start = layout.block_start[order].long()
+    length = start.diff()
+    block_of = torch.repeat_interleave(torch.arange(n, device=length.device), length)[layout.scatter[order].long()]
+    key, value = k[0, :, head].double(), v[0, :, head].double()
+    keep = torch.zeros(len(tokens), n, dtype=torch.bool, device=key.device)
+    for i, row in enumerate((head * n + block_of[tokens]).tolist()):
+        kept = layout.col_idx[int(layout.row_ptr[row]) : int(layout.row_ptr[row + 1])].long()
+        keep[i, kept] = True
+    query = q[0, tokens, head].double() * scale
+    logits = query @ key.T
+    logits.masked_fill_(~keep[:, block_of], -math.inf)
+    if mask is not None:
+        logits.masked_fill_(~mask[0], -math.inf)
+    if tail == "none":
+        # A row that keeps nothing is 0, not NaN.
+        return logits.softmax(1).nan_to_num_(0.0) @ value
+    count = length.clamp(min=1).double()[:, None]
+    zeros = torch.zeros(n, key.shape[1], dtype=torch.float64, device=key.device)
+    mean_k, mean_v = (zeros.index_add(0, block_of, x) / count for x in (key, value))
+    extra = query @ mean_k.T + count[:, 0].log()
+    if tail == "moments":
+        extra += 0.5 * query.square() @ (zeros.index_add(0, block_of, (key - mean_k[block_of]).square()) / count).T
+    visual = (start[:-1] >= layout.grid.text_before) & (start[:-1] < layout.grid.text_before + layout.grid.num_visual)
+    extra.masked_fill_(keep | ~(visual & (length > 0)), -math.inf)
+    return torch.cat([logits, extra], 1).softmax(1) @ torch.cat([value, mean_v])

@@ -1,0 +1,96 @@
+"""``backend="auto"`` never makes a model slower: what a break-even table speaks against stays dense."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from diffsparse.entry import TAILS, HeadEntry
+from diffsparse.grid import TokenGrid
+from diffsparse.kernels.break_even import BreakEvenTable, device_name, save_local
+from diffsparse.pattern import Band
+from diffsparse.pipelines import architecture_of, sparse_attention, sparse_attention_summary
+from diffsparse.pipelines.state import SLOWER
+from diffsparse.plan import SparsityPlan
+from diffsparse.presets import preset
+from tests.pipelines.models import run, wan, wan_inputs
+
+CPU = torch.device("cpu")
+PLAN = preset("window", tail="none")
+
+
+def table(*ratios: float) -> BreakEvenTable:
+    """Time over dense at densities 0.2 and 0.9, whatever the length."""
+    row = tuple(ratios) if len(ratios) == 2 else ratios * 2
+    return BreakEvenTable(
+        device=device_name(CPU), backend="cpu", dtype="float32", heads=3, head_dim=16, block_size=64, tokens=(200,),
+        densities=(0.2, 0.9), ratio={tail: (row,) for tail in TAILS}, gather=(0.0,), dense=("flash_sdpa",), about={},
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFSPARSE_CACHE", str(tmp_path))
+
+
+def summary(model: Any, plan: SparsityPlan = PLAN, backend: str = "auto") -> Any:
+    with sparse_attention(model, plan, backend=backend):
+        out = run(model, wan_inputs(3, 7, 9))
+        return out, sparse_attention_summary(model).transformers["transformer"]
+
+
+def test_below_break_even_layers_stay_dense_with_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    model = wan()
+    torch.manual_seed(1)
+    dense = run(model, wan_inputs(3, 7, 9))
+    save_local(table(1.2))
+    torch.manual_seed(1)
+    with caplog.at_level(logging.WARNING, "diffsparse"):
+        out, found = summary(model)
+    assert torch.equal(out, dense)
+    assert found.sparse_calls == 0 and found.dense_reasons == {SLOWER: found.dense_calls}
+    lines = [r.getMessage() for r in caplog.records if "break-even" in r.getMessage()]
+    assert len(lines) == 1 and "at 189 tokens stay dense" in lines[0] and device_name(CPU) in lines[0]
+
+
+def test_a_backend_asked_for_by_name_runs() -> None:
+    save_local(table(1.2))
+    assert summary(wan(), backend="cpu")[1].dense_calls == 0
+
+
+def test_above_break_even_and_without_a_table_layers_run_sparse() -> None:
+    model = wan()
+    assert summary(model)[1].dense_calls == 0
+    save_local(table(0.9))
+    assert summary(model)[1].dense_calls == 0
+    save_local(replace(table(1.2), backend="triton"))  # of another kernel than runs here
+    assert summary(model)[1].dense_calls == 0
+
+
+def test_each_layer_by_its_own_density() -> None:
+    model = wan()
+    layers = architecture_of(model).layers
+    thin, thick = HeadEntry(pattern=Band(0.0)), HeadEntry(pattern=Band(0.3))
+    plan = SparsityPlan.from_table({n: [[thick if i == 0 else thin] * 3] for i, n in enumerate(layers)})
+    densities = plan.call_densities(TokenGrid(3, 7, 9), layers, 3)[0]
+    assert densities[0] > densities[1] + 0.2
+    save_local(table(0.2, 1.5))
+    found = summary(model, plan)[1]
+    assert [layer.dense_calls for layer in found.layers] == [1] + [0] * (len(layers) - 1)
+    assert found.layers[0].dense_reasons == {SLOWER: 1}
+
+
+@pytest.mark.slow
+def test_compiled_layers_know_the_reason() -> None:
+    torch._dynamo.reset()
+    model = wan()
+    model.compile_repeated_blocks(fullgraph=True)
+    save_local(table(1.2))
+    found = summary(model)[1]
+    assert found.sparse_calls == 0 and set(found.dense_reasons) == {SLOWER}
+    torch._dynamo.reset()

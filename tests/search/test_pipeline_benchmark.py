@@ -1,0 +1,120 @@
+"""The benchmark of one denoising step runs as it stands, on tiny models."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from diffsparse.order import RasterOrder, TileOrder
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "benchmarks" / "pipeline.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("diffsparse_benchmark_pipeline", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(tmp_path: Path, *options: str) -> list[dict[str, str]]:
+    out, plot = tmp_path / "rows.csv", tmp_path / "plot.png"
+    command = [sys.executable, str(SCRIPT), "--tiny", "--seconds", "0.01", "--csv", str(out), "--plot", str(plot)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=600, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    return list(csv.DictReader(out.open()))
+
+
+def check(rows: list[dict[str, str]], layers: int = 2) -> None:
+    dense, rest, fastest, *sparse = rows
+    assert fastest["what"] == "fastest" and fastest["backend"] and float(fastest["speedup"]) > 0
+    assert [dense["what"], rest["what"]] == ["dense", "rest"] and len(sparse) == 2
+    assert float(rest["ms"]) < float(dense["ms"])
+    share = 1 - float(rest["ms"]) / float(dense["ms"])
+    assert float(dense["attention_share"]) == pytest.approx(share, rel=1e-4)
+    for row, asked in zip(sparse, (0.4, 0.15)):
+        assert row["status"] == "ok" and float(row["asked"]) == asked
+        assert abs(float(row["density"]) - asked) < 0.15
+        assert float(row["speedup"]) == pytest.approx(float(dense["ms"]) / float(row["ms"]), rel=1e-4)
+    assert sparse[1]["tail"] == "moments" and int(dense["layers"]) == layers
+    assert all(row["gpu"] and row["date"] and row["torch"] for row in rows)
+
+
+def test_eager_steps(tmp_path: Path) -> None:
+    rows = run(tmp_path, "--modes", "eager", "--models", "wan-14b-720p,hunyuan-720p", "--settings", "0.4,0.15:moments")
+    for name in ("wan-14b-720p", "hunyuan-720p"):
+        check([row for row in rows if row["model"] == name])
+    assert {row["backend"] for row in rows if row["what"] == "sparse"} == {"cpu"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs g++")
+def test_compiled_steps(tmp_path: Path) -> None:
+    rows = run(tmp_path, "--models", "wan-14b-720p", "--settings", "0.4,0.15:moments")
+    for mode in ("eager", "compiled"):
+        check([row for row in rows if row["mode"] == mode])
+    assert {row["backend"] for row in rows if row["what"] == "sparse"} == {"cpu", "compiled"}
+
+
+def test_full_sizes_are_the_models_own(script: ModuleType) -> None:
+    """Tokens as in the models' own pipelines; parameters as their names say, counted without memory."""
+    tokens = {name: model.grid.seq_len for name, model in script.MODELS.items()}
+    assert tokens == {
+        "wan-1.3b-480p": 32760,
+        "wan-1.3b-720p": 75600,
+        "wan-14b-720p": 75600,
+        "hunyuan-720p": 118800 + 256,
+    }
+    for name, billions in (("wan-1.3b-480p", 1.42), ("wan-14b-720p", 14.3), ("hunyuan-720p", 12.8)):
+        model = script.build(script.MODELS[name], torch.device("meta"), torch.bfloat16)
+        assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=0.02)
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_plans_have_the_density_asked_for(script: ModuleType) -> None:
+    model = script.TINY["wan-14b-720p"]
+    transformer = script.build(model, torch.device("cpu"), torch.float32)
+    plan = script.plan_of(transformer, model.grid, 0.25, "moments", 64, "mixed")
+    assert {type(e.order) for e in plan.entries} == {TileOrder, RasterOrder}
+    assert {e.execution.tail for e in plan.entries} == {"moments"}
+    grid = script.MODELS["wan-14b-720p"].grid
+    for make, order in ((lambda x: script.Window((None, x, x)), TileOrder(2, 8, 8)), (script.Band, RasterOrder())):
+        assert abs(script.nearest(make, order, grid, 0.25, 128)[1] - 0.25) < 0.02
+
+
+def test_a_step_that_fails_or_runs_dense_is_not_counted(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bench(**options: Any) -> list[Any]:
+        return script.bench_model(
+            "tiny", script.TINY["wan-14b-720p"], device=torch.device("cpu"), dtype=torch.float32, modes=["eager"],
+            block_size=64, backend="cpu", seconds=0.001, most=2, say=lambda row: None,
+            **{"settings": [(0.3, "none")], "kind": "mixed", **options},
+        )  # fmt: skip
+
+    dense, rest, fastest, sparse = (row.status for row in bench(settings=[(1.0, "none")], kind="band"))
+    assert dense == rest == fastest == "ok" and sparse.endswith("calls ran dense: every block is kept on this grid")
+    monkeypatch.setattr(script, "plan_of", lambda *a: (_ for _ in ()).throw(RuntimeError("no plan\ntoday")))
+    assert [row.status for row in bench()] == ["ok", "ok", "ok", "RuntimeError: no plan"]
+
+
+@pytest.mark.parametrize(("text", "reason"), [("2", "above 0 and at most at 1"), ("0.1:long", "tail"), ("x", "float")])
+def test_settings(script: ModuleType, text: str, reason: str) -> None:
+    assert script.parse_settings("0.5,0.08:moments") == [(0.5, "none"), (0.08, "moments")]
+    with pytest.raises(SystemExit, match=reason):
+        script.parse_settings(text)
