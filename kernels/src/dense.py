@@ -40,8 +40,12 @@ _PACKAGES = {
     "flash_attention_4": ("flash_attn.cute", "pip install --pre flash-attn-4"),
     "xformers": ("xformers.ops", "pip install xformers"),
 }
-#: The kernel of this package with every block kept, in the precision of q, k and v and in 8 bits.
-_OWN = {"diffsparse": "auto", "diffsparse_int8": "int8", "diffsparse_fp8": "fp8"}
+#: The kernels of this package with every block kept, in the precision of q, k and v and in 8 bits: numerics, backend.
+_OWN = {
+    "diffsparse": ("auto", "auto"),
+    "diffsparse_int8": ("int8", "gluon_sm90"),
+    "diffsparse_fp8": ("fp8", "gluon_sm90"),
+}
 
 #: Every dense kernel that is known here.
 DENSE_KERNELS = (*_SDPA, *_PACKAGES, *_OWN)
@@ -89,14 +93,16 @@ def cannot_run_dense(name: str, q: torch.Tensor, masked: bool = False) -> str | 
         return None
     if masked:
         return "it masks text tokens only, which a dense call does not tell apart"
+    numerics, backend = _OWN[name]
     on_cpu = q.device.type == "cpu"
-    backends = [backend for backend in BACKENDS if backend != "reference" and (backend == "cpu") == on_cpu]
+    usual = [found for found in BACKENDS if found != "reference" and (found == "cpu") == on_cpu]
+    backends = usual if backend == "auto" else [backend]
     reasons = [cannot_run(backend, q) for backend in backends]
     if None not in reasons:
         return str(reasons[-1])
     probe = _full_layout(1, 1, _OWN_BLOCK, "cpu")
     tiny = torch.empty(1, 1, 1, q.shape[3], dtype=q.dtype)
-    return input_error(tiny, tiny, tiny, probe, numerics=_OWN[name])
+    return input_error(tiny, tiny, tiny, probe, numerics=numerics, backend=backend)
 
 
 def dense_attention(
@@ -142,7 +148,8 @@ def _dense_op(
         out = _PACKAGE_CALLS[kernel](q, k, v, scale)
     else:
         layout = _full_layout(q.shape[1], q.shape[2], _OWN_BLOCK, str(q.device))
-        return sparse_attention(q, k, v, layout, scale=scale, numerics=_OWN[kernel])
+        numerics, backend = _OWN[kernel]
+        return sparse_attention(q, k, v, layout, scale=scale, numerics=numerics, backend=backend)
     return out.contiguous()
 
 
@@ -305,7 +312,10 @@ def race_dense(
     if own is not None:
         ms[OWN_WAY] = timing(samples_ms(own, q.device, budget_ms, least=3)).ms
     for name in kernels:
-        if (reason := cannot_run_dense(name, q, masked)) is not None:
+        reason = cannot_run_dense(name, q, masked)
+        if reason is None and _OWN.get(name, ("", ""))[1] == "gluon_sm90":
+            reason = "its kernel has not been run on a GPU yet, so that it runs where it is asked for by name only"
+        if reason is not None:
             excluded[name] = reason
             continue
         call = partial(dense_attention, q, k, v, kernel=name, scale=scale, key_mask=key_mask)

@@ -50,7 +50,7 @@ def test_keys_that_are_masked_out() -> None:
     [
         ("cudnn_sdpa", "it runs on a GPU, q is on cpu"),
         ("flash_attention_4", "not installed"),
-        ("diffsparse_int8", "numerics 'int8' is not available"),
+        ("diffsparse_int8", "gluon_sm90 backend runs tensors on a Hopper GPU, got cpu"),
         ("fastest", "unknown dense kernel 'fastest'; there are cudnn_sdpa"),
     ],
 )
