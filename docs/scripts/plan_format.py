@@ -207,7 +207,8 @@ def page() -> str:
         ),
         "",
         "Beside a searched plan lies `attention.safetensors`: the attention that the search measured, pooled "
-        "(`pooled`, half precision, `[phases, layers, heads, bins, bins]`), and of every head's entry the predicted "
+        "(`pooled`, `[phases, layers, heads, bins, bins]`, a byte each: 255 times the square root of the share of the "
+        "map's `peak`), and of every head's entry the predicted "
         "error and the share of the attention that it keeps (`error` and `kept_mass`, `[phases, layers, heads]`). "
         "`diffsparse show` and the demo read it; no kernel does, and a plan is whole without it.",
     ]

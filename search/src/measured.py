@@ -68,11 +68,16 @@ class PooledAttention:
         self.figures = figures
 
     def save(self, folder: str | Path) -> Path:
-        """Write the file into a plan's folder, whole or not at all; maps in half precision."""
+        """Write the file into a plan's folder, whole or not at all.
+
+        Maps take a byte a bin: of the square root, relative to the map's peak, so that faint bins are told apart too.
+        """
         from safetensors.numpy import save
 
         # In C order: safetensors writes memory as it lies, whatever the strides.
-        arrays = {"pooled": self.pooled.astype(np.float16, order="C")}
+        peak = self.pooled.max(axis=(3, 4), keepdims=True).astype(np.float32, order="C")
+        root = np.sqrt(self.pooled / np.where(peak > 0, peak, 1))
+        arrays = {"pooled": np.rint(255 * root).astype(np.uint8, order="C"), "peak": peak}
         about = {
             "grid": ",".join(map(str, self.grid.shape)),
             "block_size": str(self.block_size),
@@ -100,7 +105,10 @@ class PooledAttention:
         try:
             with safe_open(file, framework="numpy") as stored:
                 about = stored.metadata() or {}
-                pooled = stored.get_tensor("pooled").astype(np.float32)
+                pooled = stored.get_tensor("pooled")
+                if pooled.dtype == np.uint8:
+                    pooled = np.square(pooled / np.float32(255)) * stored.get_tensor("peak")
+                pooled = pooled.astype(np.float32)  # files of before were in half precision
                 figures = None
                 if "plan" in about:
                     error, kept = (stored.get_tensor(name).astype(np.float32) for name in ("error", "kept_mass"))
