@@ -186,7 +186,7 @@ def plan_table(
                 _counts(row["tails"], total),
                 _counts(row["orders"], total),
                 "-" if row["density"] is None else f"{row['density']:.3f}",
-                *([] if figures is None else [f"{row['error']:.3f} ({row['worst_error']:.3f})"]),
+                *([] if figures is None else [f"{row['error']:.1e} ({row['worst_error']:.1e})"]),
             ]
         )
     header = ["phase", "layer", "families (heads)", "tails", "orders", "density"]

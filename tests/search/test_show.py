@@ -84,8 +84,8 @@ def test_errors_of_the_heads_are_a_column_where_they_are_recorded(tmp_path: Path
         assert row["error"] == pytest.approx(error.mean()) and row["worst_error"] == pytest.approx(error.max())
         assert row["kept_mass"] == pytest.approx(kept.mean())
     text = plan_table(plan, GRID, figures)
-    assert text.splitlines()[-1].endswith(f"{rows[-1]['error']:.3f} ({rows[-1]['worst_error']:.3f})")
-    assert "mean (worst head)" in text and f"({rows[0]['worst_error']:.3f})" in plan_table(
+    assert text.splitlines()[-1].endswith(f"{rows[-1]['error']:.1e} ({rows[-1]['worst_error']:.1e})")
+    assert "mean (worst head)" in text and f"({rows[0]['worst_error']:.1e})" in plan_table(
         plan, GRID, figures, styled=True
     )
 
