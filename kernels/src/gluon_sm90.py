@@ -90,6 +90,26 @@ def _fetch(ring, full, empty, stage, phase, desc, where, STAGES: gl.constexpr, B
 
 
 @gluon.jit
+def _fetch_queries(q_ring, q_full, desc, b, h, row, CONSUMERS: gl.constexpr):
+    """Copy a tile of queries, 64 for each consumer."""
+    for c in gl.static_range(CONSUMERS):
+        copy_tile(desc, [b, h, row + c * 64, 0], q_full.index(0), q_ring.index(c))
+
+
+@gluon.jit
+def _fetch_block(
+    rings, bars, slots, k_desc, v_desc, b, h, k_row, v_row, STAGES: gl.constexpr, BYTES: gl.constexpr
+):  # fmt: skip
+    """Copy a block of keys and its values into their rings' slots. Returns the slots after them."""
+    k_stage, k_phase, v_stage, v_phase = slots
+    _, k_ring, v_ring = rings
+    _, _, k_full, k_empty, v_full, v_empty, _ = bars
+    k_stage, k_phase = _fetch(k_ring, k_full, k_empty, k_stage, k_phase, k_desc, [b, h, k_row, 0], STAGES, BYTES)
+    v_stage, v_phase = _fetch(v_ring, v_full, v_empty, v_stage, v_phase, v_desc, [b, h, v_row, 0], STAGES, BYTES)
+    return k_stage, k_phase, v_stage, v_phase
+
+
+@gluon.jit
 def _producer(
     rings, bars, fetched, lists, total_tiles, tiles, num_blocks,
     HEADS: gl.constexpr, TEXT_BEFORE: gl.constexpr, TEXT_AFTER: gl.constexpr,
@@ -115,51 +135,32 @@ def _producer(
         if (row < end) & ((listed > 0) | (tail != 0)):
             mbarrier.wait(q_empty.index(0), (used_q & 1) ^ 1)
             mbarrier.expect(q_full.index(0), Q_BYTES)
-            for c in gl.static_range(CONSUMERS):
-                if NUMERICS != 0:
-                    copy_tile(q_desc, [b, h, i * BLOCK + c * 64, 0], q_full.index(0), q_ring.index(c))
-                elif GATHER:
-                    if gathered != 0:
-                        copy_tile(q_moved, [b, h, row + c * 64, 0], q_full.index(0), q_ring.index(c))
-                    else:
-                        copy_tile(q_desc, [b, h, row + c * 64, 0], q_full.index(0), q_ring.index(c))
+            if NUMERICS != 0:
+                _fetch_queries(q_ring, q_full, q_desc, b, h, i * BLOCK, CONSUMERS)
+            elif GATHER:
+                if gathered != 0:
+                    _fetch_queries(q_ring, q_full, q_moved, b, h, row, CONSUMERS)
                 else:
-                    copy_tile(q_desc, [b, h, row + c * 64, 0], q_full.index(0), q_ring.index(c))
+                    _fetch_queries(q_ring, q_full, q_desc, b, h, row, CONSUMERS)
+            else:
+                _fetch_queries(q_ring, q_full, q_desc, b, h, row, CONSUMERS)
             used_q += 1
             for e in range(0, listed):
                 j = gl.load(col_idx + _entry(e, first, plain, TEXT_BEFORE))
+                slots = (k_stage, k_phase, v_stage, v_phase)
                 if NUMERICS != 0:
                     # Blocks lie padded one after another, values transposed.
-                    k_stage, k_phase = _fetch(
-                        k_ring, k_full, k_empty, k_stage, k_phase, k_desc, [b, h, j * BLOCK, 0], STAGES, BYTES
-                    )
-                    v_stage, v_phase = _fetch(
-                        v_ring, v_full, v_empty, v_stage, v_phase, v_desc, [b, h, j * D, 0], STAGES, BYTES
-                    )
+                    slots = _fetch_block(rings, bars, slots, k_desc, v_desc, b, h, j * BLOCK, j * D, STAGES, BYTES)
                 else:
                     at = gl.load(start_row + j)
                     if GATHER:
                         if gathered != 0:
-                            k_stage, k_phase = _fetch(
-                                k_ring, k_full, k_empty, k_stage, k_phase, k_moved, [b, h, at, 0], STAGES, BYTES
-                            )
-                            v_stage, v_phase = _fetch(
-                                v_ring, v_full, v_empty, v_stage, v_phase, v_moved, [b, h, at, 0], STAGES, BYTES
-                            )
+                            slots = _fetch_block(rings, bars, slots, k_moved, v_moved, b, h, at, at, STAGES, BYTES)
                         else:
-                            k_stage, k_phase = _fetch(
-                                k_ring, k_full, k_empty, k_stage, k_phase, k_desc, [b, h, at, 0], STAGES, BYTES
-                            )
-                            v_stage, v_phase = _fetch(
-                                v_ring, v_full, v_empty, v_stage, v_phase, v_desc, [b, h, at, 0], STAGES, BYTES
-                            )
+                            slots = _fetch_block(rings, bars, slots, k_desc, v_desc, b, h, at, at, STAGES, BYTES)
                     else:
-                        k_stage, k_phase = _fetch(
-                            k_ring, k_full, k_empty, k_stage, k_phase, k_desc, [b, h, at, 0], STAGES, BYTES
-                        )
-                        v_stage, v_phase = _fetch(
-                            v_ring, v_full, v_empty, v_stage, v_phase, v_desc, [b, h, at, 0], STAGES, BYTES
-                        )
+                        slots = _fetch_block(rings, bars, slots, k_desc, v_desc, b, h, at, at, STAGES, BYTES)
+                k_stage, k_phase, v_stage, v_phase = slots
             if HAS_TAIL:
                 if tail != 0:
                     bh = b * HEADS + h
