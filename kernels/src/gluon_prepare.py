@@ -11,25 +11,56 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from diffsparse.kernels.call import AttentionCall
 
-__all__ = ["reorder", "tail_bias", "tile_order"]
+__all__ = ["reorder", "tail_bias", "text_blocks", "work_list"]
 
-#: Work lists of the layouts that are alive.
+#: Work lists of the layouts that are alive, by their row pointers.
 _WORK: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def tile_order(row_ptr: torch.Tensor, heads: int) -> torch.Tensor:
-    """The work list: rows ``h * N + i`` as int32 ``[H * N]``, what takes longest first. Kept as long as ``row_ptr`` is.
+def text_blocks(call: AttentionCall) -> tuple[int, int]:
+    """How many blocks of text stand before and after the video."""
+    after = call.q.shape[1] - call.text_before - call.num_visual
+    return -(-call.text_before // call.block_size), -(-after // call.block_size)
 
-    Heads stay together, so that the keys and values of few heads are in use at a time and stay in the L2 cache.
+
+def work_list(call: AttentionCall) -> torch.Tensor:
+    """What the kernel's tiles are, int32 ``[H * N, 8]``, what takes longest first. Kept as long as the layout is.
+
+    A record: the first and the past-the-end position of its queries; where its list begins, how long it is and how many
+    of its blocks are plain; ``tail + 4 * gathered + 16 * order``; head; query block. A list starts with the text before
+    the video, then come the plain blocks, which are full and video; the rest has to be checked. Heads stay together,
+    so that the keys and values of few heads are in use at a time and stay in the L2 cache.
     """
-    if row_ptr in _WORK:
-        return _WORK[row_ptr]
-    lengths = row_ptr.diff().view(heads, -1)
-    within = lengths.argsort(dim=1, descending=True, stable=True)
-    across = lengths.sum(1).argsort(descending=True, stable=True)
-    rows = within + torch.arange(heads, device=row_ptr.device)[:, None] * lengths.shape[1]
-    _WORK[row_ptr] = rows[across].reshape(-1).to(torch.int32)
-    return _WORK[row_ptr]
+    if call.row_ptr not in _WORK:
+        _WORK[call.row_ptr] = _records(call)
+    return _WORK[call.row_ptr]
+
+
+def _records(call: AttentionCall) -> torch.Tensor:
+    heads, n, device = call.head_order.shape[0], call.num_blocks, call.row_ptr.device
+    order = call.head_order.long()
+    starts = call.block_start.view(-1, n + 1)[order]
+    skipped, tail, _, gathered = call.head_mode.view(heads, 4).unbind(1)
+    tail, live = tail * (skipped == 0), (skipped == 0)[:, None]
+    listed = call.row_ptr.diff().view(heads, n) * live
+    # Short blocks are the last of their segments (ragged tiles apart), and lists are ascending: text, video, text.
+    plain = (listed - sum(text_blocks(call)) - 1).clamp(min=0) * (gathered != 2)[:, None]
+    mode = tail + 4 * gathered + 16 * call.head_order
+    index = torch.arange(n, device=device)
+    columns = (
+        starts[:, :-1],
+        starts[:, 1:],
+        call.row_ptr[:-1].view(heads, n),
+        listed,
+        plain,
+        mode[:, None].expand(heads, n),
+        torch.arange(heads, device=device)[:, None].expand(heads, n),
+        index.expand(heads, n),
+    )
+    records = torch.stack([x.to(torch.int32) for x in columns], dim=2)
+    within = listed.argsort(dim=1, descending=True, stable=True)
+    across = listed.sum(1).argsort(descending=True, stable=True)
+    return records[across[:, None], within[across]].reshape(-1, 8).contiguous()
 
 
 @triton.jit

@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from diffsparse.entry import NUMERICS
 from diffsparse.kernels.call import AttentionCall
 from diffsparse.kernels.gluon_compat import copy_tile, tensor_descriptor
-from diffsparse.kernels.gluon_prepare import reorder, tail_bias, tile_order
+from diffsparse.kernels.gluon_prepare import reorder, tail_bias, text_blocks, work_list
 from diffsparse.kernels.gluon_quantize import empty_quantized, quantize
 from diffsparse.kernels.triton_prepare import summaries, variance_dtype
 
@@ -37,31 +37,19 @@ LOG2_E = math.log2(math.e)
 
 
 @gluon.jit
-def _tile(work, t, tiles, row_ptr, block_start, head_order, head_mode, num_blocks, TEXT_BEFORE, TEXT_AFTER):
-    """What tile ``t`` of the work list is: item, head, query block, its borders, its list, and how much of it is plain.
-
-    Entries ``0:TEXT_BEFORE`` of a list are text, then come ``plain`` full blocks of the video; the rest is checked.
-    """
-    b = t // tiles
-    code = gl.load(work + t % tiles)
-    h = code // num_blocks
-    i = code % num_blocks
-    start_row = block_start + gl.load(head_order + h) * (num_blocks + 1)
-    row = gl.load(start_row + i)
-    end = gl.load(start_row + i + 1)
-    mode = head_mode + h * 4
-    tail = gl.load(mode + 1)
-    gathered = gl.load(mode + 3)
-    first = gl.load(row_ptr + code)
-    listed = gl.load(row_ptr + code + 1) - first
-    # Short blocks are the last of their segments (ragged tiles apart), and lists are ascending: text, video, text.
-    plain = gl.maximum(listed - TEXT_BEFORE - TEXT_AFTER - 1, 0)
-    plain = gl.where(gathered == 2, 0, plain)
-    skipped = gl.load(mode) != 0
-    listed = gl.where(skipped, 0, listed)
-    plain = gl.where(skipped, 0, plain)
-    tail = gl.where(skipped, 0, tail)
-    return b, h, i, start_row, row, end, first, listed, plain, tail, gathered
+def _tile(work, t, tiles):
+    """What tile ``t`` of the work list is: item, head, query block, its order, its borders, its list, how much of it is
+    plain, its head's tail and how its tokens are reached. See `gluon_prepare.work_list`."""
+    record = work + (t % tiles) * 8
+    row = gl.load(record)
+    end = gl.load(record + 1)
+    first = gl.load(record + 2)
+    listed = gl.load(record + 3)
+    plain = gl.load(record + 4)
+    mode = gl.load(record + 5)
+    h = gl.load(record + 6)
+    i = gl.load(record + 7)
+    return t // tiles, h, i, mode >> 4, row, end, first, listed, plain, mode & 3, (mode >> 2) & 3
 
 
 @gluon.jit
@@ -112,14 +100,14 @@ def _fetch_block(
 @gluon.jit
 def _producer(
     rings, bars, fetched, lists, total_tiles, tiles, num_blocks,
-    HEADS: gl.constexpr, TEXT_BEFORE: gl.constexpr, TEXT_AFTER: gl.constexpr,
+    HEADS: gl.constexpr, TEXT_BEFORE: gl.constexpr,
     D: gl.constexpr, BLOCK: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, HAS_TAIL: gl.constexpr,
     GATHER: gl.constexpr, NUMERICS: gl.constexpr,
 ):  # fmt: skip
     q_ring, k_ring, v_ring = rings
     q_full, q_empty, k_full, k_empty, v_full, v_empty, _turn = bars
     q_desc, k_desc, v_desc, q_moved, k_moved, v_moved, mean_k, var_k, mean_v = fetched
-    work, row_ptr, col_idx, block_start, head_order, head_mode = lists
+    work, col_idx, block_start = lists
     SIZE: gl.constexpr = 2 if NUMERICS == 0 else 1
     Q_BYTES: gl.constexpr = CONSUMERS * 64 * D * SIZE
     BYTES: gl.constexpr = BLOCK * D * SIZE
@@ -129,9 +117,8 @@ def _producer(
     v_stage = 0
     v_phase = 0
     for t in range(gl.program_id(0), total_tiles, gl.num_programs(0)):
-        b, h, i, start_row, row, end, first, listed, plain, tail, gathered = _tile(
-            work, t, tiles, row_ptr, block_start, head_order, head_mode, num_blocks, TEXT_BEFORE, TEXT_AFTER
-        )
+        b, h, i, order, row, end, first, listed, plain, tail, gathered = _tile(work, t, tiles)
+        start_row = block_start + order * (num_blocks + 1)
         if (row < end) & ((listed > 0) | (tail != 0)):
             mbarrier.wait(q_empty.index(0), (used_q & 1) ^ 1)
             mbarrier.expect(q_full.index(0), Q_BYTES)
@@ -204,19 +191,43 @@ def _values(ring, stage, D: gl.constexpr, BLOCK: gl.constexpr, NUMERICS: gl.cons
 
 
 @gluon.jit
-def _probabilities(logits, total, top, factor, P: gl.constexpr, DTYPE: gl.constexpr, NUMERICS: gl.constexpr):
+def _by_thread(x):
+    """``[64, columns]`` as ``[64, 4, columns / 32, 4, 2]``: of axis 3 a thread has one, of axes 1, 2 and 4 all."""
+    return x.reshape([64, 4, x.shape[1] // 32, 4, 2])
+
+
+@gluon.jit
+def _partial_sums(x, T: gl.constexpr):
+    """What each of the four threads of a row adds up, ``[64, 4]``. In steps, as a tree, so that additions need not
+    wait for one another; and without the exchange between threads, which is left to the end."""
+    return gl.convert_layout(gl.sum(gl.sum(gl.sum(_by_thread(x), 4), 2), 1), T, assert_trivial=True)
+
+
+@gluon.jit
+def _row_max(x, S: gl.constexpr):
+    """Largest of each row, likewise as a tree."""
+    found = gl.max(gl.max(gl.max(gl.max(_by_thread(x), 4), 2), 1), 1)
+    return gl.convert_layout(found, gl.SliceLayout(1, S), assert_trivial=True)
+
+
+@gluon.jit
+def _probabilities(
+    logits, total, top, factor,
+    S: gl.constexpr, T: gl.constexpr, P: gl.constexpr, DTYPE: gl.constexpr, NUMERICS: gl.constexpr,
+):  # fmt: skip
     """One step of the running softmax: probabilities, and by how much what came before shrinks."""
-    new_top = gl.maximum(top, gl.max(logits, 1) * factor)
+    new_top = gl.maximum(top, _row_max(logits, S) * factor)
     shift = _shift(new_top)
     keep = gl.exp2(top - shift)
+    total = total * gl.convert_layout(keep, gl.SliceLayout(1, T), assert_trivial=True)[:, None]
     if NUMERICS == 0:
         p = gl.exp2(logits * factor - shift[:, None])
-        total = total * keep + gl.sum(p, 1)
+        total += _partial_sums(p, T)
         p = p.to(DTYPE)
     else:
         # Times 2^8: in fp8 small ones keep more of their bits so.
         p = gl.exp2(logits * factor - (shift - 8.0)[:, None])
-        total = total * keep + gl.sum(p, 1)
+        total += _partial_sums(p, T)
         # As value_order: four neighbours of an operand are what a thread has of 16 columns.
         p = p.to(DTYPE).reshape([64, p.shape[1] // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([64, p.shape[1]])
     return gl.convert_layout(p, P), total, new_top, keep
@@ -236,9 +247,19 @@ def _checked(logits, j, start_row, mask_row, text_before, visual_end, HAS_MASK: 
 
 
 @gluon.jit
+def _output_row(position, live, b, h, order, gathered, gather_ptr, seq, HEADS: gl.constexpr, GATHER: gl.constexpr):
+    """Where the queries at these positions stand in the output, in rows of one head."""
+    token = position
+    if GATHER:
+        if gathered != 0:
+            token = gl.load(gather_ptr + order.to(gl.int64) * seq + position, mask=live, other=0)
+    return (b.to(gl.int64) * seq + token.to(gl.int64)) * HEADS + h
+
+
+@gluon.jit
 def _consumer(
     rings, bars, tensors, lists, scale, seq, total_tiles, tiles, num_blocks, text_before, visual_end,
-    WHICH: gl.constexpr, HEADS: gl.constexpr, TEXT_BEFORE: gl.constexpr, TEXT_AFTER: gl.constexpr,
+    WHICH: gl.constexpr, HEADS: gl.constexpr, TEXT_BEFORE: gl.constexpr,
     D: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, HAS_MASK: gl.constexpr,
     HAS_TAIL: gl.constexpr, GATHER: gl.constexpr, RETURN_LSE: gl.constexpr, TAKE_TURNS: gl.constexpr,
     NUMERICS: gl.constexpr,
@@ -246,7 +267,7 @@ def _consumer(
     q_ring, k_ring, v_ring = rings
     q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = bars
     out_ptr, lse_ptr, gather_ptr, key_mask, bias_ptr, q_scale, k_scale, v_scale, v_mean = tensors
-    work, row_ptr, col_idx, block_start, head_order, head_mode = lists
+    work, col_idx, block_start = lists
     DTYPE: gl.constexpr = v_ring.dtype
     SUM: gl.constexpr = gl.int32 if NUMERICS == 1 else gl.float32
     LOG2: gl.constexpr = 1.4426950408889634
@@ -255,6 +276,11 @@ def _consumer(
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, DEPTH])
     P: gl.constexpr = gl.DotOperandLayout(0, O, DEPTH // 8)
     Q2: gl.constexpr = gl.DotOperandLayout(0, S, 2)
+    # What the four threads of a row of logits have each: see _by_thread.
+    T: gl.constexpr = gl.DistributedLinearLayout(
+        [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4]
+    )
+    W: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     factor = scale * LOG2
     used_q = 0
     k_stage = 0
@@ -262,13 +288,12 @@ def _consumer(
     v_stage = 0
     v_phase = 0
     turns = 0
+    b, h, i, order, row, end, first, listed, plain, tail, gathered = _tile(work, gl.program_id(0), tiles)
     for t in range(gl.program_id(0), total_tiles, gl.num_programs(0)):
-        b, h, i, start_row, row, end, first, listed, plain, tail, gathered = _tile(
-            work, t, tiles, row_ptr, block_start, head_order, head_mode, num_blocks, TEXT_BEFORE, TEXT_AFTER
-        )
+        start_row = block_start + order * (num_blocks + 1)
         if row < end:
             acc = gl.zeros([64, D], gl.float32, layout=O)
-            total = gl.zeros([64], gl.float32, layout=gl.SliceLayout(1, S))
+            total = gl.zeros([64, 4], gl.float32, layout=T)
             top = gl.full([64], float("-inf"), gl.float32, layout=gl.SliceLayout(1, S))
             if (listed > 0) | (tail != 0):
                 q = q_ring.index(WHICH).reshape([64, D])
@@ -293,7 +318,7 @@ def _consumer(
                         logits = _as_float(logits)
                     if plain == 0:
                         logits = _checked(logits, j, start_row, mask_row, text_before, visual_end, HAS_MASK, S)
-                    p, total, top, keep = _probabilities(logits, total, top, block_unit, P, DTYPE, NUMERICS)
+                    p, total, top, keep = _probabilities(logits, total, top, block_unit, S, T, P, DTYPE, NUMERICS)
                     mbarrier.wait(k_full.index(k_stage), k_phase, pred=listed > 1)
                     for e in range(1, listed):
                         if NUMERICS != 0:
@@ -319,7 +344,7 @@ def _consumer(
                         if e >= plain:
                             j = gl.load(col_idx + _entry(e, first, plain, TEXT_BEFORE))
                             logits = _checked(logits, j, start_row, mask_row, text_before, visual_end, HAS_MASK, S)
-                        next_p, total, top, keep = _probabilities(logits, total, top, block_unit, P, DTYPE, NUMERICS)
+                        next_p, total, top, keep = _probabilities(logits, total, top, block_unit, S, T, P, DTYPE, NUMERICS)
                         # Here, so that the assembler, which orders code between branches as it likes, cannot put the
                         # softmax after the wait for the second product.
                         k_stage, k_phase = _next(k_stage, k_phase, STAGES)
@@ -329,6 +354,8 @@ def _consumer(
                         mbarrier.arrive(v_empty.index(v_stage), count=1)
                         acc = acc * gl.convert_layout(keep, gl.SliceLayout(1, O))[:, None]
                         v_stage, v_phase = _next(v_stage, v_phase, STAGES)
+                    if not HAS_TAIL:
+                        mbarrier.arrive(q_empty.index(0), count=1)
                     mbarrier.wait(v_full.index(v_stage), v_phase)
                     acc = warpgroup_mma(p, _values(v_ring, v_stage, D, BLOCK, NUMERICS), acc)
                     mbarrier.arrive(v_empty.index(v_stage), count=1)
@@ -359,48 +386,54 @@ def _consumer(
                                 k_stage, k_phase = _next(k_stage, k_phase, STAGES)
                             bias = gl.load(bias_row + n + columns, mask=n + columns < count, other=float("-inf"))
                             logits = logits * factor + bias.to(gl.float32)[None, :]
-                            p, total, top, keep = _probabilities(logits, total, top, 1.0, P, DTYPE, 0)
+                            p, total, top, keep = _probabilities(logits, total, top, 1.0, S, T, P, DTYPE, 0)
                             acc = acc * gl.convert_layout(keep, gl.SliceLayout(1, O))[:, None]
                             mbarrier.wait(v_full.index(v_stage), v_phase)
                             acc = warpgroup_mma(p, v_ring.index(v_stage).reshape([BLOCK, D]), acc)
                             mbarrier.arrive(v_empty.index(v_stage), count=1)
                             v_stage, v_phase = _next(v_stage, v_phase, STAGES)
-                mbarrier.arrive(q_empty.index(0), count=1)
+                    mbarrier.arrive(q_empty.index(0), count=1)
 
-            ROWS: gl.constexpr = gl.SliceLayout(1, O)
-            position = row + WHICH * 64 + gl.arange(0, 64, layout=ROWS)
-            live = position < end
-            token = position
-            if GATHER:
-                if gathered != 0:
-                    order = gl.load(head_order + h).to(gl.int64)
-                    token = gl.load(gather_ptr + order * seq + position, mask=live, other=0)
-            out_row = (b.to(gl.int64) * seq + token.to(gl.int64)) * HEADS + h
-            sums = gl.convert_layout(total, ROWS)
-            channel = gl.arange(0, D, layout=gl.SliceLayout(0, O))
+            next_tile = _tile(work, gl.minimum(t + gl.num_programs(0), total_tiles - 1), tiles)
+            total = gl.sum(total, 1)
+            sums = gl.convert_layout(total, gl.SliceLayout(1, O))
             out = acc / gl.where(sums > 0, sums, 1.0)[:, None]
             if NUMERICS != 0:
+                channel = gl.arange(0, D, layout=gl.SliceLayout(0, O))
                 at = (b * HEADS + h) * HEAD_DIM + channel
                 real = channel < HEAD_DIM
                 out = out * gl.load(v_scale + at, mask=real, other=0.0)[None, :]
                 mean = gl.load(v_mean + at, mask=real, other=0.0)
                 out = gl.where((sums > 0)[:, None], out + mean[None, :], 0.0)
+            # Whole rows to a warp, 16 bytes to a thread.
+            out = gl.convert_layout(out.to(out_ptr.dtype.element_ty), W)
+            position = row + WHICH * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, W))
+            live = position < end
+            out_row = _output_row(position, live, b, h, order, gathered, gather_ptr, seq, HEADS, GATHER)
+            channel = gl.arange(0, D, layout=gl.SliceLayout(0, W))
             gl.store(
-                out_ptr + out_row[:, None] * HEAD_DIM + channel[None, :], out.to(out_ptr.dtype.element_ty),
+                out_ptr + out_row[:, None] * HEAD_DIM + channel[None, :], out,
                 mask=live[:, None] & (channel[None, :] < HEAD_DIM),
             )  # fmt: skip
             if RETURN_LSE:
-                lse = (gl.convert_layout(top, ROWS) + gl.log2(sums) - (0.0 if NUMERICS == 0 else 8.0)) / LOG2
-                gl.store(lse_ptr + out_row, gl.where(sums > 0, lse, float("-inf")), mask=live)
+                total = gl.convert_layout(total, gl.SliceLayout(1, S))
+                lse = (top + gl.log2(total) - (0.0 if NUMERICS == 0 else 8.0)) / LOG2
+                position = row + WHICH * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
+                live = position < end
+                out_row = _output_row(position, live, b, h, order, gathered, gather_ptr, seq, HEADS, GATHER)
+                gl.store(lse_ptr + out_row, gl.where(total > 0, lse, float("-inf")), mask=live)
+        else:
+            next_tile = _tile(work, gl.minimum(t + gl.num_programs(0), total_tiles - 1), tiles)
+        b, h, i, order, row, end, first, listed, plain, tail, gathered = next_tile
 
 
 @gluon.jit
 def _forward_kernel(
     q_desc, k_desc, v_desc, q_moved, k_moved, v_moved, mean_k, var_k, mean_v,
     out_ptr, lse_ptr, gather_ptr, key_mask, bias_ptr, q_scale, k_scale, v_scale, v_mean,
-    work, row_ptr, col_idx, block_start, head_order, head_mode,
+    work, col_idx, block_start,
     scale, seq, total_tiles, tiles, num_blocks, text_before, visual_end,
-    HEADS: gl.constexpr, TEXT_BEFORE: gl.constexpr, TEXT_AFTER: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr,
+    HEADS: gl.constexpr, TEXT_BEFORE: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr,
     BLOCK: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, HAS_MASK: gl.constexpr, HAS_TAIL: gl.constexpr,
     GATHER: gl.constexpr, RETURN_LSE: gl.constexpr, TAKE_TURNS: gl.constexpr, NUMERICS: gl.constexpr,
     CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
@@ -431,24 +464,24 @@ def _forward_kernel(
     bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty, turn)
     fetched = (q_desc, k_desc, v_desc, q_moved, k_moved, v_moved, mean_k, var_k, mean_v)
     tensors = (out_ptr, lse_ptr, gather_ptr, key_mask, bias_ptr, q_scale, k_scale, v_scale, v_mean)
-    lists = (work, row_ptr, col_idx, block_start, head_order, head_mode)
+    lists = (work, col_idx, block_start)
     # Constants stay constant only where they are written into the call.
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
                 (_consumer, (
                     rings, bars, tensors, lists, scale, seq, total_tiles, tiles, num_blocks, text_before, visual_end,
-                    0, HEADS, TEXT_BEFORE, TEXT_AFTER, D, HEAD_DIM, BLOCK, STAGES, HAS_MASK, HAS_TAIL, GATHER,
+                    0, HEADS, TEXT_BEFORE, D, HEAD_DIM, BLOCK, STAGES, HAS_MASK, HAS_TAIL, GATHER,
                     RETURN_LSE, TAKE_TURNS, NUMERICS,
                 )),
                 (_consumer, (
                     rings, bars, tensors, lists, scale, seq, total_tiles, tiles, num_blocks, text_before, visual_end,
-                    1, HEADS, TEXT_BEFORE, TEXT_AFTER, D, HEAD_DIM, BLOCK, STAGES, HAS_MASK, HAS_TAIL, GATHER,
+                    1, HEADS, TEXT_BEFORE, D, HEAD_DIM, BLOCK, STAGES, HAS_MASK, HAS_TAIL, GATHER,
                     RETURN_LSE, TAKE_TURNS, NUMERICS,
                 )),
                 (_producer, (
                     rings, bars, fetched, lists, total_tiles, tiles, num_blocks,
-                    HEADS, TEXT_BEFORE, TEXT_AFTER, D, BLOCK, CONSUMERS, STAGES, HAS_TAIL, GATHER, NUMERICS,
+                    HEADS, TEXT_BEFORE, D, BLOCK, CONSUMERS, STAGES, HAS_TAIL, GATHER, NUMERICS,
                 )),
             ],
             [4, 1],
@@ -459,12 +492,12 @@ def _forward_kernel(
             [
                 (_consumer, (
                     rings, bars, tensors, lists, scale, seq, total_tiles, tiles, num_blocks, text_before, visual_end,
-                    0, HEADS, TEXT_BEFORE, TEXT_AFTER, D, HEAD_DIM, BLOCK, STAGES, HAS_MASK, HAS_TAIL, GATHER,
+                    0, HEADS, TEXT_BEFORE, D, HEAD_DIM, BLOCK, STAGES, HAS_MASK, HAS_TAIL, GATHER,
                     RETURN_LSE, TAKE_TURNS, NUMERICS,
                 )),
                 (_producer, (
                     rings, bars, fetched, lists, total_tiles, tiles, num_blocks,
-                    HEADS, TEXT_BEFORE, TEXT_AFTER, D, BLOCK, CONSUMERS, STAGES, HAS_TAIL, GATHER, NUMERICS,
+                    HEADS, TEXT_BEFORE, D, BLOCK, CONSUMERS, STAGES, HAS_TAIL, GATHER, NUMERICS,
                 )),
             ],
             [1],
@@ -522,7 +555,6 @@ def launch(call: AttentionCall, config: Config, warmup: bool = False) -> Any:
     consumers = block // 64
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, seq, heads) if call.return_lse else (0,), dtype=torch.float32, device=q.device)
-    text_after = seq - call.text_before - call.num_visual
     eight = call.numerics != "auto"
     # Where a call has no heads in other orders, no tails, no mask, no scales, something stands in that is never read.
     scales = [call.gather] * 4
@@ -549,15 +581,13 @@ def launch(call: AttentionCall, config: Config, warmup: bool = False) -> Any:
         summed = [_boxes(x, block, columns) for x in runs]
     args = [*boxes, *moved, *summed, out, lse if call.return_lse else out, call.gather]
     args += [call.gather if call.key_mask is None else call.key_mask.view(torch.uint8), bias, *scales]
-    args += [tile_order(call.row_ptr, heads), call.row_ptr, call.col_idx]
-    args += [call.block_start, call.head_order, call.head_mode]
+    args += [work_list(call), call.col_idx, call.block_start]
     tiles = heads * n
     args += [call.scale, seq, batch * tiles, tiles, n, call.text_before, call.text_before + call.num_visual]
     entry, consumer, producer = config.registers
     constants = dict(
         HEADS=heads,
-        TEXT_BEFORE=-(-call.text_before // block),
-        TEXT_AFTER=-(-text_after // block),
+        TEXT_BEFORE=text_blocks(call)[0],
         D=columns,
         HEAD_DIM=dim,
         BLOCK=block,

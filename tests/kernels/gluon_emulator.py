@@ -280,13 +280,16 @@ def _language() -> types.ModuleType:
         zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
         full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
         arange=lambda a, b, layout: torch.arange(a, b),
-        convert_layout=lambda x, layout: x,
+        convert_layout=lambda x, layout, assert_trivial=False: x,
+        minimum=lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)),
         static_range=range,
         allocate_shared_memory=_allocate,
         warp_specialize=_warp_specialize,
         SliceLayout=layout,
         NVMMADistributedLayout=layout,
         DotOperandLayout=layout,
+        DistributedLinearLayout=layout,
+        BlockedLayout=layout,
     )
     for name, function in functions.items():
         setattr(gl, name, function)

@@ -30,7 +30,7 @@ SLOW = [
 
 def check_preparations() -> None:
     """What the Hopper kernel is given beside q, k and v, against plain torch."""
-    from diffsparse.kernels.gluon_prepare import reorder, tail_bias, tile_order
+    from diffsparse.kernels.gluon_prepare import reorder, tail_bias, work_list
 
     grid, block = TokenGrid(2, 9, 15, text_before=70, text_after=20), 64
     entries = [head(), *(head(TileOrder(1, 8, 8), tail) for tail in ("mean", "centroids")), head(mode="skip")]
@@ -53,14 +53,26 @@ def check_preparations() -> None:
             want[layout.mask(h)] = -torch.inf
             torch.testing.assert_close(bias[h, :, part].float(), want, atol=4e-3, rtol=0)
 
-    work = tile_order(layout.row_ptr, len(entries))
-    lengths = layout.row_ptr.diff()[work.long()].view(len(entries), n)
-    assert torch.equal(work.sort().values, torch.arange(len(entries) * n))
-    assert bool((work.view(len(entries), n) // n == work.view(len(entries), n)[:, :1] // n).all()), (
-        "heads stay together"
-    )
-    assert bool((lengths.diff(dim=1) <= 0).all()) and bool((lengths.sum(1).diff() <= 0).all()), "longest first"
-    assert tile_order(layout.row_ptr, len(entries)) is work
+    work = work_list(call).view(len(entries), n, 8)
+    assert work_list(call).data_ptr() == work.data_ptr()
+    row, end, first, listed, plain, mode, head_of, block_of = work.long().unbind(2)
+    assert bool((head_of == head_of[:, :1]).all()), "heads stay together"
+    assert torch.equal((head_of * n + block_of).flatten().sort().values, torch.arange(len(entries) * n))
+    assert bool((listed.diff(dim=1) <= 0).all()) and bool((listed.sum(1).diff() <= 0).all()), "longest first"
+    for h, i, *found in zip(*(x.flatten().tolist() for x in (head_of, block_of, row, end, first, listed, plain, mode))):
+        skipped, tail, _, gathered = layout.head_mode[h].tolist()
+        order = int(layout.head_order[h])
+        borders = layout.block_start[order, i : i + 2].tolist()
+        at, stop = layout.row_ptr[h * n + i : h * n + i + 2].tolist()
+        assert found[:3] == [*borders, at]
+        assert found[3] == (0 if skipped else stop - at)
+        assert found[5] == (0 if skipped else tail) + 4 * gathered + 16 * order
+        # Two blocks of text before the video, one after it; what is plain is full and video.
+        listed_blocks = layout.col_idx[at:stop][2 : 2 + found[4]]
+        assert found[4] == (0 if skipped or gathered == 2 else max(stop - at - 4, 0))
+        lengths = layout.block_start[order].diff()[listed_blocks.long()]
+        starts = layout.block_start[order][listed_blocks.long()]
+        assert bool((lengths == block).all()) and bool((starts >= grid.text_before).all())
     print("ok", "preparations", flush=True)
 
 
