@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,29 @@ def test_captions_of_pictures_do_not_move() -> None:
 
 def render(scenes: list[data.Scene]) -> torch.Tensor:
     return data.render(scenes, 0, frames=1, height=128, width=128)
+
+
+def test_held_out_captions_are_never_trained_on_whichever_way_the_clip_pans() -> None:
+    trained = {check_pictures.picture_caption(scene) for scene in data.sample_scenes(5000, 0, still=True)}
+    held_out = data.sample_scenes(500, 0, heldout=True, still=True)
+    assert not trained & {check_pictures.picture_caption(scene) for scene in held_out}
+    assert len({scene.pan for scene in held_out}) == len(data.PANS)
+    assert {replace(scene, pan="left").still_heldout for scene in held_out} == {True}
+
+
+def test_scaling_the_latents_leaves_the_pictures_alone() -> None:
+    torch.manual_seed(0)
+    vae = train_tiny_flux.build_vae(train_tiny_flux.Settings.smoke())
+    pictures = torch.rand(2, 3, 32, 32)
+    before = check_pictures.reconstruct(vae, pictures)
+    with torch.no_grad():
+        latents = vae.encode(pictures).latent_dist
+        factors = torch.tensor([0.2, 1.0, 3.0, 20.0])
+        train_tiny_flux.scale_latents(vae, factors)
+        scaled = vae.encode(pictures).latent_dist
+    torch.testing.assert_close(scaled.mode(), latents.mode() * factors.view(1, -1, 1, 1))
+    torch.testing.assert_close(scaled.std, latents.std * factors.view(1, -1, 1, 1))
+    torch.testing.assert_close(check_pictures.reconstruct(vae, pictures), before, atol=1e-5, rtol=1e-4)
 
 
 def test_tokens_are_packed_as_the_pipeline_does() -> None:
