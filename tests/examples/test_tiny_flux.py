@@ -115,13 +115,16 @@ def test_training_search_and_eval_of_an_image_pipeline(tmp_path: Path) -> None:
     prompts, plan = tmp_path / "prompts.txt", tmp_path / "plan"
     prompts.write_text("a red circle over grey dots\na blue square over teal waves\n")
     command = ("-m", "diffsparse.search")
-    shape = ("--height", 64, "--width", 96, "--steps", 4)
+    shape = ("--height", 64, "--width", 96, "--steps", 4, "--true-cfg-scale", 2.0)
     found = json.loads(
         run(*command, "search", model, "--prompts", prompts, "--out", plan, "--density", 0.9, *shape, "--json")
     )
     assert found["architecture"]["model_class"] == "FluxTransformer2DModel"
     report = json.loads(run(*command, "eval", model, plan, "--prompts", prompts, "--seeds", 1, "--json"))
     assert report["passed"] and len(report["clips"]) == 2
+    assert report["settings"]["true_cfg_scale"] == 2.0
+    # Two calls a step, and in eval two generations with the plan and one that warms it up
+    assert report["attention"]["transformers"]["transformer"]["forwards"] >= 2 * 2 * 4
     assert 0 < report["trajectory_density"] <= 0.95
     assert all(20 < clip["psnr"] < 115 for clip in report["clips"])  # pictures like dense's, and not the same ones
     shown = run(*command, "show", plan, "--grid", "1,16,24")
