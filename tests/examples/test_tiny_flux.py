@@ -79,6 +79,32 @@ def test_tokens_are_packed_as_the_pipeline_does() -> None:
     assert torch.equal(train_tiny_flux.positions(4, 6, torch.device("cpu")), ids)
 
 
+def test_training_feeds_the_transformer_what_the_pipeline_feeds_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    settings = train_tiny_flux.Settings.smoke()
+    trainer = train_tiny_flux.FluxTrainer(settings, tmp_path, resume=False)
+    pipe = trainer.pipeline(trainer.denoiser)
+    pipe.set_progress_bar_config(disable=True)
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def note(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        assert not args
+        seen.append({name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)})
+
+    caption = "a red ring and a blue star over an olive gradient"
+    with trainer.denoiser.transformer.register_forward_pre_hook(note, with_kwargs=True), torch.no_grad():
+        pipe(caption, height=32, width=48, num_inference_steps=3, output_type="latent")
+        assert len(seen) == 3
+        for theirs in list(seen):
+            place = train_tiny_flux.positions(8, 12, trainer.device)
+            ids = trainer.tokens([caption])
+            trainer.denoiser(theirs["hidden_states"], theirs["timestep"], ids, place)
+            assert seen[-1].keys() == theirs.keys()
+            for name, value in seen[-1].items():
+                torch.testing.assert_close(value, theirs[name], msg=lambda text, name=name: f"{name}: {text}")
+    assert 0.999 <= seen[0]["timestep"].item() <= 1.0  # noise levels, from noise alone
+
+
 def test_the_full_model_fits_its_bounds() -> None:
     settings = train_tiny_flux.Settings()
     words = len(train_tiny_flux.build_tokenizer())
