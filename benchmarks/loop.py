@@ -34,6 +34,7 @@ def main() -> None:
     settings = GenerationSettings(
         num_inference_steps=searched.get("steps", 20),
         guidance_scale=searched.get("guidance_scale", 5.0),
+        true_cfg_scale=searched.get("true_cfg_scale"),
         **{name: searched.get(name) for name in ("height", "width", "num_frames")},
     )
     sums = [0.0, 0.0]

@@ -87,12 +87,13 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a ``FluxPipeline`` on held-out captions; write ``metrics.json`` and ``samples.png``."""
     out.mkdir(parents=True, exist_ok=True)
-    scenes = sample_scenes(captions, f"check {seed}", heldout=True)
+    scenes = sample_scenes(captions, f"check {seed}", heldout=True, still=True)
     texts = [picture_caption(scene) for scene in scenes]
     real = render(scenes, seed + 1, frames=1, height=256, width=256, device=pipe.vae.device)
     decoded = reconstruct(pipe.vae, real[:, :, 0])[:, :, None]
     quality = psnr(decoded, real)
     made = generate(pipe, texts, seed=seed, steps=steps, true_cfg_scale=true_cfg_scale)
+    unguided = generate(pipe, texts, seed=seed, steps=steps, true_cfg_scale=1.0)
     metrics = {
         "captions": captions,
         "steps": steps,
@@ -100,6 +101,7 @@ def evaluate(
         "vae_psnr_mean_db": round(quality.mean().item(), 2),
         "vae_psnr_worst_db": round(quality.min().item(), 2),
         "colours_generated": score(made, texts),
+        "colours_generated_without_guidance": score(unguided, texts),
         "colours_real": score(real, texts),
         "colours_real_decoded": score(decoded, texts),
         "colours_shuffled_captions": round(shuffled_score(real, texts), 4),

@@ -83,7 +83,15 @@ class Scene:
     def heldout(self) -> bool:
         """Whether training never sees this scene: decided by a hash in which the order of the sprites does not count,
         so that no held-out caption is a training caption said in another order."""
-        key = "|".join([*sorted(map(str, self.sprites)), self.background, self.texture, self.pan])
+        return self._heldout(self.pan)
+
+    @property
+    def still_heldout(self) -> bool:
+        """The same for a picture, whose caption does not name the pan."""
+        return self._heldout()
+
+    def _heldout(self, *motion: str) -> bool:
+        key = "|".join([*sorted(map(str, self.sprites)), self.background, self.texture, *motion])
         return hashlib.sha256(key.encode()).digest()[0] % HELDOUT_ONE_IN == 0
 
 
@@ -96,8 +104,11 @@ def captioned_colours(caption: str) -> frozenset[str]:
     return frozenset(caption.lower().replace(",", " ").split()) & SPRITE_COLOURS.keys()
 
 
-def sample_scenes(count: int, seed: int | str, *, heldout: bool = False) -> list[Scene]:
-    """Draw ``count`` scenes of one split of the caption space, the same ones for the same seed."""
+def sample_scenes(count: int, seed: int | str, *, heldout: bool = False, still: bool = False) -> list[Scene]:
+    """Draw ``count`` scenes of one split of the caption space, the same ones for the same seed.
+
+    ``still``: the split of pictures, whose captions leave out the pan, instead of that of clips.
+    """
     rng = random.Random(f"scenes {seed}")
     scenes: list[Scene] = []
     while len(scenes) < count:
@@ -109,7 +120,7 @@ def sample_scenes(count: int, seed: int | str, *, heldout: bool = False) -> list
             rng.choice(TEXTURES),
             rng.choice(sorted(PANS)),
         )
-        if scene.heldout == heldout:
+        if (scene.still_heldout if still else scene.heldout) == heldout:
             scenes.append(scene)
     return scenes
 

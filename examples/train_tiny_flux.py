@@ -188,6 +188,16 @@ def positions(height: int, width: int, device: torch.device) -> torch.Tensor:
     return ids.view(-1, 3)
 
 
+@torch.no_grad()
+def scale_latents(vae: AutoencoderKL, factors: torch.Tensor) -> None:
+    """Multiply each channel of the latents by its own positive factor ``[z]``; what the decoder returns stays."""
+    out, first, z = vae.encoder.conv_out, vae.decoder.conv_in, len(factors)
+    out.weight[:z] *= factors.view(-1, 1, 1, 1)
+    out.bias[:z] *= factors
+    out.bias[z:] += 2 * factors.log()  # the logarithms of the variances
+    first.weight /= factors.view(1, -1, 1, 1)
+
+
 class Denoiser(nn.Module):
     """Text encoders and transformer as one module, fed as ``FluxPipeline`` feeds them."""
 
@@ -245,7 +255,7 @@ class FluxTrainer(Trainer):
     ) -> tuple[torch.Tensor, list[str]]:
         """Fresh pictures ``[batch, 3, height, width]`` in [-1, 1] and their captions."""
         seed = self.seed_of(*parts)
-        scenes = sample_scenes(batch, seed, heldout=heldout)
+        scenes = sample_scenes(batch, seed, heldout=heldout, still=True)
         clips = render(scenes, seed, frames=1, height=size[0], width=size[1], device=self.device)
         return clips[:, :, 0] * 2 - 1, [picture_caption(scene) for scene in scenes]
 
@@ -269,7 +279,11 @@ class FluxTrainer(Trainer):
 
     @torch.no_grad()
     def build_pools(self) -> dict[Size, Pool]:
-        """Encode pictures of every size with the finished autoencoder, and set its latents' mean and deviation."""
+        """Encode pictures of every size with the finished autoencoder, and set its latents' mean and deviation.
+
+        A Flux autoencoder has one shift and one scale for all channels, so the channels are made equally wide first:
+        the same noise drowns them all at the same level.
+        """
         settings, pools = self.settings, {}
         shares = {settings.size: 1.0, **{size: 0.12 for size in settings.other_sizes}}
         for size, share in shares.items():
@@ -284,9 +298,14 @@ class FluxTrainer(Trainer):
                 captions += texts
             data = torch.cat(latents)
             if size == settings.size:
-                moments = torch.stack([data.float().mean(), data.float().square().mean()])
-                mean, square = self.accelerator.reduce(moments, "mean").tolist()
-                deviation = (square - mean * mean) ** 0.5
+                channels = data.float().transpose(0, 1).flatten(1)
+                moments = torch.stack([channels.mean(1), channels.square().mean(1)])
+                means, squares = self.accelerator.reduce(moments, "mean")
+                deviations = (squares - means.square()).sqrt()
+                scale_latents(self.vae, 1 / deviations)
+                data /= deviations.to(data.dtype).view(1, -1, 1, 1)
+                mean = (means / deviations).mean().item()
+                deviation = ((squares / deviations.square()).mean().item() - mean**2) ** 0.5
                 self.vae.register_to_config(shift_factor=mean, scaling_factor=1 / deviation)
             for part in data.split(1024):
                 part.copy_((part.float() - mean) / deviation)
@@ -331,7 +350,7 @@ class FluxTrainer(Trainer):
 
         def check(step: int) -> bool:
             self.export(self.out / "model", averaged)
-            scenes = sample_scenes(2 if settings.steps < 100 else 32, self.seed_of("look"), heldout=True)
+            scenes = sample_scenes(2 if settings.steps < 100 else 32, self.seed_of("look"), heldout=True, still=True)
             captions = [picture_caption(scene) for scene in scenes]
             with self.accelerator.autocast():
                 pipe = self.pipeline(averaged)
@@ -382,6 +401,8 @@ class FluxTrainer(Trainer):
 
     def run(self, start_from: Path | None = None) -> None:
         """Both stages, from the checkpoint or from a finished folder's weights if there are any."""
+        if self.accelerator.is_main_process:
+            (self.out / "settings.json").write_text(json.dumps(asdict(self.settings), indent=1) + "\n")
         if start_from is not None and self.state["step"] == 0:
             begun = FluxPipeline.from_pretrained(start_from, dtype=torch.float32)
             self.vae.load_state_dict(begun.vae.state_dict())
@@ -395,7 +416,6 @@ class FluxTrainer(Trainer):
         self.train_denoiser()
         self.export(self.out / "model", self.denoiser)
         if self.accelerator.is_main_process:
-            (self.out / "settings.json").write_text(json.dumps(asdict(self.settings), indent=1) + "\n")
             looks = {
                 "vae": ("Autoencoder", "heldout_psnr_db", "held-out PSNR, dB"),
                 "denoiser": ("Transformer and text encoders", "heldout_colours", "held-out captions shown"),

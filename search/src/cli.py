@@ -55,6 +55,10 @@ Width = Annotated[int | None, typer.Option("--width", help="In pixels.")]
 Frames = Annotated[int | None, typer.Option("--num-frames", help="Frames of a clip.")]
 Steps = Annotated[int | None, typer.Option("--steps", help="Denoising steps.")]
 Guidance = Annotated[float | None, typer.Option("--guidance-scale", help="Classifier-free guidance.")]
+TrueCfg = Annotated[
+    float | None,
+    typer.Option("--true-cfg-scale", help="The same for Flux and Qwen-Image, which call it so; above 1 it guides."),
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto (bfloat16 on a GPU), float32, bfloat16 or float16.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and everything else to stderr.")]
@@ -107,6 +111,7 @@ def _settings(
     num_frames: int | None,
     steps: int | None,
     guidance_scale: float | None,
+    true_cfg_scale: float | None,
 ) -> Any:
     """What was asked for; else what the plan was searched with; else 20 steps, guidance 5, the pipeline's own size."""
     from diffsparse.search.generate import GenerationSettings
@@ -121,6 +126,7 @@ def _settings(
     settings = GenerationSettings(
         num_inference_steps=pick(steps, "steps", 20),
         guidance_scale=pick(guidance_scale, "guidance_scale", 5.0),
+        true_cfg_scale=pick(true_cfg_scale, "true_cfg_scale", None),
         height=pick(height, "height", None),
         width=pick(width, "width", None),
         num_frames=pick(num_frames, "num_frames", None),
@@ -134,7 +140,7 @@ def _check_numbers(**values: int | float | None) -> None:
     """``steps``, ``seed`` and the like, before anything is loaded."""
     for name, value in values.items():
         option = "--" + name.replace("_", "-")
-        least = 0 if name in ("seed", "first_seed", "guidance_scale", "validate") else 1
+        least = 0 if name in ("seed", "first_seed", "guidance_scale", "true_cfg_scale", "validate") else 1
         if value is not None and not value >= least:
             raise BadInput(f"{option} {value}: it must be at least {least}")
 
@@ -161,6 +167,7 @@ def search_command(
     num_frames: Frames = None,
     steps: Steps = None,
     guidance_scale: Guidance = None,
+    true_cfg_scale: TrueCfg = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the noise and of every random choice.")] = 0,
     validate: Annotated[
         int,
@@ -195,7 +202,8 @@ def search_command(
         _check_share("--budget", budget)
         _check_share("--density", density)
         _check_numbers(height=height, width=width, num_frames=num_frames, steps=steps, seed=seed, validate=validate)
-        _check_numbers(guidance_scale=guidance_scale, trace_prompts=trace_prompts, samples=samples)
+        _check_numbers(guidance_scale=guidance_scale, true_cfg_scale=true_cfg_scale)
+        _check_numbers(trace_prompts=trace_prompts, samples=samples)
         from diffsparse.search import load
 
         found = load.read_prompts(prompts)
@@ -208,7 +216,7 @@ def search_command(
 
         load.quiet_libraries()
         pipe = load.load_pipeline(model, device=place, dtype=precision)
-        settings = _settings(pipe, {}, height, width, num_frames, steps, guidance_scale)
+        settings = _settings(pipe, {}, height, width, num_frames, steps, guidance_scale, true_cfg_scale)
         config = SearchConfig(
             budget=None if density is not None else (0.4 if budget is None else budget),
             density=density,
@@ -217,6 +225,7 @@ def search_command(
             num_frames=settings.num_frames,
             steps=settings.num_inference_steps,
             guidance_scale=settings.guidance_scale,
+            true_cfg_scale=settings.true_cfg_scale,
             seed=seed,
             validation_prompts=validate,
             **thoroughness(place, trace_prompts, samples),
@@ -250,6 +259,7 @@ def eval_command(
     num_frames: Frames = None,
     steps: Steps = None,
     guidance_scale: Guidance = None,
+    true_cfg_scale: TrueCfg = None,
     lpips: Annotated[bool, typer.Option("--lpips/--no-lpips", help="LPIPS too, where it is installed.")] = True,
     backend: Annotated[str, typer.Option("--backend", help="Attention backend: auto, or a name of `env`.")] = "auto",
     device: Device = "auto",
@@ -270,7 +280,8 @@ def eval_command(
     """
     with _answers(as_json) as answer:
         _check_numbers(seeds=seeds, first_seed=first_seed, steps=steps)
-        _check_numbers(height=height, width=width, num_frames=num_frames, guidance_scale=guidance_scale)
+        _check_numbers(height=height, width=width, num_frames=num_frames)
+        _check_numbers(guidance_scale=guidance_scale, true_cfg_scale=true_cfg_scale)
         from diffsparse.search import load
 
         found = load.read_prompts(prompts)
@@ -283,7 +294,7 @@ def eval_command(
         load.quiet_libraries()
         pipe = load.load_pipeline(model, device=place, dtype=precision)
         load.check_plan_fits(chosen, pipe)
-        settings = _settings(pipe, chosen.record, height, width, num_frames, steps, guidance_scale)
+        settings = _settings(pipe, chosen.record, height, width, num_frames, steps, guidance_scale, true_cfg_scale)
         from diffsparse.search.evaluate import compare, generate_dense
 
         _say(f"{len(found)} prompts x {seeds} seeds: {len(found) * seeds} clips dense, then as many sparse")

@@ -411,6 +411,7 @@ def evaluate(
     width: int | None = None,
     num_frames: int | None = None,
     negative_prompt: str | None = None,
+    true_cfg_scale: float | None = None,
     backend: str = "auto",
     dense: DenseSet | None = None,
     noise_floor: bool = True,
@@ -423,7 +424,9 @@ def evaluate(
     Sparse attention must be off, and is off again afterwards.
     """
     if dense is None:
-        settings = GenerationSettings(num_inference_steps, guidance_scale, height, width, num_frames, negative_prompt)
+        settings = GenerationSettings(
+            num_inference_steps, guidance_scale, height, width, num_frames, negative_prompt, true_cfg_scale
+        )
         dense = generate_dense(pipe, prompts, seeds, settings, noise_floor=noise_floor, progress=progress)
     return compare(pipe, plan, dense, backend=backend, lpips=lpips, progress=progress)
 

@@ -22,7 +22,11 @@ def _parameters(pipe: Any) -> Any:
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """What every clip of a comparison has in common. Sizes are in pixels; None leaves the pipeline's default."""
+    """What every clip of a comparison has in common. Sizes are in pixels; None leaves the pipeline's default.
+
+    ``true_cfg_scale``: classifier-free guidance of pipelines whose ``guidance_scale`` is something else (Flux,
+    Qwen-Image): away from ``negative_prompt``, or from no prompt where there is none.
+    """
 
     num_inference_steps: int = 20
     guidance_scale: float = 5.0
@@ -30,6 +34,7 @@ class GenerationSettings:
     width: int | None = None
     num_frames: int | None = None
     negative_prompt: str | None = None
+    true_cfg_scale: float | None = None
 
     def __post_init__(self) -> None:
         if self.num_inference_steps < 1:
@@ -38,6 +43,8 @@ class GenerationSettings:
     def arguments(self, pipe: Any) -> dict[str, Any]:
         """Keyword arguments for this pipeline's call. Raises :class:`BadInput` for one that it does not take."""
         wanted = {name: value for name, value in asdict(self).items() if value is not None}
+        if self.true_cfg_scale is not None and self.true_cfg_scale > 1:
+            wanted.setdefault("negative_prompt", "")  # without one these pipelines do not guide at all
         known = _parameters(pipe)
         if unknown := sorted(set(wanted) - set(known)):
             raise BadInput(f"{type(pipe).__name__} takes no {', '.join(unknown)}; leave it out")

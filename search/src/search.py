@@ -73,6 +73,7 @@ class SearchConfig:
     num_frames: int | None = None
     steps: int = 20
     guidance_scale: float = 5.0
+    true_cfg_scale: float | None = None
     seed: int = 0
     block_size: int = 64
     trace_steps: int = 8
@@ -98,7 +99,9 @@ class SearchConfig:
 
     def settings(self, steps: int) -> GenerationSettings:
         """Of a generation with this many steps, all else as it is searched for."""
-        return GenerationSettings(steps, self.guidance_scale, self.height, self.width, self.num_frames)
+        return GenerationSettings(
+            steps, self.guidance_scale, self.height, self.width, self.num_frames, true_cfg_scale=self.true_cfg_scale
+        )
 
 
 def thoroughness(device: torch.device, trace_prompts: int | None = None, samples: int | None = None) -> dict[str, int]:
@@ -547,7 +550,11 @@ def _record(search: _Search, grid: TokenGrid, costs: CostModel) -> dict[str, Any
             "steps": config.steps,
             "trace_steps": config.trace_steps,
             "guidance_scale": config.guidance_scale,
-            **{name: size for name in ("height", "width", "num_frames") if (size := getattr(config, name)) is not None},
+            **{
+                name: value
+                for name in ("true_cfg_scale", "height", "width", "num_frames")
+                if (value := getattr(config, name)) is not None
+            },
         },
         "search": {"budget": config.budget, "density": config.density, "kernel": _kernel_version()},
         "costs": costs.to_dict(),

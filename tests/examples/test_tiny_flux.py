@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,29 @@ def render(scenes: list[data.Scene]) -> torch.Tensor:
     return data.render(scenes, 0, frames=1, height=128, width=128)
 
 
+def test_held_out_captions_are_never_trained_on_whichever_way_the_clip_pans() -> None:
+    trained = {check_pictures.picture_caption(scene) for scene in data.sample_scenes(5000, 0, still=True)}
+    held_out = data.sample_scenes(500, 0, heldout=True, still=True)
+    assert not trained & {check_pictures.picture_caption(scene) for scene in held_out}
+    assert len({scene.pan for scene in held_out}) == len(data.PANS)
+    assert {replace(scene, pan="left").still_heldout for scene in held_out} == {True}
+
+
+def test_scaling_the_latents_leaves_the_pictures_alone() -> None:
+    torch.manual_seed(0)
+    vae = train_tiny_flux.build_vae(train_tiny_flux.Settings.smoke())
+    pictures = torch.rand(2, 3, 32, 32)
+    before = check_pictures.reconstruct(vae, pictures)
+    with torch.no_grad():
+        latents = vae.encode(pictures).latent_dist
+        factors = torch.tensor([0.2, 1.0, 3.0, 20.0])
+        train_tiny_flux.scale_latents(vae, factors)
+        scaled = vae.encode(pictures).latent_dist
+    torch.testing.assert_close(scaled.mode(), latents.mode() * factors.view(1, -1, 1, 1))
+    torch.testing.assert_close(scaled.std, latents.std * factors.view(1, -1, 1, 1))
+    torch.testing.assert_close(check_pictures.reconstruct(vae, pictures), before, atol=1e-5, rtol=1e-4)
+
+
 def test_tokens_are_packed_as_the_pipeline_does() -> None:
     from diffusers import FluxPipeline
 
@@ -53,6 +77,32 @@ def test_tokens_are_packed_as_the_pipeline_does() -> None:
     assert torch.equal(train_tiny_flux.pack(latents), FluxPipeline._pack_latents(latents, 2, 4, 8, 12))
     ids = FluxPipeline._prepare_latent_image_ids(2, 4, 6, "cpu", torch.float32)
     assert torch.equal(train_tiny_flux.positions(4, 6, torch.device("cpu")), ids)
+
+
+def test_training_feeds_the_transformer_what_the_pipeline_feeds_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    settings = train_tiny_flux.Settings.smoke()
+    trainer = train_tiny_flux.FluxTrainer(settings, tmp_path, resume=False)
+    pipe = trainer.pipeline(trainer.denoiser)
+    pipe.set_progress_bar_config(disable=True)
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def note(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        assert not args
+        seen.append({name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)})
+
+    caption = "a red ring and a blue star over an olive gradient"
+    with trainer.denoiser.transformer.register_forward_pre_hook(note, with_kwargs=True), torch.no_grad():
+        pipe(caption, height=32, width=48, num_inference_steps=3, output_type="latent")
+        assert len(seen) == 3
+        for theirs in list(seen):
+            place = train_tiny_flux.positions(8, 12, trainer.device)
+            ids = trainer.tokens([caption])
+            trainer.denoiser(theirs["hidden_states"], theirs["timestep"], ids, place)
+            assert seen[-1].keys() == theirs.keys()
+            for name, value in seen[-1].items():
+                torch.testing.assert_close(value, theirs[name], msg=lambda text, name=name: f"{name}: {text}")
+    assert 0.999 <= seen[0]["timestep"].item() <= 1.0  # noise levels, from noise alone
 
 
 def test_the_full_model_fits_its_bounds() -> None:
@@ -91,13 +141,16 @@ def test_training_search_and_eval_of_an_image_pipeline(tmp_path: Path) -> None:
     prompts, plan = tmp_path / "prompts.txt", tmp_path / "plan"
     prompts.write_text("a red circle over grey dots\na blue square over teal waves\n")
     command = ("-m", "diffsparse.search")
-    shape = ("--height", 64, "--width", 96, "--steps", 4)
+    shape = ("--height", 64, "--width", 96, "--steps", 4, "--true-cfg-scale", 2.0)
     found = json.loads(
         run(*command, "search", model, "--prompts", prompts, "--out", plan, "--density", 0.9, *shape, "--json")
     )
     assert found["architecture"]["model_class"] == "FluxTransformer2DModel"
     report = json.loads(run(*command, "eval", model, plan, "--prompts", prompts, "--seeds", 1, "--json"))
     assert report["passed"] and len(report["clips"]) == 2
+    assert report["settings"]["true_cfg_scale"] == 2.0
+    # Two calls a step, and in eval two generations with the plan and one that warms it up
+    assert report["attention"]["transformers"]["transformer"]["forwards"] >= 2 * 2 * 4
     assert 0 < report["trajectory_density"] <= 0.95
     assert all(20 < clip["psnr"] < 115 for clip in report["clips"])  # pictures like dense's, and not the same ones
     shown = run(*command, "show", plan, "--grid", "1,16,24")

@@ -104,6 +104,7 @@ def refused(cli: Cli, *arguments: object) -> str:
         (["search", "m", "--prompts", "p", "--out", "o", "--samples", "0"], "--samples 0: it must be at least 1"),
         (["search", "m", "--prompts", "p", "--out", "o", "--trace-prompts", "0"], "--trace-prompts 0: it must be"),
         (["search", "m", "--prompts", "p", "--out", "o", "--guidance-scale", "-2"], "--guidance-scale -2.0"),
+        (["eval", "m", "p", "--prompts", "f", "--true-cfg-scale", "-2"], "--true-cfg-scale -2.0: it must be at least"),
         (["eval", "m", "p", "--prompts", "f", "--seeds", "0"], "--seeds 0: it must be at least 1"),
         (["eval", "m", "p", "--prompts", "f", "--first-seed", "-3"], "--first-seed -3"),
         (["eval", "m", "p", "--prompts", "f", "--num-frames", "-1"], "--num-frames -1"),
@@ -359,6 +360,7 @@ def test_eval_takes_sizes_from_the_plan_and_writes_files(
         "width": 48,
         "num_frames": 9,
         "negative_prompt": None,
+        "true_cfg_scale": None,
     }
     assert [c["prompt"] for c in data["clips"]] == PROMPTS and {c["seed"] for c in data["clips"]} == {1000}
     assert data["other_seed_psnr"] is not None and 0 < data["trajectory_density"] < 1

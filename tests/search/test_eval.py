@@ -42,6 +42,28 @@ def test_an_argument_that_the_pipeline_does_not_take_is_refused() -> None:
 
     with pytest.raises(BadInput, match="takes no num_frames"):
         GenerationSettings(num_frames=5).arguments(Images())
+    with pytest.raises(BadInput, match="takes no negative_prompt, true_cfg_scale"):
+        GenerationSettings(true_cfg_scale=3.0).arguments(Images())
+
+
+def test_true_guidance_gets_something_to_guide_away_from() -> None:
+    class Images:
+        def __call__(
+            self,
+            prompt: str,
+            negative_prompt: str | None,
+            true_cfg_scale: float,
+            num_inference_steps: int,
+            guidance_scale: float,
+        ) -> None: ...
+
+    def given(**settings: Any) -> dict[str, Any]:
+        return GenerationSettings(**settings).arguments(Images())
+
+    assert given(true_cfg_scale=3.0)["negative_prompt"] == "" and given(true_cfg_scale=3.0)["true_cfg_scale"] == 3.0
+    assert given(true_cfg_scale=3.0, negative_prompt="blurred")["negative_prompt"] == "blurred"
+    assert "negative_prompt" not in given(true_cfg_scale=1.0)
+    assert "true_cfg_scale" not in given()
 
 
 @pytest.mark.parametrize("seeds", [[], [-1], [2, 2]])

@@ -63,6 +63,7 @@ def _config(studio: Studio, budget: Any, steps: Any) -> SearchConfig:
         num_frames=settings.num_frames,
         steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
+        true_cfg_scale=settings.true_cfg_scale,
         trace_steps=min(TRACE_STEPS, settings.num_inference_steps),
         candidates=2,
         **thoroughness(studio.pipe.device),

@@ -111,7 +111,7 @@ class Studio:
     def defaults(self) -> GenerationSettings:
         """What the shipped plan was searched with; else 20 steps, guidance 5 and the pipeline's own size."""
         known = self.shipped.plan.record.get("calibration", {}) if self.shipped else {}
-        names = ("height", "width", "num_frames", "guidance_scale")
+        names = ("height", "width", "num_frames", "guidance_scale", "true_cfg_scale")
         sizes = {name: known[name] for name in names if known.get(name) is not None}
         return GenerationSettings(num_inference_steps=known.get("steps", 20), **sizes)
 
@@ -171,7 +171,7 @@ class Studio:
             load.check_shape(self.pipe, sizes["height"], sizes["width"], sizes.get("num_frames"))
         except BadInput as error:  # it speaks of options of the command line
             raise BadInput(str(error).replace("--num-frames", "frames:").replace("--", "")) from None
-        settings = GenerationSettings(count, float(scale), **sizes)
+        settings = GenerationSettings(count, float(scale), **sizes, true_cfg_scale=known.true_cfg_scale)
         settings.arguments(self.pipe)
         grid = self.grid(settings)
         limit = MAX_TOKENS["cuda" if self.pipe.device.type == "cuda" else "cpu"]
