@@ -69,11 +69,23 @@ def _next(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _fetch(ring, full, empty, stage, phase, desc, where, STAGES: gl.constexpr, BYTES: gl.constexpr):
-    """Copy the box of ``desc`` at ``where`` into a slot, once the consumers are done with it. Returns the next slot."""
+def _fetch(
+    ring, full, empty, stage, phase, desc, moved, gathered, where, STAGES: gl.constexpr, BYTES: gl.constexpr,
+    GATHER: gl.constexpr,
+):  # fmt: skip
+    """Copy the box at ``where`` into a slot, once the consumers are done with it. Returns the next slot.
+
+    From ``desc``, or, for a head in an order of its own, from ``moved``, which is in that order.
+    """
     mbarrier.wait(empty.index(stage), phase ^ 1)
     mbarrier.expect(full.index(stage), BYTES)
-    copy_tile(desc, where, full.index(stage), ring.index(stage))
+    if GATHER:
+        if gathered != 0:
+            copy_tile(moved, where, full.index(stage), ring.index(stage))
+        else:
+            copy_tile(desc, where, full.index(stage), ring.index(stage))
+    else:
+        copy_tile(desc, where, full.index(stage), ring.index(stage))
     return _next(stage, phase, STAGES)
 
 
@@ -85,16 +97,17 @@ def _fetch_queries(q_ring, q_full, desc, b, h, row, CONSUMERS: gl.constexpr):
 
 
 @gluon.jit
-def _fetch_block(
-    rings, bars, slots, k_desc, v_desc, b, h, k_row, v_row, STAGES: gl.constexpr, BYTES: gl.constexpr
-):  # fmt: skip
-    """Copy a block of keys and its values into their rings' slots. Returns the slots after them."""
-    k_stage, k_phase, v_stage, v_phase = slots
-    _, k_ring, v_ring = rings
-    _, _, k_full, k_empty, v_full, v_empty, _ = bars
-    k_stage, k_phase = _fetch(k_ring, k_full, k_empty, k_stage, k_phase, k_desc, [b, h, k_row, 0], STAGES, BYTES)
-    v_stage, v_phase = _fetch(v_ring, v_full, v_empty, v_stage, v_phase, v_desc, [b, h, v_row, 0], STAGES, BYTES)
-    return k_stage, k_phase, v_stage, v_phase
+def _rows_of(e, col_idx, start_row, first, plain, TEXT_BEFORE, BLOCK, D, NUMERICS: gl.constexpr):
+    """Where the keys and the values of a list's ``e``-th block begin, in rows of their descriptors."""
+    j = gl.load(col_idx + _entry(e, first, plain, TEXT_BEFORE))
+    if NUMERICS != 0:
+        # Blocks lie padded one after another, values transposed.
+        k_row = j * BLOCK
+        v_row = j * D
+    else:
+        k_row = gl.load(start_row + j)
+        v_row = k_row
+    return k_row, v_row
 
 
 @gluon.jit
@@ -132,28 +145,35 @@ def _producer(
             else:
                 _fetch_queries(q_ring, q_full, q_desc, b, h, row, CONSUMERS)
             used_q += 1
-            for e in range(0, listed):
-                j = gl.load(col_idx + _entry(e, first, plain, TEXT_BEFORE))
-                slots = (k_stage, k_phase, v_stage, v_phase)
-                if NUMERICS != 0:
-                    # Blocks lie padded one after another, values transposed.
-                    slots = _fetch_block(rings, bars, slots, k_desc, v_desc, b, h, j * BLOCK, j * D, STAGES, BYTES)
-                else:
-                    at = gl.load(start_row + j)
-                    if GATHER:
-                        if gathered != 0:
-                            slots = _fetch_block(rings, bars, slots, k_moved, v_moved, b, h, at, at, STAGES, BYTES)
-                        else:
-                            slots = _fetch_block(rings, bars, slots, k_desc, v_desc, b, h, at, at, STAGES, BYTES)
-                    else:
-                        slots = _fetch_block(rings, bars, slots, k_desc, v_desc, b, h, at, at, STAGES, BYTES)
-                k_stage, k_phase, v_stage, v_phase = slots
+            if listed > 0:
+                # In the order in which consumers want them: a block's keys, then the values of the block before.
+                k_row, v_row = _rows_of(0, col_idx, start_row, first, plain, TEXT_BEFORE, BLOCK, D, NUMERICS)
+                k_stage, k_phase = _fetch(
+                    k_ring, k_full, k_empty, k_stage, k_phase, k_desc, k_moved, gathered, [b, h, k_row, 0],
+                    STAGES, BYTES, GATHER,
+                )  # fmt: skip
+                for e in range(1, listed):
+                    k_row, v_next = _rows_of(e, col_idx, start_row, first, plain, TEXT_BEFORE, BLOCK, D, NUMERICS)
+                    k_stage, k_phase = _fetch(
+                        k_ring, k_full, k_empty, k_stage, k_phase, k_desc, k_moved, gathered, [b, h, k_row, 0],
+                        STAGES, BYTES, GATHER,
+                    )  # fmt: skip
+                    v_stage, v_phase = _fetch(
+                        v_ring, v_full, v_empty, v_stage, v_phase, v_desc, v_moved, gathered, [b, h, v_row, 0],
+                        STAGES, BYTES, GATHER,
+                    )  # fmt: skip
+                    v_row = v_next
+                v_stage, v_phase = _fetch(
+                    v_ring, v_full, v_empty, v_stage, v_phase, v_desc, v_moved, gathered, [b, h, v_row, 0],
+                    STAGES, BYTES, GATHER,
+                )  # fmt: skip
             if HAS_TAIL:
                 if tail != 0:
                     bh = b * HEADS + h
                     for n in range(0, gl.where(tail == 3, 2 * num_blocks, num_blocks), BLOCK):
                         k_stage, k_phase = _fetch(
-                            k_ring, k_full, k_empty, k_stage, k_phase, mean_k, [0, bh, n, 0], STAGES, BYTES
+                            k_ring, k_full, k_empty, k_stage, k_phase, mean_k, mean_k, 0, [0, bh, n, 0],
+                            STAGES, BYTES, False,
                         )
                         if tail == 2:
                             mbarrier.wait(k_empty.index(k_stage), k_phase ^ 1)
@@ -164,7 +184,8 @@ def _producer(
                             copy_tile(var_k, [0, bh, n, 0], k_full.index(k_stage), as_var)
                             k_stage, k_phase = _next(k_stage, k_phase, STAGES)
                         v_stage, v_phase = _fetch(
-                            v_ring, v_full, v_empty, v_stage, v_phase, mean_v, [0, bh, n, 0], STAGES, BYTES
+                            v_ring, v_full, v_empty, v_stage, v_phase, mean_v, mean_v, 0, [0, bh, n, 0],
+                            STAGES, BYTES, False,
                         )
 
 
@@ -520,11 +541,12 @@ class Config:
     registers: tuple[int, int, int]
 
 
-def choose_config(block: int, head_dim: int) -> Config:
+def choose_config(block: int, head_dim: int, numerics: str = "auto") -> Config:
     """What fits into 227 KiB of shared memory and 64 Ki registers."""
     if block == 64:
         return Config(stages=3, programs=2, take_turns=False, registers=(128, 208, 48))
-    return Config(stages=3 if head_dim > 64 else 4, programs=1, take_turns=True, registers=(168, 240, 24))
+    wide = head_dim > 64 and numerics == "auto"
+    return Config(stages=2 if wide else 4, programs=1, take_turns=True, registers=(168, 240, 24))
 
 
 def _boxes(x: torch.Tensor, rows: int, columns: int) -> Any:
@@ -543,7 +565,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     """Output ``[B, S, H, D]`` in the inputs' dtype, log-sum-exp fp32 ``[B, S, H]`` (empty unless asked for)."""
-    return launch(call, choose_config(call.block_size, call.q.shape[3]))
+    return launch(call, choose_config(call.block_size, call.q.shape[3], call.numerics))
 
 
 def launch(call: AttentionCall, config: Config, warmup: bool = False) -> Any:

@@ -76,7 +76,7 @@ def compile_gluon(slow: bool) -> None:
         entries = [head(tail=tail), head(TileOrder(1, 8, 8) if moved else None)]
         layout = random_layout(grid, entries, block, 0.5)
         call = make_call(*inputs(grid, 2, dim, dtype=dtype), layout, return_lse=True, numerics=numerics)
-        kernel = gluon_sm90.launch(call, gluon_sm90.choose_config(block, dim), warmup=True)
+        kernel = gluon_sm90.launch(call, gluon_sm90.choose_config(block, dim, numerics), warmup=True)
         found = {
             "case": f"{dim}-{block}-{str(dtype)[6:]}-{tail}-{numerics}",
             "triton": triton.__version__,
