@@ -172,8 +172,18 @@ def _producer(
                     bh = b * HEADS + h
                     for n in range(0, gl.where(tail == 3, 2 * num_blocks, num_blocks), BLOCK):
                         k_stage, k_phase = _fetch(
-                            k_ring, k_full, k_empty, k_stage, k_phase, mean_k, mean_k, 0, [0, bh, n, 0],
-                            STAGES, BYTES, False,
+                            k_ring,
+                            k_full,
+                            k_empty,
+                            k_stage,
+                            k_phase,
+                            mean_k,
+                            mean_k,
+                            0,
+                            [0, bh, n, 0],
+                            STAGES,
+                            BYTES,
+                            False,
                         )
                         if tail == 2:
                             mbarrier.wait(k_empty.index(k_stage), k_phase ^ 1)
@@ -184,8 +194,18 @@ def _producer(
                             copy_tile(var_k, [0, bh, n, 0], k_full.index(k_stage), as_var)
                             k_stage, k_phase = _next(k_stage, k_phase, STAGES)
                         v_stage, v_phase = _fetch(
-                            v_ring, v_full, v_empty, v_stage, v_phase, mean_v, mean_v, 0, [0, bh, n, 0],
-                            STAGES, BYTES, False,
+                            v_ring,
+                            v_full,
+                            v_empty,
+                            v_stage,
+                            v_phase,
+                            mean_v,
+                            mean_v,
+                            0,
+                            [0, bh, n, 0],
+                            STAGES,
+                            BYTES,
+                            False,
                         )
 
 
@@ -195,11 +215,82 @@ def _shift(top):
     return gl.where(top == float("-inf"), 0.0, top)
 
 
+#: 1.5 * 2^23: from here on fp32 has the integers, and nothing between them.
+_INTEGERS = gl.constexpr(12582912.0)
+
+
 @gluon.jit
 def _as_float(x):
-    """Sums of int8 products as fp32. Conversions run at a sixteenth of the rate of additions: added to the bits of
-    1.5 * 2^23, an integer below 2^22 becomes that number plus itself."""
-    return (x + 0x4B400000).to(gl.float32, bitcast=True) - 12582912.0
+    """Sums of int8 products, below 2^22, as fp32, plus _INTEGERS: added to its bits, as conversions run at a sixteenth
+    of the rate of additions."""
+    return (x + 0x4B400000).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _as_fp8(x):
+    """fp32 as fp8, four neighbours of a thread at a time: bytes one by one would be shifted and joined again."""
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .b16 low, high;
+        cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+        cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+        mov.b32 $0, {low, high};
+        }""",
+        "=r,f,f,f,f", [x], dtype=gl.float8e4nv, is_pure=True, pack=4,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _polynomial_exp2(x):
+    """2^x for x up to 127, without the exponential unit: relative error 1.0e-4, exactly 0 below -127.
+
+    x = n + f with f in [-1/2, 1/2]; 2^f by the cubic of least relative error that is 1 at 0; n goes to the exponent.
+    """
+    x = gl.maximum(x, -127.0)
+    shifted = x + _INTEGERS
+    f = x - (shifted - _INTEGERS)
+    power = gl.fma(gl.fma(gl.fma(f, 0.055009057806583626, 0.24221097466536906), f, 0.6932828979925822), f, 1.0)
+    exponent = shifted.to(gl.int32, bitcast=True) << 23
+    return (power.to(gl.int32, bitcast=True) + exponent).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _halves(x):
+    """Left and right half of the columns; both in the registers of the threads that had them."""
+    return gl.split(x.reshape([64, 2, x.shape[1] // 2]).permute((0, 2, 1)))
+
+
+@gluon.jit
+def _like(x, other):
+    """``x`` in the layout of ``other``, which is the same under another name."""
+    return gl.convert_layout(x, other.type.layout, assert_trivial=True)
+
+
+@gluon.jit
+def _whole(left, right):
+    return gl.join(left, _like(right, left)).permute((0, 2, 1)).reshape([64, 2 * left.shape[1]])
+
+
+@gluon.jit
+def _exp2(x, S: gl.constexpr, EIGHTHS: gl.constexpr):
+    """2^x, so many eighths of it (0 to 3) by a polynomial. A multiprocessor takes 16 exponentials in the time of 4,096
+    products, so that with few channels or 8-bit products they take longest."""
+    if EIGHTHS == 0:
+        return gl.exp2(x)
+    else:
+        left, right = _halves(x)
+        most, quarter = _halves(right)
+        if EIGHTHS == 1:
+            most_of, eighth = _halves(quarter)
+            last = _whole(gl.exp2(most_of), _polynomial_exp2(eighth))
+        else:
+            last = _polynomial_exp2(quarter)
+        if EIGHTHS == 3:
+            most_of, eighth = _halves(most)
+            most = _whole(gl.exp2(most_of), _polynomial_exp2(eighth))
+        else:
+            most = gl.exp2(most)
+        return gl.convert_layout(_whole(gl.exp2(left), _whole(most, last)), S, assert_trivial=True)
 
 
 @gluon.jit
@@ -233,25 +324,38 @@ def _row_max(x, S: gl.constexpr):
 
 @gluon.jit
 def _probabilities(
-    logits, total, top, factor,
-    S: gl.constexpr, T: gl.constexpr, P: gl.constexpr, DTYPE: gl.constexpr, NUMERICS: gl.constexpr,
+    logits, total, top, factor, S: gl.constexpr, T: gl.constexpr, P: gl.constexpr, DTYPE: gl.constexpr,
+    NUMERICS: gl.constexpr, EIGHTHS: gl.constexpr,
 ):  # fmt: skip
     """One step of the running softmax: probabilities, and by how much what came before shrinks."""
-    new_top = gl.maximum(top, _row_max(logits, S) * factor)
+    # What int8 logits have too much is taken off with the shift.
+    OFFSET: gl.constexpr = _INTEGERS if NUMERICS == 1 else 0.0
+    new_top = gl.maximum(top, (_row_max(logits, S) - OFFSET) * factor)
     shift = _shift(new_top)
     keep = gl.exp2(top - shift)
     total = total * gl.convert_layout(keep, gl.SliceLayout(1, T), assert_trivial=True)[:, None]
-    if NUMERICS == 0:
-        p = gl.exp2(logits * factor - shift[:, None])
-        total += _partial_sums(p, T)
-        p = p.to(DTYPE)
-    else:
+    if NUMERICS != 0:
         # Times 2^8: in fp8 small ones keep more of their bits so.
-        p = gl.exp2(logits * factor - (shift - 8.0)[:, None])
-        total += _partial_sums(p, T)
+        shift += OFFSET * factor - 8.0
+    p = _exp2(logits * factor - shift[:, None], S, EIGHTHS)
+    total += _partial_sums(p, T)
+    if NUMERICS == 0:
+        p = gl.convert_layout(p.to(DTYPE), P)
+    return p, total, new_top, keep
+
+
+@gluon.jit
+def _operand(p, P: gl.constexpr, NUMERICS: gl.constexpr):
+    """Probabilities as the left operand of the second product.
+
+    In 8 bits they become it only here: carried round the loop as bytes, they would be taken apart and joined again.
+    """
+    if NUMERICS == 0:
+        return p
+    else:
         # As value_order: four neighbours of an operand are what a thread has of 16 columns.
-        p = p.to(DTYPE).reshape([64, p.shape[1] // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([64, p.shape[1]])
-    return gl.convert_layout(p, P), total, new_top, keep
+        p = p.reshape([64, p.shape[1] // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([64, p.shape[1]])
+        return _as_fp8(gl.convert_layout(p, P, assert_trivial=True))
 
 
 @gluon.jit
@@ -283,7 +387,7 @@ def _consumer(
     WHICH: gl.constexpr, HEADS: gl.constexpr, TEXT_BEFORE: gl.constexpr,
     D: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, HAS_MASK: gl.constexpr,
     HAS_TAIL: gl.constexpr, GATHER: gl.constexpr, RETURN_LSE: gl.constexpr, TAKE_TURNS: gl.constexpr,
-    NUMERICS: gl.constexpr,
+    NUMERICS: gl.constexpr, EIGHTHS: gl.constexpr,
 ):  # fmt: skip
     q_ring, k_ring, v_ring = rings
     q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = bars
@@ -339,13 +443,16 @@ def _consumer(
                         logits = _as_float(logits)
                     if plain == 0:
                         logits = _checked(logits, j, start_row, mask_row, text_before, visual_end, HAS_MASK, S)
-                    p, total, top, keep = _probabilities(logits, total, top, block_unit, S, T, P, DTYPE, NUMERICS)
+                    p, total, top, keep = _probabilities(
+                        logits, total, top, block_unit, S, T, P, DTYPE, NUMERICS, EIGHTHS
+                    )
                     mbarrier.wait(k_full.index(k_stage), k_phase, pred=listed > 1)
                     for e in range(1, listed):
                         if NUMERICS != 0:
                             # Loaded here, long before it is needed.
                             j = gl.load(col_idx + _entry(e, first, plain, TEXT_BEFORE))
                             block_unit = unit * gl.load(k_scale + scales + j)
+                        operand = _operand(p, P, NUMERICS)
                         if TAKE_TURNS:
                             # One consumer multiplies while the other works on its softmax. Consumer 0 begins.
                             mbarrier.wait(turn.index(WHICH), (turns & 1) ^ (1 - WHICH))
@@ -354,7 +461,7 @@ def _consumer(
                             q, k.permute((1, 0)), gl.zeros([64, BLOCK], SUM, layout=S), use_acc=False, is_async=True
                         )
                         mbarrier.wait(v_full.index(v_stage), v_phase)
-                        acc = warpgroup_mma(p, _values(v_ring, v_stage, D, BLOCK, NUMERICS), acc, is_async=True)
+                        acc = warpgroup_mma(operand, _values(v_ring, v_stage, D, BLOCK, NUMERICS), acc, is_async=True)
                         if TAKE_TURNS:
                             mbarrier.arrive(turn.index(1 - WHICH), count=1)
                             turns += 1
@@ -365,7 +472,9 @@ def _consumer(
                         if e >= plain:
                             j = gl.load(col_idx + _entry(e, first, plain, TEXT_BEFORE))
                             logits = _checked(logits, j, start_row, mask_row, text_before, visual_end, HAS_MASK, S)
-                        next_p, total, top, keep = _probabilities(logits, total, top, block_unit, S, T, P, DTYPE, NUMERICS)
+                        next_p, total, top, keep = _probabilities(
+                            logits, total, top, block_unit, S, T, P, DTYPE, NUMERICS, EIGHTHS
+                        )
                         # Here, so that the assembler, which orders code between branches as it likes, cannot put the
                         # softmax after the wait for the second product.
                         k_stage, k_phase = _next(k_stage, k_phase, STAGES)
@@ -378,7 +487,8 @@ def _consumer(
                     if not HAS_TAIL:
                         mbarrier.arrive(q_empty.index(0), count=1)
                     mbarrier.wait(v_full.index(v_stage), v_phase)
-                    acc = warpgroup_mma(p, _values(v_ring, v_stage, D, BLOCK, NUMERICS), acc)
+                    operand = _operand(p, P, NUMERICS)
+                    acc = warpgroup_mma(operand, _values(v_ring, v_stage, D, BLOCK, NUMERICS), acc)
                     mbarrier.arrive(v_empty.index(v_stage), count=1)
                     v_stage, v_phase = _next(v_stage, v_phase, STAGES)
                 if HAS_TAIL:
@@ -407,10 +517,10 @@ def _consumer(
                                 k_stage, k_phase = _next(k_stage, k_phase, STAGES)
                             bias = gl.load(bias_row + n + columns, mask=n + columns < count, other=float("-inf"))
                             logits = logits * factor + bias.to(gl.float32)[None, :]
-                            p, total, top, keep = _probabilities(logits, total, top, 1.0, S, T, P, DTYPE, 0)
+                            p, total, top, keep = _probabilities(logits, total, top, 1.0, S, T, P, DTYPE, 0, EIGHTHS)
                             acc = acc * gl.convert_layout(keep, gl.SliceLayout(1, O))[:, None]
                             mbarrier.wait(v_full.index(v_stage), v_phase)
-                            acc = warpgroup_mma(p, v_ring.index(v_stage).reshape([BLOCK, D]), acc)
+                            acc = warpgroup_mma(_operand(p, P, 0), v_ring.index(v_stage).reshape([BLOCK, D]), acc)
                             mbarrier.arrive(v_empty.index(v_stage), count=1)
                             v_stage, v_phase = _next(v_stage, v_phase, STAGES)
                     mbarrier.arrive(q_empty.index(0), count=1)
@@ -457,7 +567,7 @@ def _forward_kernel(
     HEADS: gl.constexpr, TEXT_BEFORE: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr,
     BLOCK: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, HAS_MASK: gl.constexpr, HAS_TAIL: gl.constexpr,
     GATHER: gl.constexpr, RETURN_LSE: gl.constexpr, TAKE_TURNS: gl.constexpr, NUMERICS: gl.constexpr,
-    CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
+    EIGHTHS: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
     V_ROWS: gl.constexpr = BLOCK if NUMERICS == 0 else D
     V_COLUMNS: gl.constexpr = D if NUMERICS == 0 else BLOCK
@@ -493,12 +603,12 @@ def _forward_kernel(
                 (_consumer, (
                     rings, bars, tensors, lists, scale, seq, total_tiles, tiles, num_blocks, text_before, visual_end,
                     0, HEADS, TEXT_BEFORE, D, HEAD_DIM, BLOCK, STAGES, HAS_MASK, HAS_TAIL, GATHER,
-                    RETURN_LSE, TAKE_TURNS, NUMERICS,
+                    RETURN_LSE, TAKE_TURNS, NUMERICS, EIGHTHS,
                 )),
                 (_consumer, (
                     rings, bars, tensors, lists, scale, seq, total_tiles, tiles, num_blocks, text_before, visual_end,
                     1, HEADS, TEXT_BEFORE, D, HEAD_DIM, BLOCK, STAGES, HAS_MASK, HAS_TAIL, GATHER,
-                    RETURN_LSE, TAKE_TURNS, NUMERICS,
+                    RETURN_LSE, TAKE_TURNS, NUMERICS, EIGHTHS,
                 )),
                 (_producer, (
                     rings, bars, fetched, lists, total_tiles, tiles, num_blocks,
@@ -514,7 +624,7 @@ def _forward_kernel(
                 (_consumer, (
                     rings, bars, tensors, lists, scale, seq, total_tiles, tiles, num_blocks, text_before, visual_end,
                     0, HEADS, TEXT_BEFORE, D, HEAD_DIM, BLOCK, STAGES, HAS_MASK, HAS_TAIL, GATHER,
-                    RETURN_LSE, TAKE_TURNS, NUMERICS,
+                    RETURN_LSE, TAKE_TURNS, NUMERICS, EIGHTHS,
                 )),
                 (_producer, (
                     rings, bars, fetched, lists, total_tiles, tiles, num_blocks,
@@ -532,21 +642,23 @@ class Config:
 
     stages: depth of the rings of keys and of values.  programs: how many share a multiprocessor.
     take_turns: of two consumers, let one multiply while the other works on its softmax (FlashAttention-3, section 3.1).
+    polynomial: how many eighths of the exponentials go without the exponential unit (FlashAttention-4).
     registers: of a thread at entry, then of a consumer's and of the producer's once they have been dealt out again.
     """
 
     stages: int
     programs: int
     take_turns: bool
+    polynomial: int
     registers: tuple[int, int, int]
 
 
 def choose_config(block: int, head_dim: int, numerics: str = "auto") -> Config:
     """What fits into 227 KiB of shared memory and 64 Ki registers."""
     if block == 64:
-        return Config(stages=3, programs=2, take_turns=False, registers=(128, 208, 48))
+        return Config(stages=3, programs=2, take_turns=False, polynomial=0, registers=(128, 208, 48))
     wide = head_dim > 64 and numerics == "auto"
-    return Config(stages=2 if wide else 4, programs=1, take_turns=True, registers=(168, 240, 24))
+    return Config(stages=2 if wide else 4, programs=1, take_turns=wide, polynomial=0, registers=(168, 240, 24))
 
 
 def _boxes(x: torch.Tensor, rows: int, columns: int) -> Any:
@@ -621,6 +733,7 @@ def launch(call: AttentionCall, config: Config, warmup: bool = False) -> Any:
         RETURN_LSE=call.return_lse,
         TAKE_TURNS=config.take_turns and consumers == 2,
         NUMERICS=NUMERICS.index(call.numerics),
+        EIGHTHS=config.polynomial,
         CONSUMER_REGS=consumer,
         PRODUCER_REGS=producer,
         num_warps=4,
