@@ -178,9 +178,8 @@ _CHECKS: dict[str, Callable[[torch.Tensor | None], str | None]] = {
     "gluon_sm90": _gluon_sm90,
 }
 
-# What "auto" tries, best first. gluon_sm90 is used where it is asked for by name only: it has been compiled for the
-# GPU, but not been run on one yet.
-_AUTO = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+# What "auto" tries, best first.
+_AUTO = {"cpu": ("cpu", "reference"), "cuda": ("gluon_sm90", "triton", "reference")}
 
 
 def cannot_run(backend: str, q: torch.Tensor | None = None) -> str | None:

@@ -241,59 +241,6 @@ def _as_fp8(x):
 
 
 @gluon.jit
-def _polynomial_exp2(x):
-    """2^x for x up to 127, without the exponential unit: relative error 1.0e-4, exactly 0 below -127.
-
-    x = n + f with f in [-1/2, 1/2]; 2^f by the cubic of least relative error that is 1 at 0; n goes to the exponent.
-    """
-    x = gl.maximum(x, -127.0)
-    shifted = x + _INTEGERS
-    f = x - (shifted - _INTEGERS)
-    power = gl.fma(gl.fma(gl.fma(f, 0.055009057806583626, 0.24221097466536906), f, 0.6932828979925822), f, 1.0)
-    exponent = shifted.to(gl.int32, bitcast=True) << 23
-    return (power.to(gl.int32, bitcast=True) + exponent).to(gl.float32, bitcast=True)
-
-
-@gluon.jit
-def _halves(x):
-    """Left and right half of the columns; both in the registers of the threads that had them."""
-    return gl.split(x.reshape([64, 2, x.shape[1] // 2]).permute((0, 2, 1)))
-
-
-@gluon.jit
-def _like(x, other):
-    """``x`` in the layout of ``other``, which is the same under another name."""
-    return gl.convert_layout(x, other.type.layout, assert_trivial=True)
-
-
-@gluon.jit
-def _whole(left, right):
-    return gl.join(left, _like(right, left)).permute((0, 2, 1)).reshape([64, 2 * left.shape[1]])
-
-
-@gluon.jit
-def _exp2(x, S: gl.constexpr, EIGHTHS: gl.constexpr):
-    """2^x, so many eighths of it (0 to 3) by a polynomial. A multiprocessor takes 16 exponentials in the time of 4,096
-    products, so that with few channels or 8-bit products they take longest."""
-    if EIGHTHS == 0:
-        return gl.exp2(x)
-    else:
-        left, right = _halves(x)
-        most, quarter = _halves(right)
-        if EIGHTHS == 1:
-            most_of, eighth = _halves(quarter)
-            last = _whole(gl.exp2(most_of), _polynomial_exp2(eighth))
-        else:
-            last = _polynomial_exp2(quarter)
-        if EIGHTHS == 3:
-            most_of, eighth = _halves(most)
-            most = _whole(gl.exp2(most_of), _polynomial_exp2(eighth))
-        else:
-            most = gl.exp2(most)
-        return gl.convert_layout(_whole(gl.exp2(left), _whole(most, last)), S, assert_trivial=True)
-
-
-@gluon.jit
 def _values(ring, stage, D: gl.constexpr, BLOCK: gl.constexpr, NUMERICS: gl.constexpr):
     """A slot of values as keys x channels."""
     if NUMERICS == 0:
@@ -325,7 +272,7 @@ def _row_max(x, S: gl.constexpr):
 @gluon.jit
 def _probabilities(
     logits, total, top, factor, S: gl.constexpr, T: gl.constexpr, P: gl.constexpr, DTYPE: gl.constexpr,
-    NUMERICS: gl.constexpr, EIGHTHS: gl.constexpr,
+    NUMERICS: gl.constexpr,
 ):  # fmt: skip
     """One step of the running softmax: probabilities, and by how much what came before shrinks."""
     # What int8 logits have too much is taken off with the shift.
@@ -337,7 +284,7 @@ def _probabilities(
     if NUMERICS != 0:
         # Times 2^8: in fp8 small ones keep more of their bits so.
         shift += OFFSET * factor - 8.0
-    p = _exp2(logits * factor - shift[:, None], S, EIGHTHS)
+    p = gl.exp2(logits * factor - shift[:, None])
     total += _partial_sums(p, T)
     if NUMERICS == 0:
         p = gl.convert_layout(p.to(DTYPE), P)
@@ -387,7 +334,7 @@ def _consumer(
     WHICH: gl.constexpr, HEADS: gl.constexpr, TEXT_BEFORE: gl.constexpr,
     D: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, HAS_MASK: gl.constexpr,
     HAS_TAIL: gl.constexpr, GATHER: gl.constexpr, RETURN_LSE: gl.constexpr, TAKE_TURNS: gl.constexpr,
-    NUMERICS: gl.constexpr, EIGHTHS: gl.constexpr,
+    NUMERICS: gl.constexpr,
 ):  # fmt: skip
     q_ring, k_ring, v_ring = rings
     q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = bars
@@ -443,9 +390,7 @@ def _consumer(
                         logits = _as_float(logits)
                     if plain == 0:
                         logits = _checked(logits, j, start_row, mask_row, text_before, visual_end, HAS_MASK, S)
-                    p, total, top, keep = _probabilities(
-                        logits, total, top, block_unit, S, T, P, DTYPE, NUMERICS, EIGHTHS
-                    )
+                    p, total, top, keep = _probabilities(logits, total, top, block_unit, S, T, P, DTYPE, NUMERICS)
                     mbarrier.wait(k_full.index(k_stage), k_phase, pred=listed > 1)
                     for e in range(1, listed):
                         if NUMERICS != 0:
@@ -473,7 +418,7 @@ def _consumer(
                             j = gl.load(col_idx + _entry(e, first, plain, TEXT_BEFORE))
                             logits = _checked(logits, j, start_row, mask_row, text_before, visual_end, HAS_MASK, S)
                         next_p, total, top, keep = _probabilities(
-                            logits, total, top, block_unit, S, T, P, DTYPE, NUMERICS, EIGHTHS
+                            logits, total, top, block_unit, S, T, P, DTYPE, NUMERICS
                         )
                         # Here, so that the assembler, which orders code between branches as it likes, cannot put the
                         # softmax after the wait for the second product.
@@ -517,7 +462,7 @@ def _consumer(
                                 k_stage, k_phase = _next(k_stage, k_phase, STAGES)
                             bias = gl.load(bias_row + n + columns, mask=n + columns < count, other=float("-inf"))
                             logits = logits * factor + bias.to(gl.float32)[None, :]
-                            p, total, top, keep = _probabilities(logits, total, top, 1.0, S, T, P, DTYPE, 0, EIGHTHS)
+                            p, total, top, keep = _probabilities(logits, total, top, 1.0, S, T, P, DTYPE, 0)
                             acc = acc * gl.convert_layout(keep, gl.SliceLayout(1, O))[:, None]
                             mbarrier.wait(v_full.index(v_stage), v_phase)
                             acc = warpgroup_mma(_operand(p, P, 0), v_ring.index(v_stage).reshape([BLOCK, D]), acc)
@@ -567,7 +512,7 @@ def _forward_kernel(
     HEADS: gl.constexpr, TEXT_BEFORE: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr,
     BLOCK: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, HAS_MASK: gl.constexpr, HAS_TAIL: gl.constexpr,
     GATHER: gl.constexpr, RETURN_LSE: gl.constexpr, TAKE_TURNS: gl.constexpr, NUMERICS: gl.constexpr,
-    EIGHTHS: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
+    CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
     V_ROWS: gl.constexpr = BLOCK if NUMERICS == 0 else D
     V_COLUMNS: gl.constexpr = D if NUMERICS == 0 else BLOCK
@@ -603,12 +548,12 @@ def _forward_kernel(
                 (_consumer, (
                     rings, bars, tensors, lists, scale, seq, total_tiles, tiles, num_blocks, text_before, visual_end,
                     0, HEADS, TEXT_BEFORE, D, HEAD_DIM, BLOCK, STAGES, HAS_MASK, HAS_TAIL, GATHER,
-                    RETURN_LSE, TAKE_TURNS, NUMERICS, EIGHTHS,
+                    RETURN_LSE, TAKE_TURNS, NUMERICS,
                 )),
                 (_consumer, (
                     rings, bars, tensors, lists, scale, seq, total_tiles, tiles, num_blocks, text_before, visual_end,
                     1, HEADS, TEXT_BEFORE, D, HEAD_DIM, BLOCK, STAGES, HAS_MASK, HAS_TAIL, GATHER,
-                    RETURN_LSE, TAKE_TURNS, NUMERICS, EIGHTHS,
+                    RETURN_LSE, TAKE_TURNS, NUMERICS,
                 )),
                 (_producer, (
                     rings, bars, fetched, lists, total_tiles, tiles, num_blocks,
@@ -624,7 +569,7 @@ def _forward_kernel(
                 (_consumer, (
                     rings, bars, tensors, lists, scale, seq, total_tiles, tiles, num_blocks, text_before, visual_end,
                     0, HEADS, TEXT_BEFORE, D, HEAD_DIM, BLOCK, STAGES, HAS_MASK, HAS_TAIL, GATHER,
-                    RETURN_LSE, TAKE_TURNS, NUMERICS, EIGHTHS,
+                    RETURN_LSE, TAKE_TURNS, NUMERICS,
                 )),
                 (_producer, (
                     rings, bars, fetched, lists, total_tiles, tiles, num_blocks,
@@ -642,23 +587,23 @@ class Config:
 
     stages: depth of the rings of keys and of values.  programs: how many share a multiprocessor.
     take_turns: of two consumers, let one multiply while the other works on its softmax (FlashAttention-3, section 3.1).
-    polynomial: how many eighths of the exponentials go without the exponential unit (FlashAttention-4).
     registers: of a thread at entry, then of a consumer's and of the producer's once they have been dealt out again.
     """
 
     stages: int
     programs: int
     take_turns: bool
-    polynomial: int
     registers: tuple[int, int, int]
 
 
 def choose_config(block: int, head_dim: int, numerics: str = "auto") -> Config:
     """What fits into 227 KiB of shared memory and 64 Ki registers."""
     if block == 64:
-        return Config(stages=3, programs=2, take_turns=False, polynomial=0, registers=(128, 208, 48))
-    wide = head_dim > 64 and numerics == "auto"
-    return Config(stages=2 if wide else 4, programs=1, take_turns=wide, polynomial=0, registers=(168, 240, 24))
+        return Config(stages=3, programs=2, take_turns=False, registers=(128, 208, 48))
+    if numerics != "auto":
+        return Config(stages=4, programs=1, take_turns=True, registers=(168, 232, 40))
+    wide = head_dim > 64
+    return Config(stages=2 if wide else 4, programs=1, take_turns=wide, registers=(168, 240, 24))
 
 
 def _boxes(x: torch.Tensor, rows: int, columns: int) -> Any:
@@ -733,7 +678,6 @@ def launch(call: AttentionCall, config: Config, warmup: bool = False) -> Any:
         RETURN_LSE=call.return_lse,
         TAKE_TURNS=config.take_turns and consumers == 2,
         NUMERICS=NUMERICS.index(call.numerics),
-        EIGHTHS=config.polynomial,
         CONSUMER_REGS=consumer,
         PRODUCER_REGS=producer,
         num_warps=4,

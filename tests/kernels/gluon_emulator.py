@@ -283,8 +283,6 @@ def _language() -> types.ModuleType:
         convert_layout=lambda x, layout, assert_trivial=False: x,
         minimum=lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)),
         static_range=range,
-        split=lambda x: x.unbind(-1),
-        join=lambda a, b: torch.stack((a, b), -1),
         allocate_shared_memory=_allocate,
         warp_specialize=_warp_specialize,
         SliceLayout=layout,
@@ -344,11 +342,9 @@ def load_emulated(multiprocessors: int, edit: tuple[str, str] | None = None) -> 
                 del sys.modules[name]
             else:
                 sys.modules[name] = old
-    # What looks into bits or layouts, or is assembly.
+    # What looks into bits, or is assembly.
     module._as_float = lambda x: x.float() + 12582912.0  # type: ignore[attr-defined]
     module._as_fp8 = lambda x: x.to(torch.float8_e4m3fn)  # type: ignore[attr-defined]
-    module._like = lambda x, other: x  # type: ignore[attr-defined]
-    module._polynomial_exp2 = torch.exp2  # type: ignore[attr-defined]
     module.range = _tensor_range  # type: ignore[attr-defined]
     module._multiprocessors = lambda device: multiprocessors  # type: ignore[attr-defined]
     return module
