@@ -36,7 +36,8 @@ class BlockLayout:
         ``block_start[o, i] : block_start[o, i + 1]``.
     head_order: int32 ``[H]``; the order of each head.
     row_ptr: int32 ``[H * N + 1]``; key blocks of query block ``i`` of head ``h`` are
-        ``col_idx[row_ptr[h * N + i] : row_ptr[h * N + i + 1]]``, ascending.
+        ``col_idx[row_ptr[h * N + i] : row_ptr[h * N + i + 1]]``: text before the video, full blocks of the video,
+        short ones, text after it; each of these ascending.
     col_idx: int32 ``[nnz]``.
     head_mode: int32 ``[H, 4]``: skip (0 or 1), tail (index in ``entry.TAILS``), numerics (index in ``entry.NUMERICS``),
         gathered (0 where the head's order is the model's own, 2 where it has short blocks inside the video, else 1).
@@ -137,6 +138,15 @@ def _block_starts(grid: TokenGrid, order: TokenOrder, block_size: int) -> np.nda
     return np.concatenate([before, visual[:-1], after]).astype(np.int64)
 
 
+def _kinds(grid: TokenGrid, border: np.ndarray, block_size: int) -> np.ndarray:
+    """Of each block: 0 text before the video, 1 a full block of the video, 2 a short one, 3 text after it."""
+    start, length = border[:-1], np.diff(border)
+    kinds = np.where(length < block_size, 2, 1)
+    kinds[start < grid.text_before] = 0
+    kinds[start >= grid.text_before + grid.num_visual] = 3
+    return kinds
+
+
 def build_layout(
     grid: TokenGrid,
     entries: Sequence[HeadEntry],
@@ -169,6 +179,7 @@ def build_layout(
         )
         scatter[o, gather[o]] = np.arange(seq)
 
+    ranks = [np.argsort(_kinds(grid, border, block_size), kind="stable") for border in starts]
     cache: dict[tuple[object, object], np.ndarray] = {}
     counts = np.zeros((len(entries), n), np.int64)
     columns: list[np.ndarray] = []
@@ -196,9 +207,10 @@ def build_layout(
             if key not in cache:
                 cache[key] = head_block_mask(grid, entry, block_size)
             mask = cache[key]
-        row, col = np.nonzero(mask)
+        rank = ranks[head_order[h]]
+        row, place = np.nonzero(mask[:, rank])
         counts[h, :rows] = np.bincount(row, minlength=rows)
-        columns.append(col)
+        columns.append(rank[place])
         length = np.diff(border).astype(np.float64)
         kept = float(length @ mask @ length) / seq**2
         tail = TAIL_COST[entry.execution.tail] * rows / seq if not mask.all() else 0.0

@@ -28,12 +28,23 @@ def work_list(call: AttentionCall) -> torch.Tensor:
 
     A record: the first and the past-the-end position of its queries; where its list begins, how long it is and how many
     of its blocks are plain; ``tail + 4 * gathered + 16 * order``; head; query block. A list starts with the text before
-    the video, then come the plain blocks, which are full and video; the rest has to be checked. Heads stay together,
+    the video, then come the plain blocks, which are full and of the video; the rest has to be checked. Heads stay together,
     so that the keys and values of few heads are in use at a time and stay in the L2 cache.
     """
     if call.row_ptr not in _WORK:
         _WORK[call.row_ptr] = _records(call)
     return _WORK[call.row_ptr]
+
+
+def _short_blocks(call: AttentionCall, starts: torch.Tensor) -> torch.Tensor:
+    """How many blocks of the video in each row's list are short, int64 ``[H * N]``; ``starts`` is ``[H, N + 1]``."""
+    first, end = starts[:, :-1], starts[:, 1:]
+    visual = (first >= call.text_before) & (first < call.text_before + call.num_visual)
+    short = visual & (end - first < call.block_size)
+    rows = torch.arange(short.numel(), device=short.device)
+    row = rows.repeat_interleave(call.row_ptr.diff(), output_size=call.col_idx.shape[0])
+    found = short[row // short.shape[1], call.col_idx.long()].cumsum(0)
+    return torch.nn.functional.pad(found, (1, 0))[call.row_ptr.long()].diff()
 
 
 def _records(call: AttentionCall) -> torch.Tensor:
@@ -43,8 +54,9 @@ def _records(call: AttentionCall) -> torch.Tensor:
     skipped, tail, _, gathered = call.head_mode.view(heads, 4).unbind(1)
     tail, live = tail * (skipped == 0), (skipped == 0)[:, None]
     listed = call.row_ptr.diff().view(heads, n) * live
-    # Short blocks are the last of their segments (ragged tiles apart), and lists are ascending: text, video, text.
-    plain = (listed - sum(text_blocks(call)) - 1).clamp(min=0) * (gathered != 2)[:, None]
+    # Of the video only the last block is short, where no head has an order of its own.
+    short = _short_blocks(call, starts).view(heads, n) if call.needs_gather else 1
+    plain = (listed - sum(text_blocks(call)) - short).clamp(min=0)
     mode = tail + 4 * gathered + 16 * call.head_order
     index = torch.arange(n, device=device)
     columns = (

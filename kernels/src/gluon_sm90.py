@@ -438,10 +438,12 @@ def _consumer(
                     v_stage, v_phase = _next(v_stage, v_phase, STAGES)
                 if HAS_TAIL:
                     if tail != 0:
-                        columns = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, S))
+                        columns = gl.arange(0, BLOCK, layout=gl.BlockedLayout([1], [32], [4], [0]))
                         count = gl.where(tail == 3, 2 * num_blocks, num_blocks)
                         bias_row = bias_ptr + (h * num_blocks + i).to(gl.int64) * (2 * num_blocks)
                         for n in range(0, count, BLOCK):
+                            # Asked for here, long before it is needed, one for a thread.
+                            bias = gl.load(bias_row + n + columns, mask=n + columns < count, other=float("-inf"))
                             mbarrier.wait(k_full.index(k_stage), k_phase)
                             k = k_ring.index(k_stage).reshape([BLOCK, D])
                             logits = warpgroup_mma(
@@ -460,12 +462,12 @@ def _consumer(
                                 logits = warpgroup_mma(half, var.reshape([BLOCK, D]).permute((1, 0)), logits)
                                 mbarrier.arrive(k_empty.index(k_stage), count=1)
                                 k_stage, k_phase = _next(k_stage, k_phase, STAGES)
-                            bias = gl.load(bias_row + n + columns, mask=n + columns < count, other=float("-inf"))
-                            logits = logits * factor + bias.to(gl.float32)[None, :]
+                            bias = gl.convert_layout(bias.to(gl.float32), gl.SliceLayout(0, S))
+                            logits = logits * factor + bias[None, :]
                             p, total, top, keep = _probabilities(logits, total, top, 1.0, S, T, P, DTYPE, 0)
                             acc = acc * gl.convert_layout(keep, gl.SliceLayout(1, O))[:, None]
                             mbarrier.wait(v_full.index(v_stage), v_phase)
-                            acc = warpgroup_mma(_operand(p, P, 0), v_ring.index(v_stage).reshape([BLOCK, D]), acc)
+                            acc = warpgroup_mma(p, v_ring.index(v_stage).reshape([BLOCK, D]), acc)
                             mbarrier.arrive(v_empty.index(v_stage), count=1)
                             v_stage, v_phase = _next(v_stage, v_phase, STAGES)
                     mbarrier.arrive(q_empty.index(0), count=1)
@@ -599,9 +601,9 @@ class Config:
 def choose_config(block: int, head_dim: int, numerics: str = "auto") -> Config:
     """What fits into 227 KiB of shared memory and 64 Ki registers."""
     if block == 64:
-        return Config(stages=3, programs=2, take_turns=False, registers=(128, 208, 48))
+        return Config(stages=2, programs=2, take_turns=False, registers=(128, 208, 48))
     if numerics != "auto":
-        return Config(stages=4, programs=1, take_turns=True, registers=(168, 232, 40))
+        return Config(stages=4, programs=1, take_turns=False, registers=(168, 240, 24))
     wide = head_dim > 64
     return Config(stages=2 if wide else 4, programs=1, take_turns=wide, registers=(168, 240, 24))
 

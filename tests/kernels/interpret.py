@@ -67,12 +67,15 @@ def check_preparations() -> None:
         assert found[:3] == [*borders, at]
         assert found[3] == (0 if skipped else stop - at)
         assert found[5] == (0 if skipped else tail) + 4 * gathered + 16 * order
-        # Two blocks of text before the video, one after it; what is plain is full and video.
-        listed_blocks = layout.col_idx[at:stop][2 : 2 + found[4]]
-        assert found[4] == (0 if skipped or gathered == 2 else max(stop - at - 4, 0))
-        lengths = layout.block_start[order].diff()[listed_blocks.long()]
-        starts = layout.block_start[order][listed_blocks.long()]
-        assert bool((lengths == block).all()) and bool((starts >= grid.text_before).all())
+        # Two blocks of text before the video, one after it; what is plain is full and of the video.
+        blocks = layout.col_idx[at:stop].long()
+        start, length = layout.block_start[order][blocks], layout.block_start[order].diff()[blocks]
+        visual = (start >= grid.text_before) & (start < grid.text_before + grid.num_visual)
+        full = visual & (length == block)
+        assert found[4] == (0 if skipped else int(full.sum()))
+        assert bool(full[2 : 2 + found[4]].all())
+        if stop > at:
+            assert visual.tolist() == [False] * 2 + [True] * (stop - at - 3) + [False]
     print("ok", "preparations", flush=True)
 
 
