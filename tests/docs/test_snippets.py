@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,13 @@ LARGEST = {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 2}
 
 
 def _smaller(call: Callable[..., Any]) -> Callable[..., Any]:
+    known = inspect.signature(call).parameters
+
     @functools.wraps(call)  # keeps the signature, which the library reads
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         for option, most in LARGEST.items():
-            kwargs[option] = min(kwargs.get(option) or most, most)
+            if option in known:
+                kwargs[option] = min(kwargs.get(option) or most, most)
         return call(self, *args, **kwargs)
 
     return generate
@@ -35,7 +39,7 @@ def _smaller(call: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with what snippets name, in which ``cuda`` is the CPU and other models are tiny random ones."""
-    from diffusers import DiffusionPipeline, WanPipeline
+    from diffusers import DiffusionPipeline, FluxPipeline, WanPipeline
 
     from diffsparse.pipelines import family
 
@@ -62,7 +66,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", classmethod(from_pretrained))
     monkeypatch.setattr(DiffusionPipeline, "to", on_the_cpu)
-    monkeypatch.setattr(WanPipeline, "__call__", _smaller(WanPipeline.__call__))
+    for cls in (WanPipeline, FluxPipeline):
+        monkeypatch.setattr(cls, "__call__", _smaller(cls.__call__))
     return tmp_path
 
 
