@@ -28,8 +28,8 @@ def work_list(call: AttentionCall) -> torch.Tensor:
 
     A record: the first and the past-the-end position of its queries; where its list begins, how long it is and how many
     of its blocks are plain; ``tail + 4 * gathered + 16 * order``; head; query block. A list starts with the text before
-    the video, then come the plain blocks, which are full and of the video; the rest has to be checked. Heads stay together,
-    so that the keys and values of few heads are in use at a time and stay in the L2 cache.
+    the video, then come the plain blocks, which are full and of the video; the rest has to be checked. Heads stay
+    together, so that the keys and values of few heads are in use at a time and stay in the L2 cache.
     """
     if call.row_ptr not in _WORK:
         _WORK[call.row_ptr] = _records(call)

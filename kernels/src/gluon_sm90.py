@@ -227,8 +227,8 @@ def _as_float(x):
 
 
 @gluon.jit
-def _as_fp8(x):
-    """fp32 as fp8, four neighbours of a thread at a time: bytes one by one would be shifted and joined again."""
+def _four_fp8(first, second, third, fourth):
+    """fp32 as fp8, four in an int32."""
     return gl.inline_asm_elementwise(
         """{
         .reg .b16 low, high;
@@ -236,8 +236,33 @@ def _as_fp8(x):
         cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
         mov.b32 $0, {low, high};
         }""",
-        "=r,f,f,f,f", [x], dtype=gl.float8e4nv, is_pure=True, pack=4,
+        "=r,f,f,f,f", [first, second, third, fourth], dtype=gl.int32, is_pure=True, pack=1,
     )  # fmt: skip
+
+
+@gluon.jit
+def _packed(p):
+    """Probabilities ``[64, columns]`` as fp8, four in an int32 ``[64, columns / 4]``: what a thread has of 16 columns,
+    which are neighbours in an operand (see value_order).
+
+    So they are carried from one block to the next. As bytes each would take a register, and be taken apart and joined.
+    """
+    columns: gl.constexpr = p.shape[1]
+    p = p.reshape([64, columns // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([64, columns // 4, 2, 2])
+    even, odd = gl.split(p)
+    first, third = gl.split(even)
+    second, fourth = gl.split(odd)
+    return _four_fp8(first, second, third, fourth)
+
+
+@gluon.jit
+def _unpacked(x):
+    first = x.to(gl.int8)
+    second = (x >> 8).to(gl.int8)
+    third = (x >> 16).to(gl.int8)
+    fourth = (x >> 24).to(gl.int8)
+    pairs = gl.join(gl.join(first, second), gl.join(third, fourth)).permute((0, 1, 3, 2))
+    return pairs.reshape([64, 4 * x.shape[1]]).to(gl.float8e4nv, bitcast=True)
 
 
 @gluon.jit
@@ -293,16 +318,11 @@ def _probabilities(
 
 @gluon.jit
 def _operand(p, P: gl.constexpr, NUMERICS: gl.constexpr):
-    """Probabilities as the left operand of the second product.
-
-    In 8 bits they become it only here: carried round the loop as bytes, they would be taken apart and joined again.
-    """
+    """Probabilities as the left operand of the second product."""
     if NUMERICS == 0:
         return p
     else:
-        # As value_order: four neighbours of an operand are what a thread has of 16 columns.
-        p = p.reshape([64, p.shape[1] // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([64, p.shape[1]])
-        return _as_fp8(gl.convert_layout(p, P, assert_trivial=True))
+        return gl.convert_layout(_unpacked(p), P, assert_trivial=True)
 
 
 @gluon.jit
@@ -391,6 +411,11 @@ def _consumer(
                     if plain == 0:
                         logits = _checked(logits, j, start_row, mask_row, text_before, visual_end, HAS_MASK, S)
                     p, total, top, keep = _probabilities(logits, total, top, block_unit, S, T, P, DTYPE, NUMERICS)
+                    if NUMERICS != 0:
+                        p = _packed(p)
+                        # The matrix units add up fp8 products with 14 bits. So each block's sum starts afresh, and is
+                        # added in fp32 (SageAttention2, section 3.4); by when the next block's shrinks it all.
+                        last_shrink = gl.convert_layout(keep, gl.SliceLayout(1, O))[:, None]
                     mbarrier.wait(k_full.index(k_stage), k_phase, pred=listed > 1)
                     for e in range(1, listed):
                         if NUMERICS != 0:
@@ -406,7 +431,13 @@ def _consumer(
                             q, k.permute((1, 0)), gl.zeros([64, BLOCK], SUM, layout=S), use_acc=False, is_async=True
                         )
                         mbarrier.wait(v_full.index(v_stage), v_phase)
-                        acc = warpgroup_mma(operand, _values(v_ring, v_stage, D, BLOCK, NUMERICS), acc, is_async=True)
+                        values = _values(v_ring, v_stage, D, BLOCK, NUMERICS)
+                        if NUMERICS == 0:
+                            products = warpgroup_mma(operand, values, acc, is_async=True)
+                        else:
+                            products = warpgroup_mma(
+                                operand, values, gl.zeros([64, D], gl.float32, layout=O), use_acc=False, is_async=True
+                            )
                         if TAKE_TURNS:
                             mbarrier.arrive(turn.index(1 - WHICH), count=1)
                             turns += 1
@@ -424,15 +455,23 @@ def _consumer(
                         # softmax after the wait for the second product.
                         k_stage, k_phase = _next(k_stage, k_phase, STAGES)
                         mbarrier.wait(k_full.index(k_stage), k_phase, pred=e + 1 < listed)
-                        acc = warpgroup_mma_wait(0, deps=(acc,))
-                        p = next_p
+                        products = warpgroup_mma_wait(0, deps=(products,))
+                        # Not before the wait: it would hold the products up, whose operand these registers are.
+                        p = next_p if NUMERICS == 0 else _packed(next_p)
                         mbarrier.arrive(v_empty.index(v_stage), count=1)
-                        acc = acc * gl.convert_layout(keep, gl.SliceLayout(1, O))[:, None]
+                        shrink = gl.convert_layout(keep, gl.SliceLayout(1, O))[:, None]
+                        if NUMERICS == 0:
+                            acc = products * shrink
+                        else:
+                            acc = acc * last_shrink + products
+                            last_shrink = shrink
                         v_stage, v_phase = _next(v_stage, v_phase, STAGES)
                     if not HAS_TAIL:
                         mbarrier.arrive(q_empty.index(0), count=1)
                     mbarrier.wait(v_full.index(v_stage), v_phase)
                     operand = _operand(p, P, NUMERICS)
+                    if NUMERICS != 0:
+                        acc = acc * last_shrink
                     acc = warpgroup_mma(operand, _values(v_ring, v_stage, D, BLOCK, NUMERICS), acc)
                     mbarrier.arrive(v_empty.index(v_stage), count=1)
                     v_stage, v_phase = _next(v_stage, v_phase, STAGES)

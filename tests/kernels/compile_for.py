@@ -47,8 +47,8 @@ class AbsentGpu:
         return torch.device("cpu")
 
 
-def spilled(ptx: str) -> int:
-    """Bytes of registers that a thread of the kernel spills."""
+def assembled(ptx: str) -> dict[str, int | bool]:
+    """Bytes of registers that a thread spills, and whether the assembler put waits between asynchronous products."""
     import triton
 
     with tempfile.TemporaryDirectory() as folder:
@@ -58,7 +58,10 @@ def spilled(ptx: str) -> int:
         ptxas.chmod(0o755)
         command = [ptxas, "-v", "-arch=sm_90a", source, "-o", source.with_suffix(".cubin")]
         said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    return int(re.findall(r"(\d+) bytes spill stores", said)[0])
+    return {
+        "spill_bytes": int(re.findall(r"(\d+) bytes spill stores", said)[0]),
+        "serialized": "wgmma.mma_async instructions are serialized" in said,
+    }
 
 
 def compile_gluon(slow: bool) -> None:
@@ -83,7 +86,7 @@ def compile_gluon(slow: bool) -> None:
             "shared": kernel.metadata.shared,
             "wgmma": kernel.asm["ptx"].count("wgmma.mma_async"),
             "bulk": kernel.asm["ptx"].count("cp.async.bulk.tensor"),
-            "spilled": spilled(kernel.asm["ptx"]),
+            **assembled(kernel.asm["ptx"]),
         }
         print(json.dumps(found), flush=True)
 

@@ -39,10 +39,11 @@ EIGHT = [
 
 
 # Faults of the kind that only a GPU would show, and only now and then: (what, text, text with the fault).
-_TAKE = "acc = warpgroup_mma_wait(0, deps=(acc,))"
+_TAKE = "products = warpgroup_mma_wait(0, deps=(products,))"
 _FREE = "mbarrier.arrive(v_empty.index(v_stage), count=1)"
 _LINE = "\n" + " " * 24
-_NEXT = _LINE + "p = next_p"
+_NEXT = _LINE + "# Not before the wait: it would hold the products up, whose operand these registers are."
+_NEXT += _LINE + "p = next_p if NUMERICS == 0 else _packed(next_p)"
 FAULTS = (
     ("keys are read early", "mbarrier.wait(k_full.index(k_stage), k_phase, pred=e + 1 < listed)", "pass"),
     ("values are given back early", _TAKE + _NEXT + _LINE + _FREE, _FREE + _LINE + _TAKE + _NEXT),

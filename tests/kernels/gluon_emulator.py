@@ -283,6 +283,7 @@ def _language() -> types.ModuleType:
         convert_layout=lambda x, layout, assert_trivial=False: x,
         minimum=lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)),
         static_range=range,
+        split=lambda x: x.unbind(-1),
         allocate_shared_memory=_allocate,
         warp_specialize=_warp_specialize,
         SliceLayout=layout,
@@ -344,7 +345,8 @@ def load_emulated(multiprocessors: int, edit: tuple[str, str] | None = None) -> 
                 sys.modules[name] = old
     # What looks into bits, or is assembly.
     module._as_float = lambda x: x.float() + 12582912.0  # type: ignore[attr-defined]
-    module._as_fp8 = lambda x: x.to(torch.float8_e4m3fn)  # type: ignore[attr-defined]
+    module._four_fp8 = lambda *x: torch.stack(x, -1).to(torch.float8_e4m3fn)  # type: ignore[attr-defined]
+    module._unpacked = lambda x: x.reshape(64, -1)  # type: ignore[attr-defined]
     module.range = _tensor_range  # type: ignore[attr-defined]
     module._multiprocessors = lambda device: multiprocessors  # type: ignore[attr-defined]
     return module

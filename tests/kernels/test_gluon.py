@@ -42,7 +42,8 @@ def compiled(root: Path, *flags: str, **environment: str) -> list[dict]:
     for kernel in kernels:
         assert kernel["shared"] <= 227 << 10, kernel
         assert kernel["wgmma"] and kernel["bulk"], f"Hopper's own units are not used: {kernel}"
-        assert kernel["spilled"] <= 128, kernel  # bytes a thread: some addresses; accumulators would be thousands
+        assert kernel["spill_bytes"] <= 128, kernel  # some addresses at most
+        assert not kernel["serialized"], kernel
     return kernels
 
 
