@@ -401,6 +401,9 @@ class FluxTrainer(Trainer):
 
     def run(self, start_from: Path | None = None) -> None:
         """Both stages, from the checkpoint or from a finished folder's weights if there are any."""
+        # On an H200 (torch 2.11.0, cuDNN 9.19) the compiled backward pass ended in an illegal memory access, at the
+        # first kernel after attention. Which part is at fault is not known; cuDNN's attention is the likeliest.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         if self.accelerator.is_main_process:
             (self.out / "settings.json").write_text(json.dumps(asdict(self.settings), indent=1) + "\n")
         if start_from is not None and self.state["step"] == 0:
