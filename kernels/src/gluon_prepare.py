@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from diffsparse.kernels.call import AttentionCall
 
 __all__ = ["reorder", "tail_bias", "text_blocks", "work_list"]
 
-#: Work lists of the layouts that are alive, by their row pointers.
+#: Work lists of the layouts that are alive, by their row pointers and then by the size of their groups.
 _WORK: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -23,17 +24,21 @@ def text_blocks(call: AttentionCall) -> tuple[int, int]:
     return -(-call.text_before // call.block_size), -(-after // call.block_size)
 
 
-def work_list(call: AttentionCall) -> torch.Tensor:
-    """What the kernel's tiles are, int32 ``[H * N, 8]``, what takes longest first. Kept as long as the layout is.
+def work_list(call: AttentionCall, group: int) -> torch.Tensor:
+    """What the kernel's tiles are, int32 ``[H * N, 8]``. Kept as long as the layout is.
+
+    ``group`` heads after another run together, and stand together here. Of a group what takes longest comes first.
 
     A record: the first and the past-the-end position of its queries; where its list begins, how long it is and how many
-    of its blocks are plain; ``tail + 4 * gathered + 16 * order``; head; query block. A list starts with the text before
-    the video, then come the plain blocks, which are full and of the video; the rest has to be checked. Heads stay
-    together, so that the keys and values of few heads are in use at a time and stay in the L2 cache.
+    of its blocks are plain; ``tail + 4 * gathered + 16 * order + 65536 * head in its group``; head; query block. A list
+    starts with the text before the video, then come the plain blocks, which are full and of the video; the rest has to
+    be checked. Heads stay together, so that the keys and values of few heads are in use at a time and stay in the L2
+    cache.
     """
-    if call.row_ptr not in _WORK:
-        _WORK[call.row_ptr] = _records(call)
-    return _WORK[call.row_ptr]
+    lists = _WORK.setdefault(call.row_ptr, {})
+    if group not in lists:
+        lists[group] = _records(call, group)
+    return lists[group]
 
 
 def _short_blocks(call: AttentionCall, starts: torch.Tensor) -> torch.Tensor:
@@ -47,7 +52,7 @@ def _short_blocks(call: AttentionCall, starts: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(found, (1, 0))[call.row_ptr.long()].diff()
 
 
-def _records(call: AttentionCall) -> torch.Tensor:
+def _records(call: AttentionCall, group: int) -> torch.Tensor:
     heads, n, device = call.head_order.shape[0], call.num_blocks, call.row_ptr.device
     order = call.head_order.long()
     starts = call.block_start.view(-1, n + 1)[order]
@@ -57,8 +62,8 @@ def _records(call: AttentionCall) -> torch.Tensor:
     # Of the video only the last block is short, where no head has an order of its own.
     short = _short_blocks(call, starts).view(heads, n) if call.needs_gather else 1
     plain = (listed - sum(text_blocks(call)) - short).clamp(min=0)
-    mode = tail + 4 * gathered + 16 * call.head_order
-    index = torch.arange(n, device=device)
+    head, index = torch.arange(heads, device=device), torch.arange(n, device=device)
+    mode = tail + 4 * gathered + 16 * call.head_order + 65536 * (head % group)
     columns = (
         starts[:, :-1],
         starts[:, 1:],
@@ -66,12 +71,13 @@ def _records(call: AttentionCall) -> torch.Tensor:
         listed,
         plain,
         mode[:, None].expand(heads, n),
-        torch.arange(heads, device=device)[:, None].expand(heads, n),
+        head[:, None].expand(heads, n),
         index.expand(heads, n),
     )
     records = torch.stack([x.to(torch.int32) for x in columns], dim=2)
     within = listed.argsort(dim=1, descending=True, stable=True)
-    across = listed.sum(1).argsort(descending=True, stable=True)
+    total = listed.sum(1)
+    across = (head // group * (total.max() + 1) - total).argsort(stable=True)
     return records[across[:, None], within[across]].reshape(-1, 8).contiguous()
 
 
@@ -123,7 +129,7 @@ def _bias_kernel(
             tl.store(out + num_blocks + j, none, mask=entry < end)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_head"])
 def _reorder_kernel(
     q_ptr,
     k_ptr,
@@ -144,12 +150,14 @@ def _reorder_kernel(
     stride_vb,
     stride_vs,
     stride_vh,
-    HEADS: tl.constexpr,
+    first_head,
+    GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    h = tl.program_id(1)
+    local = tl.program_id(1)
+    h = first_head + local
     if tl.load(head_mode + h * 4 + 3) == 0:
         return
     b = tl.program_id(2).to(tl.int64)
@@ -160,7 +168,7 @@ def _reorder_kernel(
     token = tl.load(gather_ptr + order * seq + position, mask=live, other=0).to(tl.int64)
     channel = tl.arange(0, BLOCK_D)
     inside = live[:, None] & (channel[None, :] < D)
-    to = ((b * HEADS + h) * seq + position.to(tl.int64))[:, None] * D + channel[None, :]
+    to = ((b * GROUP + local) * seq + position.to(tl.int64))[:, None] * D + channel[None, :]
     at = token[:, None] * stride_qs + channel[None, :]
     tl.store(q_out + to, tl.load(q_ptr + b * stride_qb + h64 * stride_qh + at, mask=inside), mask=inside)
     at = token[:, None] * stride_ks + channel[None, :]
@@ -189,18 +197,20 @@ def tail_bias(call: AttentionCall, warmup: bool = False) -> Any:
     return bias
 
 
-def reorder(call: AttentionCall, warmup: bool = False) -> Any:
-    """Copies of q, k and v as ``[B, H, S, D]`` in their heads' orders, all three in one pass.
+def reorder(
+    call: AttentionCall, copies: Sequence[torch.Tensor], first_head: int, heads: int, warmup: bool = False
+) -> Any:
+    """Put q, k and v of ``heads`` heads in their heads' orders, all three in one pass.
 
-    Heads that read the sequence in the model's order are left unwritten.
+    ``copies``: three tensors ``[B, group, S, D]``, written from their first head on. Heads that read the sequence in
+    the model's order are left as they are.
     """
-    batch, seq, heads, dim = call.q.shape
-    copies = [torch.empty((batch, heads, seq, dim), dtype=call.q.dtype, device=call.q.device) for _ in range(3)]
+    batch, seq, _, dim = call.q.shape
     args = [call.q, call.k, call.v, *copies, call.gather, call.head_order, call.head_mode, seq]
-    args += [*call.q.stride()[:3], *call.k.stride()[:3], *call.v.stride()[:3]]
-    constants = dict(HEADS=heads, D=dim, BLOCK_D=triton.next_power_of_2(dim), ROWS=32, num_warps=4)
+    args += [*call.q.stride()[:3], *call.k.stride()[:3], *call.v.stride()[:3], first_head]
+    constants = dict(GROUP=copies[0].shape[1], D=dim, BLOCK_D=triton.next_power_of_2(dim), ROWS=32, num_warps=4)
     grid = (-(-seq // 32), heads, batch)
     if warmup:
         return _reorder_kernel.warmup(*args, grid=grid, **constants)
     _reorder_kernel[grid](*args, **constants)
-    return tuple(copies)
+    return None

@@ -34,12 +34,14 @@ from diffsparse.kernels.triton_prepare import summaries, variance_dtype
 __all__ = ["Config", "choose_config", "launch", "run"]
 
 LOG2_E = math.log2(math.e)
+#: What copies of q, k and v in heads' own orders may take. As many heads as that is enough for run at a time.
+COPY_BYTES = 512 << 20
 
 
 @gluon.jit
 def _tile(work, t, tiles):
-    """What tile ``t`` of the work list is: item, head, query block, its order, its borders, its list, how much of it is
-    plain, its head's tail and how its tokens are reached. See `gluon_prepare.work_list`."""
+    """What tile ``t`` of the work list is: item, head, head in its group, query block, its order, its borders, its
+    list, how much of it is plain, its head's tail and how its tokens are reached. See `gluon_prepare.work_list`."""
     record = work + (t % tiles) * 8
     row = gl.load(record)
     end = gl.load(record + 1)
@@ -49,7 +51,8 @@ def _tile(work, t, tiles):
     mode = gl.load(record + 5)
     h = gl.load(record + 6)
     i = gl.load(record + 7)
-    return t // tiles, h, i, mode >> 4, row, end, first, listed, plain, mode & 3, (mode >> 2) & 3
+    order = (mode >> 4) & 4095
+    return t // tiles, h, mode >> 16, i, order, row, end, first, listed, plain, mode & 3, (mode >> 2) & 3
 
 
 @gluon.jit
@@ -70,10 +73,10 @@ def _next(stage, phase, STAGES: gl.constexpr):
 
 @gluon.jit
 def _fetch(
-    ring, full, empty, stage, phase, desc, moved, gathered, where, STAGES: gl.constexpr, BYTES: gl.constexpr,
-    GATHER: gl.constexpr,
+    ring, full, empty, stage, phase, desc, moved, gathered, b, h, local, row,
+    STAGES: gl.constexpr, BYTES: gl.constexpr, GATHER: gl.constexpr,
 ):  # fmt: skip
-    """Copy the box at ``where`` into a slot, once the consumers are done with it. Returns the next slot.
+    """Copy the box at ``row`` of a head into a slot, once the consumers are done with it. Returns the next slot.
 
     From ``desc``, or, for a head in an order of its own, from ``moved``, which is in that order.
     """
@@ -81,11 +84,11 @@ def _fetch(
     mbarrier.expect(full.index(stage), BYTES)
     if GATHER:
         if gathered != 0:
-            copy_tile(moved, where, full.index(stage), ring.index(stage))
+            copy_tile(moved, [b, local, row, 0], full.index(stage), ring.index(stage))
         else:
-            copy_tile(desc, where, full.index(stage), ring.index(stage))
+            copy_tile(desc, [b, h, row, 0], full.index(stage), ring.index(stage))
     else:
-        copy_tile(desc, where, full.index(stage), ring.index(stage))
+        copy_tile(desc, [b, h, row, 0], full.index(stage), ring.index(stage))
     return _next(stage, phase, STAGES)
 
 
@@ -130,7 +133,7 @@ def _producer(
     v_stage = 0
     v_phase = 0
     for t in range(gl.program_id(0), total_tiles, gl.num_programs(0)):
-        b, h, i, order, row, end, first, listed, plain, tail, gathered = _tile(work, t, tiles)
+        b, h, local, i, order, row, end, first, listed, plain, tail, gathered = _tile(work, t, tiles)
         start_row = block_start + order * (num_blocks + 1)
         if (row < end) & ((listed > 0) | (tail != 0)):
             mbarrier.wait(q_empty.index(0), (used_q & 1) ^ 1)
@@ -139,7 +142,7 @@ def _producer(
                 _fetch_queries(q_ring, q_full, q_desc, b, h, i * BLOCK, CONSUMERS)
             elif GATHER:
                 if gathered != 0:
-                    _fetch_queries(q_ring, q_full, q_moved, b, h, row, CONSUMERS)
+                    _fetch_queries(q_ring, q_full, q_moved, b, local, row, CONSUMERS)
                 else:
                     _fetch_queries(q_ring, q_full, q_desc, b, h, row, CONSUMERS)
             else:
@@ -149,22 +152,22 @@ def _producer(
                 # In the order in which consumers want them: a block's keys, then the values of the block before.
                 k_row, v_row = _rows_of(0, col_idx, start_row, first, plain, TEXT_BEFORE, BLOCK, D, NUMERICS)
                 k_stage, k_phase = _fetch(
-                    k_ring, k_full, k_empty, k_stage, k_phase, k_desc, k_moved, gathered, [b, h, k_row, 0],
+                    k_ring, k_full, k_empty, k_stage, k_phase, k_desc, k_moved, gathered, b, h, local, k_row,
                     STAGES, BYTES, GATHER,
                 )  # fmt: skip
                 for e in range(1, listed):
                     k_row, v_next = _rows_of(e, col_idx, start_row, first, plain, TEXT_BEFORE, BLOCK, D, NUMERICS)
                     k_stage, k_phase = _fetch(
-                        k_ring, k_full, k_empty, k_stage, k_phase, k_desc, k_moved, gathered, [b, h, k_row, 0],
+                        k_ring, k_full, k_empty, k_stage, k_phase, k_desc, k_moved, gathered, b, h, local, k_row,
                         STAGES, BYTES, GATHER,
                     )  # fmt: skip
                     v_stage, v_phase = _fetch(
-                        v_ring, v_full, v_empty, v_stage, v_phase, v_desc, v_moved, gathered, [b, h, v_row, 0],
+                        v_ring, v_full, v_empty, v_stage, v_phase, v_desc, v_moved, gathered, b, h, local, v_row,
                         STAGES, BYTES, GATHER,
                     )  # fmt: skip
                     v_row = v_next
                 v_stage, v_phase = _fetch(
-                    v_ring, v_full, v_empty, v_stage, v_phase, v_desc, v_moved, gathered, [b, h, v_row, 0],
+                    v_ring, v_full, v_empty, v_stage, v_phase, v_desc, v_moved, gathered, b, h, local, v_row,
                     STAGES, BYTES, GATHER,
                 )  # fmt: skip
             if HAS_TAIL:
@@ -172,19 +175,9 @@ def _producer(
                     bh = b * HEADS + h
                     for n in range(0, gl.where(tail == 3, 2 * num_blocks, num_blocks), BLOCK):
                         k_stage, k_phase = _fetch(
-                            k_ring,
-                            k_full,
-                            k_empty,
-                            k_stage,
-                            k_phase,
-                            mean_k,
-                            mean_k,
-                            0,
-                            [0, bh, n, 0],
-                            STAGES,
-                            BYTES,
-                            False,
-                        )
+                            k_ring, k_full, k_empty, k_stage, k_phase, mean_k, mean_k, 0, 0, bh, bh, n,
+                            STAGES, BYTES, False,
+                        )  # fmt: skip
                         if tail == 2:
                             mbarrier.wait(k_empty.index(k_stage), k_phase ^ 1)
                             mbarrier.expect(k_full.index(k_stage), BYTES)
@@ -194,19 +187,9 @@ def _producer(
                             copy_tile(var_k, [0, bh, n, 0], k_full.index(k_stage), as_var)
                             k_stage, k_phase = _next(k_stage, k_phase, STAGES)
                         v_stage, v_phase = _fetch(
-                            v_ring,
-                            v_full,
-                            v_empty,
-                            v_stage,
-                            v_phase,
-                            mean_v,
-                            mean_v,
-                            0,
-                            [0, bh, n, 0],
-                            STAGES,
-                            BYTES,
-                            False,
-                        )
+                            v_ring, v_full, v_empty, v_stage, v_phase, mean_v, mean_v, 0, 0, bh, bh, n,
+                            STAGES, BYTES, False,
+                        )  # fmt: skip
 
 
 @gluon.jit
@@ -380,7 +363,7 @@ def _consumer(
     v_stage = 0
     v_phase = 0
     turns = 0
-    b, h, i, order, row, end, first, listed, plain, tail, gathered = _tile(work, gl.program_id(0), tiles)
+    b, h, _, i, order, row, end, first, listed, plain, tail, gathered = _tile(work, gl.program_id(0), tiles)
     for t in range(gl.program_id(0), total_tiles, gl.num_programs(0)):
         start_row = block_start + order * (num_blocks + 1)
         if row < end:
@@ -541,7 +524,7 @@ def _consumer(
                 gl.store(lse_ptr + out_row, gl.where(total > 0, lse, float("-inf")), mask=live)
         else:
             next_tile = _tile(work, gl.minimum(t + gl.num_programs(0), total_tiles - 1), tiles)
-        b, h, i, order, row, end, first, listed, plain, tail, gathered = next_tile
+        b, h, _, i, order, row, end, first, listed, plain, tail, gathered = next_tile
 
 
 @gluon.jit
@@ -685,8 +668,11 @@ def launch(call: AttentionCall, config: Config, warmup: bool = False) -> Any:
     else:
         boxes = [_boxes(x, r, columns) for x, r in zip((q, k, v), (64, block, block))]
     moved, summed, bias = boxes, boxes, call.gather
+    group = heads
+    copies: list[torch.Tensor] = []
     if call.needs_gather and not eight:
-        copies = [q.new_empty(batch, heads, seq, dim)] * 3 if warmup else reorder(call)
+        group = max(1, min(heads, COPY_BYTES // (3 * batch * seq * dim * q.element_size())))
+        copies = [q.new_empty(batch, group, seq, dim) for _ in range(3)]
         moved = [_boxes(x.transpose(1, 2), r, columns) for x, r in zip(copies, (64, block, block))]
     if call.has_tail:
         if warmup:
@@ -701,9 +687,7 @@ def launch(call: AttentionCall, config: Config, warmup: bool = False) -> Any:
         summed = [_boxes(x, block, columns) for x in runs]
     args = [*boxes, *moved, *summed, out, lse if call.return_lse else out, call.gather]
     args += [call.gather if call.key_mask is None else call.key_mask.view(torch.uint8), bias, *scales]
-    args += [work_list(call), call.col_idx, call.block_start]
-    tiles = heads * n
-    args += [call.scale, seq, batch * tiles, tiles, n, call.text_before, call.text_before + call.num_visual]
+    work = work_list(call, group)
     entry, consumer, producer = config.registers
     constants = dict(
         HEADS=heads,
@@ -724,9 +708,17 @@ def launch(call: AttentionCall, config: Config, warmup: bool = False) -> Any:
         num_warps=4,
         maxnreg=entry,
     )
-    if warmup:
-        return _forward_kernel.warmup(*args, grid=(1,), **constants)
-    _forward_kernel[(min(batch * tiles, _multiprocessors(q.device) * config.programs),)](*args, **constants)
+    for first_head in range(0, heads, group):
+        tiles = min(group, heads - first_head) * n
+        ours = work[first_head * n : first_head * n + tiles]
+        rest = [ours, call.col_idx, call.block_start, call.scale, seq, batch * tiles, tiles, n]
+        rest += [call.text_before, call.text_before + call.num_visual]
+        if warmup:
+            return _forward_kernel.warmup(*args, *rest, grid=(1,), **constants)
+        if copies:
+            reorder(call, copies, first_head, tiles // n)
+        programs = min(batch * tiles, _multiprocessors(q.device) * config.programs)
+        _forward_kernel[(programs,)](*args, *rest, **constants)
     if eight and call.return_lse:
         # The mean key that was taken off shifts all logits of a row.
         lse += torch.einsum("bshd,bhd->bsh", q.float(), small.k_mean) * call.scale

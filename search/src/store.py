@@ -73,6 +73,7 @@ class SearchStore:
     def claim(self, identity: dict[str, Any]) -> bool:
         """Bind the file to a search's settings; True where it already held that same search.
 
+        A setting that is missing on one side, because that version had none, counts as None.
         Raises :class:`StoreMismatch` naming the setting that differs.
         """
         if "identity" not in self:
@@ -80,8 +81,7 @@ class SearchStore:
             return False
         known = self.get_json("identity")
         wanted = json.loads(json.dumps(identity))
-        if known != wanted:
-            differing = sorted(k for k in {*known, *wanted} if known.get(k) != wanted.get(k))
+        if differing := sorted(k for k in {*known, *wanted} if known.get(k) != wanted.get(k)):
             raise StoreMismatch(
                 f"{self.path} holds a search with other settings ({', '.join(differing)}); "
                 "use the same settings to go on with it, or another --out"

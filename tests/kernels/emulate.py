@@ -154,6 +154,8 @@ def main() -> None:
     for grid, entries, block, dim, dtype, text in SLOW if parser.parse_args().slow else FAST:
         torch.manual_seed(0)
         for density in (0.0, 0.4):
+            # With lists: two heads at a time.
+            kernel.COPY_BYTES = 1 << 30 if not density else 2 * 3 * 2 * grid.seq_len * dim * dtype.itemsize
             layout = random_layout(grid, entries, block, density)
             q, k, v = inputs(grid, len(entries), dim, batch=2, dtype=dtype)
             valid = None if text is None else grid.seq_len - grid.text_after + text

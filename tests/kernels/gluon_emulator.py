@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -234,8 +234,10 @@ def _warp_specialize(parts: list[tuple[Callable[..., None], tuple[Any, ...]]], w
         raise errors[0]
 
 
-def _tensor_range(*arguments: Any) -> Iterator[torch.Tensor]:
-    """``range`` whose values are scalars of the device, as they are in a kernel."""
+def _tensor_range(*arguments: Any) -> Iterable[Any]:
+    """``range`` whose values are, in a kernel, scalars of the device."""
+    if getattr(_local, "program", None) is None:
+        return range(*arguments)
     return (torch.tensor(i) for i in range(*(int(x) for x in arguments)))
 
 
@@ -255,6 +257,7 @@ class Kernel:
             for program in range(grid[0]):
                 _local.program, _local.programs = program, grid[0]
                 self.function(*given, **constants)
+            _local.program = None
 
         return launch
 

@@ -8,8 +8,9 @@ import torch
 
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels import reference_attention
-from diffsparse.kernels.call import make_call
+from diffsparse.kernels.call import AttentionCall, make_call
 from diffsparse.kernels.triton_fwd import Config, launch
+from diffsparse.layout import BlockLayout
 from diffsparse.order import AxisOrder, TileOrder
 from tests.kernels.cases import MIXED, head, inputs, random_layout
 
@@ -28,17 +29,56 @@ SLOW = [
 ]  # fmt: skip
 
 
+def check_work_list(call: AttentionCall, layout: BlockLayout, group: int) -> None:
+    """Every tile once, group by group, longest first, with what the layout says of it."""
+    from diffsparse.kernels.gluon_prepare import work_list
+
+    n, block, grid = layout.max_blocks, layout.block_size, layout.grid
+    heads = layout.num_heads
+    work = work_list(call, group).view(heads, n, 8)
+    assert work_list(call, group).data_ptr() == work.data_ptr()
+    row, end, first, listed, plain, mode, head_of, block_of = work.long().unbind(2)
+    assert bool((head_of == head_of[:, :1]).all()), "heads stay together"
+    assert torch.equal((head_of * n + block_of).flatten().sort().values, torch.arange(heads * n))
+    assert bool((listed.diff(dim=1) <= 0).all()), "longest first"
+    for start in range(0, heads, group):
+        assert sorted(head_of[start : start + group, 0].tolist()) == list(range(start, min(start + group, heads)))
+        assert bool((listed[start : start + group].sum(1).diff() <= 0).all()), "longest first"
+    for h, i, *found in zip(*(x.flatten().tolist() for x in (head_of, block_of, row, end, first, listed, plain, mode))):
+        skipped, tail, _, gathered = layout.head_mode[h].tolist()
+        order = int(layout.head_order[h])
+        borders = layout.block_start[order, i : i + 2].tolist()
+        at, stop = layout.row_ptr[h * n + i : h * n + i + 2].tolist()
+        assert found[:3] == [*borders, at]
+        assert found[3] == (0 if skipped else stop - at)
+        assert found[5] == (0 if skipped else tail) + 4 * gathered + 16 * order + 65536 * (h % group)
+        # Two blocks of text before the video, one after it; what is plain is full and of the video.
+        blocks = layout.col_idx[at:stop].long()
+        start, length = layout.block_start[order][blocks], layout.block_start[order].diff()[blocks]
+        visual = (start >= grid.text_before) & (start < grid.text_before + grid.num_visual)
+        full = visual & (length == block)
+        assert found[4] == (0 if skipped else int(full.sum()))
+        assert bool(full[2 : 2 + found[4]].all())
+        if stop > at:
+            assert visual.tolist() == [False] * 2 + [True] * (stop - at - 3) + [False]
+
+
 def check_preparations() -> None:
     """What the Hopper kernel is given beside q, k and v, against plain torch."""
-    from diffsparse.kernels.gluon_prepare import reorder, tail_bias, work_list
+    from diffsparse.kernels.gluon_prepare import reorder, tail_bias
 
     grid, block = TokenGrid(2, 9, 15, text_before=70, text_after=20), 64
     entries = [head(), *(head(TileOrder(1, 8, 8), tail) for tail in ("mean", "centroids")), head(mode="skip")]
     layout = random_layout(grid, entries, block, 0.4)
     call = make_call(*inputs(grid, len(entries), 24, batch=2), layout)
-    for copy, x in zip(reorder(call), (call.q, call.k, call.v)):
-        for h in (1, 2):
-            assert torch.equal(copy[:, h], x[:, layout.gather[int(layout.head_order[h])].long(), h])
+    for first, heads in ((0, len(entries)), (1, 2)):
+        copies = [torch.zeros(2, len(entries), grid.seq_len, 24) for _ in range(3)]
+        reorder(call, copies, first, heads)
+        for copy, x in zip(copies, (call.q, call.k, call.v)):
+            for h in (1, 2):
+                want = x[:, layout.gather[int(layout.head_order[h])].long(), h]
+                assert torch.equal(copy[:, h - first], want)
+            assert not copy[:, heads:].any()
 
     n = layout.max_blocks
     bias = tail_bias(call).view(len(entries), n, 2, n)
@@ -53,29 +93,8 @@ def check_preparations() -> None:
             want[layout.mask(h)] = -torch.inf
             torch.testing.assert_close(bias[h, :, part].float(), want, atol=4e-3, rtol=0)
 
-    work = work_list(call).view(len(entries), n, 8)
-    assert work_list(call).data_ptr() == work.data_ptr()
-    row, end, first, listed, plain, mode, head_of, block_of = work.long().unbind(2)
-    assert bool((head_of == head_of[:, :1]).all()), "heads stay together"
-    assert torch.equal((head_of * n + block_of).flatten().sort().values, torch.arange(len(entries) * n))
-    assert bool((listed.diff(dim=1) <= 0).all()) and bool((listed.sum(1).diff() <= 0).all()), "longest first"
-    for h, i, *found in zip(*(x.flatten().tolist() for x in (head_of, block_of, row, end, first, listed, plain, mode))):
-        skipped, tail, _, gathered = layout.head_mode[h].tolist()
-        order = int(layout.head_order[h])
-        borders = layout.block_start[order, i : i + 2].tolist()
-        at, stop = layout.row_ptr[h * n + i : h * n + i + 2].tolist()
-        assert found[:3] == [*borders, at]
-        assert found[3] == (0 if skipped else stop - at)
-        assert found[5] == (0 if skipped else tail) + 4 * gathered + 16 * order
-        # Two blocks of text before the video, one after it; what is plain is full and of the video.
-        blocks = layout.col_idx[at:stop].long()
-        start, length = layout.block_start[order][blocks], layout.block_start[order].diff()[blocks]
-        visual = (start >= grid.text_before) & (start < grid.text_before + grid.num_visual)
-        full = visual & (length == block)
-        assert found[4] == (0 if skipped else int(full.sum()))
-        assert bool(full[2 : 2 + found[4]].all())
-        if stop > at:
-            assert visual.tolist() == [False] * 2 + [True] * (stop - at - 3) + [False]
+    for group in (len(entries), 3):
+        check_work_list(call, layout, group)
     print("ok", "preparations", flush=True)
 
 

@@ -23,6 +23,7 @@ def test_values_survive(tmp_path):
 def test_another_search_is_refused_by_the_setting_that_differs(tmp_path):
     with SearchStore(tmp_path / "s") as store:
         store.claim({"seed": 1, "steps": 8})
+        assert store.claim({"seed": 1, "steps": 8, "of a later version": None})
         with pytest.raises(StoreMismatch, match=r"other settings \(seed\)"):
             store.claim({"seed": 2, "steps": 8})
 
