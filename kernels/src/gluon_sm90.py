@@ -624,9 +624,10 @@ def choose_config(block: int, head_dim: int, numerics: str = "auto") -> Config:
     """What fits into 227 KiB of shared memory and 64 Ki registers."""
     if block == 64:
         return Config(stages=2, programs=2, take_turns=False, registers=(128, 208, 48))
-    if numerics != "auto":
-        return Config(stages=4, programs=1, take_turns=False, registers=(168, 240, 24))
     wide = head_dim > 64
+    if numerics != "auto":
+        registers = (168, 240, 24) if wide else (168, 232, 40)
+        return Config(stages=4, programs=1, take_turns=False, registers=registers)
     return Config(stages=2 if wide else 4, programs=1, take_turns=wide, registers=(168, 240, 24))
 
 

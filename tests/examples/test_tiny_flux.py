@@ -8,15 +8,11 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from tests.house.process import ROOT
-
-if TYPE_CHECKING:
-    pass
 
 EXAMPLES = ROOT / "examples"
 MODEL = EXAMPLES / "tiny_flux"
