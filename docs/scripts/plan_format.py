@@ -176,7 +176,7 @@ def page() -> str:
             f"`{name}` {', '.join(f'`{v}`' for v in values)}"
             for name, values in (("mode", MODES), ("tail", TAILS), ("numerics", NUMERICS))
         )
-        + ". Numerics other than `auto` are part of the format; no kernel of this version runs them.",
+        + ". Numerics other than `auto` are part of the format; this version refuses to run a plan that has them.",
         "",
         "```json",
         json.dumps(encode_entry(example().entries[0], {}), indent=1),
