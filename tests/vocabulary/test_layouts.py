@@ -75,3 +75,23 @@ def test_bad_layouts_are_refused():
         build_layout(TokenGrid(1, 8, 8), [HeadEntry()], 32)
     with pytest.raises(ValueError, match="has 2 blocks"):
         build_layout(TokenGrid(2, 8, 8), [HeadEntry()], masks=[np.ones((3, 3), bool)])
+
+
+def kind(block, start, grid, block_size):
+    """Of a block: 0 text before the video, 1 full, 2 short, 3 text after it."""
+    if start[block] < grid.text_before:
+        return 0
+    if start[block] >= grid.text_before + grid.num_visual:
+        return 3
+    return 1 if start[block + 1] - start[block] == block_size else 2
+
+
+@given(text_grids, st.lists(entries, min_size=1, max_size=4), st.sampled_from([64, 128]))
+@settings(max_examples=60, deadline=None)
+def test_lists_have_text_then_full_blocks_then_short_ones_then_text(grid, heads, block_size):
+    layout = build_layout(grid, heads, block_size)
+    ends = layout.row_ptr.tolist()
+    for row, (first, end) in enumerate(zip(ends, ends[1:])):
+        start = layout.block_start[int(layout.head_order[row // layout.max_blocks])].tolist()
+        places = [(kind(j, start, grid, block_size), j) for j in layout.col_idx[first:end].tolist()]
+        assert places == sorted(places)
