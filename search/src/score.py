@@ -39,12 +39,13 @@ class BlockIndex:
     """An order's visual blocks as padded gather indices. ``NB`` blocks of at most ``n`` tokens.
 
     ``tokens``: int64 ``[NB, n]``, indices into the whole sequence (padding repeats the block's first token).
-    ``valid``: bool ``[NB, n]``. ``length``: fp32 ``[NB]``.
+    ``valid``: bool ``[NB, n]``. ``length``: fp32 ``[NB]``. ``text``: int64 ``[T]``, the text tokens.
     """
 
     tokens: torch.Tensor
     valid: torch.Tensor
     length: torch.Tensor
+    text: torch.Tensor
 
     @classmethod
     def build(cls, grid: TokenGrid, order: TokenOrder, block_size: int, device: torch.device) -> BlockIndex:
@@ -54,10 +55,13 @@ class BlockIndex:
         position = blocks.start[:-1, None] + np.arange(width)
         valid = np.arange(width) < blocks.lengths[:, None]
         tokens = grid.text_before + blocks.permutation[np.where(valid, position, blocks.start[:-1, None])]
+        after = grid.text_before + grid.num_visual
+        text = np.concatenate([np.arange(grid.text_before), np.arange(after, grid.seq_len)])
         return cls(
             torch.from_numpy(tokens).to(device),
             torch.from_numpy(valid).to(device),
             torch.from_numpy(blocks.lengths.astype(np.float32)).to(device),
+            torch.from_numpy(text).to(device),
         )
 
 
@@ -68,7 +72,8 @@ class CallScores:
     ``error``: fp32 ``[tails, H, NB, NB]`` (tails in the order of ``entry.TAILS``): squared output error over a query
     block's tokens when a key block is dropped.
     ``mass``: fp32 ``[H, NB, NB]``: attention mass per query, mean over the query block.
-    ``energy``: fp32 ``[H]``: squared norm of the head's output over all visual queries, in the same units.
+    ``energy``: fp32 ``[H]``: squared norm of the head's output over all queries, in the same units. Those of text are
+    among them: whatever is dropped they see every key, but a head that is left out has no output for them either.
     ``summed``, ``true``: fp32 ``[tails, H, len(LADDER)]``: with the best key blocks of every query block kept, the sum
     of the dropped blocks' scores and the error that dropping them all really makes.
     """
@@ -122,6 +127,7 @@ def score_call(
     query_tokens = index.tokens.gather(1, pick)
     flat = index.tokens.reshape(-1)
     length = index.length
+    text, text_share = _sample_text(index, samples, width, key_mask, generator)
     error = torch.zeros(len(TAILS), len(heads), blocks, blocks, device=q.device)
     mass = torch.zeros(len(heads), blocks, blocks, device=q.device)
     energy = torch.zeros(len(heads), device=q.device)
@@ -186,7 +192,22 @@ def score_call(
                 summed[tail, i] += ((d[:, None] * ~kept).sum(-1) * share[:, None]).sum(0)
             mass[i, lo : lo + rows] = z.view(len(tokens), samples, blocks).mean(1)
             energy[i] += (o_norm.view(len(tokens), samples).sum(1) * share).sum()
+        for part in text.split(rows * samples):
+            logits = (q[0, part, head].float() * scale) @ keys.T
+            if key_mask is not None:
+                logits.masked_fill_(~key_mask, float("-inf"))
+            energy[i] += text_share * (logits.softmax(-1) @ values).square().sum()
     return CallScores(error, mass, energy, summed, true)
+
+
+def _sample_text(
+    index: BlockIndex, samples: int, width: int, key_mask: torch.Tensor | None, generator: torch.Generator | None
+) -> tuple[torch.Tensor, float]:
+    """Text queries, ``samples`` for every ``width`` of them, padding left out; and how many each stands for."""
+    text = index.text if key_mask is None else index.text[key_mask[index.text]]
+    count = min(len(text), samples * -(-len(text) // width))
+    pick = torch.randperm(len(text), generator=generator)[:count].to(text.device)
+    return text[pick], len(text) / max(1, count)
 
 
 def _masked_output(

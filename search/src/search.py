@@ -46,7 +46,7 @@ __all__ = ["SearchConfig", "run_search", "thoroughness"]
 log = logging.getLogger("diffsparse")
 
 # Counted up whenever what the store holds changes.
-STORE_FORMAT = 3
+STORE_FORMAT = 4
 # What may differ between two searches that share a store: nothing that is measured depends on it.
 FREE_SETTINGS = ("budget", "density", "steps", "dense_steps", "validation_prompts", "candidates")
 REFERENCE_DENSITY = 0.06

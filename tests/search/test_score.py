@@ -52,6 +52,22 @@ def test_mass_and_energy():
     assert torch.allclose(scores.energy, out.square().sum((0, 2, 3)), rtol=0.1)
 
 
+@pytest.mark.parametrize("padding", [0, 40])
+def test_leaving_a_head_out_costs_the_output_of_text_too(padding):
+    grid = TokenGrid(1, 8, 16, 5, 90)
+    q, k, v = inputs(grid)
+    q[:, grid.text_before + grid.num_visual :] *= 3  # text attends sharply: its outputs are larger
+    index = BlockIndex.build(grid, RasterOrder(), 64, CPU)
+    valid = torch.arange(grid.seq_len) < grid.seq_len - padding
+    mask = valid if padding else None
+    scores = score_call(q, k, v, index, samples=64, key_mask=mask)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[None])[:, :, valid]
+    assert torch.allclose(scores.energy, out.square().sum((0, 2, 3)), rtol=0.05)
+    few = score_call(*inputs(grid), index, samples=8, generator=torch.Generator().manual_seed(2)).energy
+    assert torch.allclose(few, score_call(*inputs(grid), index, samples=64).energy, rtol=0.2)
+
+
 def test_tails_are_exact_where_a_block_is_constant():
     grid = TokenGrid(2, 8, 8)
     q, k, v = inputs(grid)
