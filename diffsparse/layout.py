@@ -16,7 +16,7 @@ from diffsparse.entry import NUMERICS, TAILS, HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.order import TokenOrder
 
-__all__ = ["BLOCK_SIZES", "BlockLayout", "build_layout", "head_block_mask"]
+__all__ = ["BLOCK_SIZES", "BlockLayout", "block_kinds", "build_layout", "head_block_mask", "unpack", "unpack_bits"]
 
 BLOCK_SIZES = (64, 128)
 # Cost of a tail in units of one dense row, times the block size: one summary per key block (mean), plus the second
@@ -38,7 +38,9 @@ class BlockLayout:
     row_ptr: int32 ``[H * N + 1]``; key blocks of query block ``i`` of head ``h`` are
         ``col_idx[row_ptr[h * N + i] : row_ptr[h * N + i + 1]]``: text before the video, full blocks of the video,
         short ones, text after it; each of these ascending.
-    col_idx: int32 ``[nnz]``.
+    col_idx: int32 ``[nnz]``. Of a packed layout uint8 ``[H * N, ceil(N / 8)]`` instead: block ``j`` of a row is kept
+        where bit ``j % 8`` of byte ``j // 8`` is set. That takes 1 / (32 * density) of the memory, and kernels make the
+        lists from it call by call.
     head_mode: int32 ``[H, 4]``: skip (0 or 1), tail (index in ``entry.TAILS``), numerics (index in ``entry.NUMERICS``),
         gathered (0 where the head's order is the model's own, 2 where it has short blocks inside the video, else 1).
     has_tail, needs_gather, numerics: whether any head has a tail or an order other than the model's, and the numerics
@@ -95,8 +97,23 @@ class BlockLayout:
         }
         return replace(self, **moved)
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether ``col_idx`` holds bits instead of lists."""
+        return self.col_idx.dtype == torch.uint8
+
+    def unpacked(self) -> BlockLayout:
+        """The same layout with lists."""
+        if not self.is_packed:
+            return self
+        text_before, num_visual = self.grid.text_before, self.grid.num_visual
+        lists = unpack(self.col_idx, self.block_start, self.head_order, self.block_size, text_before, num_visual)
+        return replace(self, col_idx=lists)
+
     def mask(self, head: int) -> torch.Tensor:
         """The kept blocks of one head as bool ``[N, N]`` on the CPU (empty blocks at the end are never kept)."""
+        if self.is_packed:
+            return unpack_bits(self.col_idx, self.max_blocks, head).cpu()
         n = self.max_blocks
         ptr = self.row_ptr[head * n : (head + 1) * n + 1].cpu().long()
         kept = torch.zeros(n, n, dtype=torch.bool)
@@ -138,13 +155,39 @@ def _block_starts(grid: TokenGrid, order: TokenOrder, block_size: int) -> np.nda
     return np.concatenate([before, visual[:-1], after]).astype(np.int64)
 
 
-def _kinds(grid: TokenGrid, border: np.ndarray, block_size: int) -> np.ndarray:
-    """Of each block: 0 text before the video, 1 a full block of the video, 2 a short one, 3 text after it."""
-    start, length = border[:-1], np.diff(border)
-    kinds = np.where(length < block_size, 2, 1)
-    kinds[start < grid.text_before] = 0
-    kinds[start >= grid.text_before + grid.num_visual] = 3
-    return kinds
+def block_kinds(block_start: torch.Tensor, block_size: int, text_before: int, num_visual: int) -> torch.Tensor:
+    """The order of lists: of blocks ``[..., N + 1]`` their kinds ``[..., N]``.
+
+    0 text before the video, 1 a full block of the video, 2 a short one, 3 text after it or an empty one at the end.
+    """
+    start, end = block_start[..., :-1], block_start[..., 1:]
+    kinds = torch.where(end - start < block_size, 2, 1)
+    kinds = torch.where(start < text_before, 0, kinds)
+    return torch.where(start >= text_before + num_visual, 3, kinds)
+
+
+def unpack_bits(bits: torch.Tensor, num_blocks: int, head: int) -> torch.Tensor:
+    """One head's part of a packed layout's ``col_idx`` as bool ``[N, N]``."""
+    rows = bits[head * num_blocks : (head + 1) * num_blocks]
+    single = rows[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=rows.device)
+    return (single & 1).flatten(1)[:, :num_blocks].bool()
+
+
+def unpack(
+    bits: torch.Tensor,
+    block_start: torch.Tensor,
+    head_order: torch.Tensor,
+    block_size: int,
+    text_before: int,
+    num_visual: int,
+) -> torch.Tensor:
+    """The lists, int32 ``[nnz]``, of a packed layout's ``col_idx``; all arguments are as in ``BlockLayout``."""
+    rank = block_kinds(block_start, block_size, text_before, num_visual).argsort(dim=1, stable=True)
+    lists = []
+    for head, order in enumerate(head_order.tolist()):
+        kept = unpack_bits(bits, rank.shape[1], head)[:, rank[order]]
+        lists.append(rank[order].expand_as(kept)[kept])
+    return torch.cat(lists).to(torch.int32)
 
 
 def build_layout(
@@ -153,11 +196,12 @@ def build_layout(
     block_size: int = 64,
     *,
     masks: Sequence[np.ndarray] | None = None,
+    packed: bool = False,
 ) -> BlockLayout:
     """Evaluate one layer's entries (one per head) on a grid.
 
     ``masks`` replaces the entries' patterns by given block masks (bool ``[num_blocks, num_blocks]`` with text, whose
-    rows and columns are kept whatever the masks say).
+    rows and columns are kept whatever the masks say). ``packed``: bits instead of lists.
     """
     if not entries:
         raise ValueError("a layout needs at least one head entry")
@@ -179,7 +223,11 @@ def build_layout(
         )
         scatter[o, gather[o]] = np.arange(seq)
 
-    ranks = [np.argsort(_kinds(grid, border, block_size), kind="stable") for border in starts]
+    ranks = []
+    for border in starts:
+        kinds = block_kinds(torch.from_numpy(border), block_size, grid.text_before, grid.num_visual)
+        ranks.append(kinds.argsort(stable=True).numpy())
+    bits = np.zeros((len(entries) if packed else 0, n, -(-n // 8)), np.uint8)
     cache: dict[tuple[object, object], np.ndarray] = {}
     counts = np.zeros((len(entries), n), np.int64)
     columns: list[np.ndarray] = []
@@ -207,10 +255,12 @@ def build_layout(
             if key not in cache:
                 cache[key] = head_block_mask(grid, entry, block_size)
             mask = cache[key]
-        rank = ranks[head_order[h]]
-        row, place = np.nonzero(mask[:, rank])
-        counts[h, :rows] = np.bincount(row, minlength=rows)
-        columns.append(rank[place])
+        counts[h, :rows] = np.count_nonzero(mask, axis=1)
+        if packed:
+            bits[h, :rows, : -(-rows // 8)] = np.packbits(mask, axis=1, bitorder="little")
+        else:
+            rank = ranks[head_order[h]]
+            columns.append(rank[np.nonzero(mask[:, rank])[1]])
         length = np.diff(border).astype(np.float64)
         kept = float(length @ mask @ length) / seq**2
         tail = TAIL_COST[entry.execution.tail] * rows / seq if not mask.all() else 0.0
@@ -241,7 +291,9 @@ def build_layout(
         block_start=int32(padded),
         head_order=int32(head_order),
         row_ptr=int32(np.concatenate([[0], np.cumsum(counts.reshape(-1))])),
-        col_idx=int32(np.concatenate(columns) if columns else np.zeros(0)),
+        col_idx=torch.from_numpy(bits.reshape(-1, bits.shape[2]))
+        if packed
+        else int32(np.concatenate(columns) if columns else np.zeros(0)),
         head_mode=int32(np.asarray(mode)),
         densities=tuple(densities),
         has_tail=any(e.execution.tail != "none" for e in entries),

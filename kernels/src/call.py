@@ -25,6 +25,7 @@ class AttentionCall:
     scale: factor of the logits ``q . k``.
     text_before, num_visual: tokens; the visual ones are positions ``text_before : text_before + num_visual``.
     numerics: of all heads, one of ``entry.NUMERICS``.
+    bits: of a packed layout its ``col_idx``; the call's own has the lists then, and room behind them.
     """
 
     q: torch.Tensor
@@ -46,6 +47,7 @@ class AttentionCall:
     needs_gather: bool
     return_lse: bool
     numerics: str = "auto"
+    bits: torch.Tensor | None = None
 
     @property
     def num_blocks(self) -> int:
@@ -77,7 +79,8 @@ def make_call(
     return_lse: bool = False,
     numerics: str = "auto",
 ) -> AttentionCall:
-    """Put a layout and its tensors together; ``scale`` defaults to ``head_dim ** -0.5``."""
+    """Put a layout and its tensors together; ``scale`` defaults to ``head_dim ** -0.5``. Packed ones are unpacked."""
+    layout = layout.unpacked()
     return AttentionCall(
         q=q,
         k=k,

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch.utils.weak import WeakIdKeyDictionary
 
 from diffsparse.kernels.call import AttentionCall
+from diffsparse.layout import unpack_bits
 
 __all__ = ["reorder", "tail_bias", "text_blocks", "work_list"]
 
@@ -46,6 +47,9 @@ def _short_blocks(call: AttentionCall, starts: torch.Tensor) -> torch.Tensor:
     first, end = starts[:, :-1], starts[:, 1:]
     visual = (first >= call.text_before) & (first < call.text_before + call.num_visual)
     short = visual & (end - first < call.block_size)
+    if call.bits is not None:  # one head after another: all at once would take more memory than the lists do
+        n = call.num_blocks
+        return torch.cat([(unpack_bits(call.bits, n, h) & row).sum(1) for h, row in enumerate(short)])
     rows = torch.arange(short.numel(), device=short.device)
     row = rows.repeat_interleave(call.row_ptr.diff(), output_size=call.col_idx.shape[0])
     found = short[row // short.shape[1], call.col_idx.long()].cumsum(0)

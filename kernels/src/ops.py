@@ -6,6 +6,7 @@ layers of a compiled model share one graph.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from diffsparse.kernels.call import AttentionCall, key_mask_of
 from diffsparse.kernels.checks import choose_backend, kv_len_error
+from diffsparse.layout import unpack
 
 __all__ = ["sparse_attention_op"]
 
@@ -28,6 +30,14 @@ _SCHEMA = (
     "int num_visual, bool has_tail, bool needs_gather, bool return_lse, str backend, str numerics) -> "
     "(Tensor, Tensor)"
 )
+
+
+def _lists(call: AttentionCall) -> torch.Tensor:
+    if call.col_idx.is_cuda:
+        from diffsparse.kernels.unpack import unpack_lists
+
+        return unpack_lists(call, call.col_idx)  # type: ignore[no-any-return]
+    return unpack(call.col_idx, call.block_start, call.head_order, call.block_size, call.text_before, call.num_visual)
 
 
 @torch.library.custom_op("diffsparse::sparse_attention", mutates_args=(), schema=_SCHEMA)
@@ -79,6 +89,8 @@ def sparse_attention_op(
         return_lse=return_lse,
         numerics=numerics,
     )
+    if col_idx.dtype == torch.uint8:
+        call = replace(call, col_idx=_lists(call), bits=col_idx)
     out, lse = import_module(_MODULES[name]).run(call)
     return out, lse if return_lse else q.new_empty(0, dtype=torch.float32)
 

@@ -46,8 +46,11 @@ logger = logging.getLogger("diffsparse")
 MODEL_STATE = "_diffsparse_root"
 LAYER_STATE = "_diffsparse"
 
-# Block lists of long videos are large (0.35 MB a head at 75,600 tokens and density 0.25). What was used last stays.
+# What was used last stays.
 MAX_LAYOUT_BYTES = 2 * 2**30
+# Block lists of long videos are large (0.35 MB a head at 75,600 tokens and density 0.25), so on a GPU a layer whose
+# lists could take more than this is kept packed. All blocks are counted, so that a plan's layers go one way together.
+PACKED_FROM = 16 * 2**20
 # Watches that the GPU has not passed yet: far more than a forward has calls; beyond it the oldest are given up.
 MAX_PENDING = 16384
 
@@ -63,6 +66,10 @@ def sparse_entries(plan: SparsityPlan, phase: int, layer: str, heads: int) -> tu
     if entries is None:
         return NOT_IN_PLAN
     return DENSE_ENTRIES if all(entry.is_dense for entry in entries) else entries
+
+
+def _is_packed(device: torch.device, grid: TokenGrid, heads: int, block_size: int) -> bool:
+    return device.type == "cuda" and 4 * heads * (grid.seq_len // block_size) ** 2 > PACKED_FROM
 
 
 @dataclass(eq=False)
@@ -262,7 +269,8 @@ class ModelState:
         self, grid: TokenGrid, entries: tuple[HeadEntry, ...], device: torch.device, uniform: bool
     ) -> BlockLayout | str:
         assert self.plan is not None
-        layout = build_layout(grid, entries, self.plan.block_size)
+        packed = _is_packed(device, grid, len(entries), self.plan.block_size)
+        layout = build_layout(grid, entries, self.plan.block_size, packed=packed)
         if min(layout.densities) >= 1:
             return FULL
         table = find_table(device, self.architecture.head_dim) if self.backend == "auto" else None

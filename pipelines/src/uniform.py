@@ -12,7 +12,7 @@ from diffsparse.plan import SparsityPlan
 __all__ = ["alike", "mark_sizes"]
 
 # Axes whose lengths depend on a layer's entries: number of orders, of blocks, of kept blocks.
-_VARYING = {"gather": (0,), "scatter": (0,), "block_start": (0, 1), "row_ptr": (0,), "col_idx": (0,)}
+_VARYING = {"gather": (0,), "scatter": (0,), "block_start": (0, 1), "row_ptr": (0,), "col_idx": (0, 1)}
 
 
 def alike(layout: BlockLayout, plan: SparsityPlan) -> BlockLayout:
@@ -32,5 +32,6 @@ def alike(layout: BlockLayout, plan: SparsityPlan) -> BlockLayout:
 def mark_sizes(layout: BlockLayout) -> BlockLayout:
     """The same layout, whose varying sizes Dynamo takes for variables at once, not only after it saw a second one."""
     for name, axes in _VARYING.items():
-        torch._dynamo.maybe_mark_dynamic(getattr(layout, name), axes)
+        tensor = getattr(layout, name)
+        torch._dynamo.maybe_mark_dynamic(tensor, axes[: tensor.ndim])  # lists have one axis, packed ones two
     return layout

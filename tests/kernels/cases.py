@@ -49,10 +49,11 @@ def random_layout(
     density: float,
     seed: int = 0,
     diagonal: bool = False,
+    packed: bool = False,
 ) -> BlockLayout:
     """Blocks kept at random, so that rows have lists of different lengths, some of them empty.
 
-    ``diagonal`` keeps each block's own keys, so that no row is empty.
+    ``diagonal`` keeps each block's own keys, so that no row is empty. ``packed``: bits instead of lists.
     """
     rng = np.random.default_rng(seed)
     before, after = (-(-n // block_size) for n in (grid.text_before, grid.text_after))
@@ -61,7 +62,7 @@ def random_layout(
         n = len(entry.order.starts(grid.visual_only(), block_size)) - 1 + before + after
         mask = rng.random((n, n)) < density
         masks.append(mask | np.eye(n, dtype=bool) if diagonal else mask)
-    return build_layout(grid, entries, block_size, masks=masks)
+    return build_layout(grid, entries, block_size, masks=masks, packed=packed)
 
 
 def inputs(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 import torch
 
@@ -98,6 +99,26 @@ def check_preparations() -> None:
     print("ok", "preparations", flush=True)
 
 
+def check_unpacking() -> None:
+    """Lists made from bits, against those that the layout was built with."""
+    from diffsparse.kernels.gluon_prepare import work_list
+    from diffsparse.kernels.unpack import unpack_lists
+
+    entries = [head(), head(TileOrder(1, 8, 8)), head(mode="skip"), head(AxisOrder("WHF"))]
+    for grid, density, width in (
+        (TokenGrid(2, 9, 15, text_before=70, text_after=20), 0.4, 4),
+        (TokenGrid(2, 9, 15, text_after=20), 0.6, 1024),
+        (TokenGrid(1, 8, 8), 0.0, 1024),
+    ):
+        layout, packed = (random_layout(grid, entries, 64, density, packed=p) for p in (False, True))
+        call = make_call(*inputs(grid, len(entries), 16), layout)
+        made = unpack_lists(call, packed.col_idx, width)
+        assert torch.equal(made[: len(layout.col_idx)], layout.col_idx)
+        room = replace(call, row_ptr=call.row_ptr.clone(), col_idx=made, bits=packed.col_idx)
+        assert torch.equal(work_list(room, 3), work_list(call, 3))
+    print("ok", "unpacking", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--slow", action="store_true")
@@ -114,6 +135,7 @@ def main() -> None:
             torch.testing.assert_close(lse.double(), want_lse, atol=1e-5, rtol=1e-5)
             print("ok", grid, block, dim, density, flush=True)
     check_preparations()
+    check_unpacking()
 
 
 if __name__ == "__main__":

@@ -216,3 +216,36 @@ def test_eight_bits(block_size: int, dim: int, numerics: str) -> None:
     assert float((lse - want_lse)[live].abs().max()) < 0.5
     again, _ = sparse_attention(q, k, v, layout, **call)
     assert torch.equal(out, again)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("block_size", [64, 128])
+def test_packed_layouts_give_the_same(block_size: int, backend: str) -> None:
+    grid = TokenGrid(3, 13, 21, text_before=5, text_after=77)
+    lists, packed = (random_layout(grid, MIXED, block_size, 0.3, packed=p).to("cuda") for p in (False, True))
+    q, k, v = inputs(grid, len(MIXED), 64, batch=2, dtype=torch.bfloat16, device="cuda")
+    want = sparse_attention(q, k, v, lists, backend=backend, return_lse=True)
+    for _ in range(2):  # with and without what is kept of a layout
+        found = sparse_attention(q, k, v, packed, backend=backend, return_lse=True)
+        assert torch.equal(found[0], want[0])
+        assert torch.equal(found[1], want[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_call_can_be_captured_in_a_graph(packed: bool, backend: str) -> None:
+    grid = TokenGrid(3, 13, 21, text_after=77)
+    layout = random_layout(grid, MIXED, 128, 0.3, packed=packed).to("cuda")
+    q, k, v = inputs(grid, len(MIXED), 128, dtype=torch.bfloat16, device="cuda")
+    other = [x.clone() for x in inputs(grid, len(MIXED), 128, dtype=torch.bfloat16, device="cuda")]
+    want = [sparse_attention(*x, layout, backend=backend).clone() for x in ((q, k, v), other)]
+    assert not torch.equal(*want)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # an answer that the host waits for would make this fail
+        out = sparse_attention(q, k, v, layout, backend=backend)
+    for wanted, new in ((want[0], (q.clone(), k.clone(), v.clone())), (want[1], other)):
+        for x, y in zip((q, k, v), new):
+            x.copy_(y)
+        out.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(out, wanted)

@@ -24,7 +24,7 @@ def run(root: Path, *arguments: str, **environment: str) -> str:
 
 
 def test_interpreted(repo_root: Path) -> None:
-    assert run(repo_root, "tests.kernels.interpret", TRITON_INTERPRET="1").count("ok") == 5
+    assert run(repo_root, "tests.kernels.interpret", TRITON_INTERPRET="1").count("ok") == 6
 
 
 @pytest.mark.slow

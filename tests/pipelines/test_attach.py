@@ -17,6 +17,7 @@ import torch
 
 import diffsparse
 from diffsparse.entry import HeadEntry
+from diffsparse.grid import TokenGrid
 from diffsparse.pipelines import (
     Family,
     UnsupportedModelError,
@@ -568,6 +569,27 @@ def test_the_summary_times_every_layer_on_a_gpu() -> None:
             found = sparse_attention_summary(model).transformers["transformer"]
         assert found.timed_calls == (found.sparse_calls + found.dense_calls if timing else 0)
         assert (found.seconds is not None and found.seconds > 0) == timing
+
+
+def test_long_sequences_keep_their_layouts_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffsparse.pipelines.state import _is_packed
+
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    long, short = TokenGrid(21, 45, 80), TokenGrid(21, 30, 52)  # Wan 14B at 720p, 1.3B at 480p
+    assert _is_packed(gpu, long, 40, 128) and not _is_packed(gpu, short, 12, 128)
+    assert not _is_packed(cpu, long, 40, 128)
+
+    model, inputs = wan(), wan_inputs(3, 7, 9)
+    enable_sparse_attention(model, mixed_plan(model))
+    expected = run(model, inputs)
+    lists = model._diffsparse_root.layouts.num_bytes()
+    disable_sparse_attention(model)
+    enable_sparse_attention(model, mixed_plan(model))
+    monkeypatch.setattr("diffsparse.pipelines.state._is_packed", lambda *_: True)
+    assert torch.equal(run(model, inputs), expected)
+    layouts = [x for g in model._diffsparse_root.layouts.groups.values() for x in g.values() if not isinstance(x, str)]
+    assert layouts and all(layout.is_packed for layout in layouts)
+    assert model._diffsparse_root.layouts.num_bytes() < lists
 
 
 def test_layout_memory_is_bounded() -> None:

@@ -66,12 +66,14 @@ def test_repeated_blocks(backend: str) -> None:
     torch.testing.assert_close(run(model, inputs), dense, rtol=1e-4, atol=1e-5)
 
 
-def test_layers_that_differ_share_graphs() -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_layers_that_differ_share_graphs(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = wan(layers=12)
     inputs = wan_inputs(3, 7, 9)
     plan = mixed_plan(model)
     with sparse_attention(model, plan):
         sparse = run(model, inputs)
+    monkeypatch.setattr("diffsparse.pipelines.state._is_packed", lambda *_: packed)
     counter = _counter("aot_eager")
     model.compile_repeated_blocks(fullgraph=True, backend=counter)
     enable_sparse_attention(model, plan)

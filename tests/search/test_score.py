@@ -62,7 +62,9 @@ def test_leaving_a_head_out_costs_the_output_of_text_too(padding):
     mask = valid if padding else None
     scores = score_call(q, k, v, index, samples=64, key_mask=mask)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[None])[:, :, valid]
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[None])[
+        :, :, valid
+    ]
     assert torch.allclose(scores.energy, out.square().sum((0, 2, 3)), rtol=0.05)
     few = score_call(*inputs(grid), index, samples=8, generator=torch.Generator().manual_seed(2)).energy
     assert torch.allclose(few, score_call(*inputs(grid), index, samples=64).energy, rtol=0.2)

@@ -52,6 +52,20 @@ def test_layouts_hold_exactly_the_masks(grid, heads, block_size):
             assert tokens[:, part].all()
 
 
+@given(text_grids, st.lists(entries, min_size=1, max_size=4), st.sampled_from([64, 128]))
+@settings(max_examples=40, deadline=None)
+def test_packed_layouts_hold_the_same(grid, heads, block_size):
+    layout, packed = (build_layout(grid, heads, block_size, packed=p) for p in (False, True))
+    assert packed.is_packed and not layout.is_packed
+    assert packed.col_idx.nbytes == len(heads) * layout.max_blocks * -(-layout.max_blocks // 8)
+    assert torch.equal(packed.unpacked().col_idx, layout.col_idx)
+    assert packed.unpacked().col_idx.dtype == torch.int32
+    assert torch.equal(packed.row_ptr, layout.row_ptr)
+    assert packed.densities == layout.densities
+    for h in range(len(heads)):
+        assert torch.equal(packed.mask(h), layout.mask(h))
+
+
 def test_density_counts_tokens_and_not_blocks():
     grid = TokenGrid(1, 9, 8)  # two tiles, of 64 and 8 tokens
     mask = np.array([[True, False], [False, True]])
