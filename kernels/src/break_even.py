@@ -77,7 +77,7 @@ class BreakEvenTable:
         if not np.isfinite(numbers).all() or min(t.min() for t in tables) <= 0:
             raise ValueError("it holds numbers that are no ratios of times")
 
-    def head_ratio(self, tokens: int, density: float, tail: str = "none", gathered: bool = False) -> float:
+    def head_ratio(self, tokens: float, density: float, tail: str = "none", gathered: bool = False) -> float:
         """Predicted time of one head over its dense time. Below and above the measured sizes the nearest one counts.
 
         Between measured sizes it is interpolated over the logarithm of the number of tokens. Below the lowest measured
@@ -91,9 +91,18 @@ class BreakEvenTable:
         extra = (1 - part) * self.gather[low] + part * self.gather[high] if gathered else 0.0
         return float(np.interp(density, self.densities, row)) + extra
 
+    def tokens_of(self, tokens: int, heads: int) -> float:
+        """How many tokens a call with the table's number of heads has if it is as much work as this one.
+
+        What sparse attention costs beside its blocks is nearly the same for every call, so that the work of a call
+        decides whether it pays: few heads need longer sequences.
+        """
+        return float(tokens * (heads / self.heads) ** 0.5)
+
     def layout_ratio(self, layout: BlockLayout) -> float:
         """Predicted time of a call over its dense time: the mean over its heads, of which skipped ones take none."""
         heads, n = layout.num_heads, layout.max_blocks
+        tokens = self.tokens_of(layout.seq_len, heads)
         counts = layout.row_ptr.diff().view(heads, n).sum(1).tolist()
         blocks = (layout.block_start.diff(dim=1) > 0).sum(1).tolist()
         order, mode = layout.head_order.tolist(), layout.head_mode.tolist()
@@ -104,7 +113,7 @@ class BreakEvenTable:
                 continue
             key = (counts[h] / blocks[order[h]] ** 2, mode[h][TAIL], int(mode[h][GATHERED] > 0))
             if key not in known:
-                known[key] = self.head_ratio(layout.seq_len, key[0], TAILS[key[1]], bool(key[2]))
+                known[key] = self.head_ratio(tokens, key[0], TAILS[key[1]], bool(key[2]))
             total += known[key]
         return total / heads
 

@@ -317,9 +317,10 @@ class HeadForecaster:
         self, table: BreakEvenTable, entries: Sequence[HeadEntry], found: Sequence[HeadForecast], grid: TokenGrid
     ) -> float:
         """What ``BreakEvenTable.layout_ratio`` says, up to short blocks, of which it counts the whole."""
+        tokens = table.tokens_of(grid.seq_len, len(entries))
         times = [
             0.0 if entry.execution.mode == "skip"
-            else table.head_ratio(grid.seq_len, head.kept, entry.execution.tail, not entry.order.is_raster)
+            else table.head_ratio(tokens, head.kept, entry.execution.tail, not entry.order.is_raster)
             for entry, head in zip(entries, found)
         ]  # fmt: skip
         return float(np.mean(times))

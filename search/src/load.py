@@ -121,6 +121,23 @@ def check_backend(name: str) -> None:
 # -- models ------------------------------------------------------------------------------------------------------------
 
 
+def sparse_backend(pipe: Any) -> str:
+    """The backend that ``"auto"`` takes for this pipeline, by name.
+
+    Asked for by name it runs every plan sparse, also where a break-even table says that dense attention is faster and
+    ``"auto"`` would leave the layers dense. That is for looking at what a plan does to the output.
+    """
+    import torch
+
+    from diffsparse.kernels.checks import choose_backend
+    from diffsparse.pipelines import architecture_of, find_transformers
+
+    transformer: Any = next(iter(find_transformers(pipe).values()))
+    head_dim = architecture_of(transformer).head_dim
+    device = getattr(pipe, "_execution_device", pipe.device)
+    return choose_backend("auto", torch.empty(1, 1, 1, head_dim, dtype=transformer.dtype, device=device))
+
+
 def check_model_name(model: str) -> None:
     """Is this a pipeline's folder, or can it be a Hub id? Reads no weights and asks no network."""
     folder = Path(model)

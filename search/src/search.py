@@ -32,6 +32,7 @@ from diffsparse.search.cost import CostModel, measure_costs
 from diffsparse.search.environment import environment
 from diffsparse.search.errors import BadInput
 from diffsparse.search.generate import GenerationSettings, generate_clip
+from diffsparse.search.load import sparse_backend
 from diffsparse.search.measured import HeadFigures, PooledAttention, plan_digest
 from diffsparse.search.observe import Recording, Tracer, final_latents, partial_error, record, replaying, step_effect
 from diffsparse.search.options import (
@@ -276,6 +277,7 @@ class _Search:
         # Where every prompt was traced, another seed is the best there is.
         cases = (cases or [(self.prompts[0], config.seed + 1000)])[: config.validation_prompts]
         keys = [plan_digest(candidate.plan) for candidate in candidates]
+        backend = sparse_backend(self.pipe)
         with self.bar(len(cases) * (1 + len(candidates)), "validate") as bar:
             for i, (prompt, seed) in enumerate(cases):
                 name = f"validation/{i}/{config.steps}"
@@ -285,7 +287,7 @@ class _Search:
                 dense = generate_clip(self.pipe, prompt, seed, settings)
                 bar.update()
                 for key, candidate in zip(keys, candidates, strict=True):
-                    with attached(self.pipe, candidate.plan):
+                    with attached(self.pipe, candidate.plan, backend=backend):
                         clip = generate_clip(self.pipe, prompt, seed, settings)
                     found = {
                         "psnr": metrics.psnr(clip.frames, dense.frames),

@@ -82,8 +82,26 @@ def test_a_layout_is_the_mean_of_its_heads() -> None:
     entries = [head(), head(tail="mean"), head(AxisOrder("WHF")), head(mode="skip")]
     layout = random_rows(grid, entries, 64, 0.5)
     kept = 32 / 63  # of 63 blocks
-    plain = TABLE.head_ratio(4000, kept)
-    assert TABLE.layout_ratio(layout) == pytest.approx((plain + (plain + 1) + (plain + 0.1) + 0) / 4)
+    table = replace(TABLE, heads=4)
+    plain = table.head_ratio(4000, kept)
+    assert table.layout_ratio(layout) == pytest.approx((plain + (plain + 1) + (plain + 0.1) + 0) / 4)
+
+
+def test_few_heads_need_longer_sequences() -> None:
+    """As many pairs of queries and keys take as long, whether there are few heads or few tokens."""
+    grid = TokenGrid(1, 40, 100)
+    one = random_rows(grid, [head()], 64, 0.5)
+    assert TABLE.tokens_of(4000, 1) == pytest.approx(4000 / 2**0.5)
+    assert TABLE.layout_ratio(one) == pytest.approx(TABLE.head_ratio(4000 / 2**0.5, 32 / 63))
+    assert TABLE.layout_ratio(one) > TABLE.layout_ratio(random_rows(grid, [head()] * 2, 64, 0.5))
+
+
+def test_the_shipped_tables_can_be_read(cache: Path) -> None:
+    tables = read(ROOT / "kernels" / "src" / "break_even.json")
+    assert {(t.device, t.backend, t.head_dim) for t in tables} == {("NVIDIA H200", "gluon_sm90", d) for d in (64, 128)}
+    for table in tables:
+        assert table.about["command"].startswith("diffsparse bench break-even") and table.about["date"]
+        assert table.break_even(1024) == 0 and table.break_even(32768) > 0.9
 
 
 @pytest.mark.parametrize(

@@ -12,20 +12,24 @@ import pytest
 import torch
 
 from diffsparse.kernels import sparse_attention
+from diffsparse.kernels.break_even import save_local
 from diffsparse.layout import build_layout
 from diffsparse.order import TileOrder
 from diffsparse.pattern import Empty
-from diffsparse.pipelines import architecture_of, tap_attention
+from diffsparse.pipelines import architecture_of, sparse_attention_summary, tap_attention
+from diffsparse.pipelines import sparse_attention as attached
 from diffsparse.plan import SparsityPlan
 from diffsparse.search.compose import strides, target_levels
 from diffsparse.search.errors import BadInput
-from diffsparse.search.generate import GenerationSettings
+from diffsparse.search.generate import GenerationSettings, generate_clip
+from diffsparse.search.load import sparse_backend
 from diffsparse.search.measured import PooledAttention, figures_beside
 from diffsparse.search.observe import final_latents, record, replaying, step_effect
 from diffsparse.search.options import HeadScores, is_stable
 from diffsparse.search.score import projection_roots
 from diffsparse.search.search import SearchConfig, run_search
 from diffsparse.search.store import SearchStore, StoreMismatch
+from tests.pipelines.test_break_even import table
 from tests.search.tiny import PROMPTS, SHAPE
 
 SETTINGS = GenerationSettings(4, 5.0, **SHAPE)
@@ -180,6 +184,20 @@ def test_a_budget_is_of_time(pipe: Any, found: Path) -> None:
     plan = search(pipe, found, density=None, budget=0.9)
     assert plan.record["search"]["predicted_attention_time"] <= 0.9 + 1e-6
     search(pipe, found)
+
+
+def test_plans_are_validated_sparse_where_auto_would_stay_dense(
+    pipe: Any, found: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIFFSPARSE_CACHE", str(tmp_path / "cache"))
+    save_local(table(9.0))
+    plan = search(pipe, tmp_path / "plan", validation_prompts=1)
+    assert plan.record["quality"]["psnr_mean"] < 100
+    assert sparse_backend(pipe) == "cpu"
+    for backend, sparse in (("auto", False), (sparse_backend(pipe), True)):
+        with attached(pipe, plan, backend=backend):
+            generate_clip(pipe, PROMPTS[0], 0, SETTINGS)
+            assert bool(sparse_attention_summary(pipe).transformers["transformer"].sparse_calls) == sparse
 
 
 def test_what_cannot_work_is_said(pipe: Any, tmp_path: Path) -> None:

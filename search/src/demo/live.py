@@ -18,6 +18,7 @@ from diffsparse.plan import SparsityPlan
 from diffsparse.search.demo.preview import Previewer
 from diffsparse.search.demo.sessions import Job
 from diffsparse.search.generate import Clip, GenerationSettings, generate_clip
+from diffsparse.search.load import sparse_backend
 
 __all__ = ["Cancelled", "Made", "Step", "denoise", "follow"]
 
@@ -73,7 +74,9 @@ class _Watch:
 def _generate(
     pipe: Any, plan: SparsityPlan | None, prompt: str, seed: int, settings: GenerationSettings, watch: _Watch
 ) -> Made:
-    with sparse_attention(pipe, plan) if plan is not None else nullcontext():
+    # By name, for this is for seeing what a plan does: a small model on a GPU would stay dense under "auto".
+    attached = nullcontext() if plan is None else sparse_attention(pipe, plan, backend=sparse_backend(pipe))
+    with attached:
         clip = generate_clip(pipe, prompt, seed, settings, on_step=watch)
         summary = sparse_attention_summary(pipe) if plan is not None else None
     clip = replace(
