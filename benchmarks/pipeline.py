@@ -336,6 +336,7 @@ def bench_model(
     seconds: float,
     most: int,
     say: Callable[[Row], None],
+    with_fastest: bool = True,
 ) -> list[Row]:
     """Every mode: dense, rest, then the sparse settings. One that fails has a row that says so."""
     transformer: Any = build(model, device, dtype)
@@ -387,13 +388,11 @@ def bench_model(
     for mode in modes:
         if mode == "compiled":
             transformer.compile_repeated_blocks(fullgraph=True)
-        here = [
-            attempt(replace(base, mode=mode, what="dense"), plain),
-            attempt(replace(base, mode=mode, what="rest"), rest),
-            attempt(replace(base, mode=mode, what="fastest"), fastest),
-        ]
-        for row in ratios(here):
-            say(row)
+        here: list[Row] = []
+        for what, run in (("rest", rest), ("dense", plain), ("fastest", fastest)):
+            if what != "fastest" or with_fastest:
+                here.append(attempt(replace(base, mode=mode, what=what), run))
+                say(ratios(here)[-1])
         for density, tail in settings:
             row = replace(base, mode=mode, what="sparse", asked=density, tail=tail)
             here.append(attempt(row, sparse))
@@ -491,6 +490,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--block-size", type=int, default=0, choices=(0, 64, 128), help="128, with --tiny 64")
     parser.add_argument("--backend", default="auto", help="of the sparse kernel")
     parser.add_argument("--dense", choices=("cudnn", "default"), default="cudnn", help="dense attention on a GPU")
+    parser.add_argument(
+        "--fastest", action=argparse.BooleanOptionalAction, default=True, help="time the fastest dense kernel too"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true", help="tiny models in float32, on the CPU unless told otherwise")
     parser.add_argument("--seconds", type=float, default=3.0, help="to time one step, warming up not counted")
@@ -528,6 +530,7 @@ def main() -> int:
                 seconds=a.seconds,
                 most=a.most,
                 say=lambda row: print(describe(row), flush=True),
+                with_fastest=a.fastest,
             )
         write(rows, machine, a.csv, a.json)
         gc.collect()

@@ -107,7 +107,7 @@ def test_a_step_that_fails_or_runs_dense_is_not_counted(script: ModuleType, monk
             **{"settings": [(0.3, "none")], "kind": "mixed", **options},
         )  # fmt: skip
 
-    dense, rest, fastest, sparse = (row.status for row in bench(settings=[(1.0, "none")], kind="band"))
+    rest, dense, fastest, sparse = (row.status for row in bench(settings=[(1.0, "none")], kind="band"))
     assert dense == rest == fastest == "ok" and sparse.endswith("calls ran dense: every block is kept on this grid")
     monkeypatch.setattr(script, "plan_of", lambda *a: (_ for _ in ()).throw(RuntimeError("no plan\ntoday")))
     assert [row.status for row in bench()] == ["ok", "ok", "ok", "RuntimeError: no plan"]

@@ -1,0 +1,159 @@
+"""How far products in 8 bits are from those in 16, beside what they are multiplied from:
+
+    python benchmarks/numerics.py --json numerics.json        # a Hopper GPU
+
+Relative errors of single attention calls, ``||o8 - o16|| / ||o16||``: on normal data, on data with outlier channels in
+queries, keys and values, and on the calls of a model while it generates. Then whole generations: the PSNR of clips made
+sparse in 8 bits to those made sparse in 16 from the same seeds, beside the PSNR of another seed. Block lists are those
+of ``--plan`` with its tails left out, which 8 bits do not have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+# ruff: noqa: E402
+# This file's folder, first on the path, would have it stand in for Hugging Face's package `kernels`.
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
+
+import torch
+
+from diffsparse.entry import HeadEntry
+from diffsparse.grid import TokenGrid
+from diffsparse.kernels import available_backends, sparse_attention
+from diffsparse.kernels.bench_cases import random_rows
+from diffsparse.layout import BlockLayout, build_layout
+from diffsparse.pipelines import tap_attention
+from diffsparse.plan import SparsityPlan
+from diffsparse.search import load, metrics
+from diffsparse.search.environment import stamp
+from diffsparse.search.generate import GenerationSettings, generate_clip
+
+ROOT = Path(__file__).resolve().parent.parent
+EIGHT = ("int8", "fp8")
+
+
+def relative(out: torch.Tensor, want: torch.Tensor) -> float:
+    """Of whole tensors."""
+    return float((out.float() - want.float()).norm() / want.float().norm())
+
+
+def outliers(x: torch.Tensor) -> torch.Tensor:
+    """Four channels of each head 8 times as wide, and off zero by as much, as keys of trained models are."""
+    x = x.clone()
+    x[..., 3::16] = 8 * x[..., 3::16] + 8
+    return x
+
+
+def made_data(seq: int, dim: int, density: float) -> dict[str, dict[str, float]]:
+    """Errors on data from a generator, by kind of data and numerics."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, seq, 4, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    layout = random_rows(TokenGrid(1, 1, seq), [HeadEntry()] * 4, 128, density).to("cuda")
+    found = {}
+    # Logits would be hundreds with outliers in both queries and keys as they are.
+    for kind, data in {
+        "normal": (q, k, v),
+        "outliers in k": (q, outliers(k), v),
+        "outliers in q, k and v": (outliers(q) / 4, outliers(k) / 4, outliers(v)),
+    }.items():
+        want = sparse_attention(*data, layout, backend="gluon_sm90")
+        found[kind] = {
+            n: relative(sparse_attention(*data, layout, backend="gluon_sm90", numerics=n), want) for n in EIGHT
+        }
+    return found
+
+
+class PlanWithoutTails:
+    """A tap that runs every call by a plan in given numerics; with ``errors`` it runs in 16 bits and measures 8."""
+
+    def __init__(self, plan: SparsityPlan, numerics: str = "auto", errors: dict[str, list[float]] | None = None):
+        entries = tuple(replace(e, execution=replace(e.execution, tail="none")) for e in plan.entries)
+        self.plan, self.numerics, self.errors = replace(plan, entries=entries), numerics, errors
+        self.layouts: dict[Any, BlockLayout] = {}
+
+    def __call__(self, call: Any) -> torch.Tensor | None:
+        phase = self.plan.schedule.phase(call.noise_level)
+        entries = None if phase is None else self.plan.layer_entries(phase, call.layer, call.q.shape[2])
+        if entries is None:
+            return None
+        key = (call.grid, entries)
+        if key not in self.layouts:
+            self.layouts[key] = build_layout(call.grid, entries, self.plan.block_size).to(call.q.device)
+
+        def attend(numerics: str) -> torch.Tensor:
+            return sparse_attention(
+                call.q, call.k, call.v, self.layouts[key],
+                scale=call.scale, kv_len=call.kv_len, backend="gluon_sm90", numerics=numerics,
+            )  # fmt: skip
+
+        out = attend(self.numerics)
+        for numerics, errors in (self.errors or {}).items():
+            errors.append(relative(attend(numerics), out))
+        return out
+
+
+def generations(
+    model: str, plan: SparsityPlan, prompts: list[str], settings: GenerationSettings
+) -> dict[str, dict[str, float]]:
+    """By numerics: errors of calls, and the PSNR of clips to those made sparse in 16 bits."""
+    pipe = load.load_pipeline(model, device=torch.device("cuda"), dtype=torch.bfloat16)
+    pipe.set_progress_bar_config(disable=True)
+
+    def clips(tap: Callable[[Any], torch.Tensor | None], seed: int) -> list[Any]:
+        with tap_attention(pipe, tap):
+            return [generate_clip(pipe, prompt, seed, settings).frames for prompt in prompts]
+
+    errors: dict[str, list[float]] = {n: [] for n in EIGHT}
+    want = clips(PlanWithoutTails(plan, errors=errors), 1000)
+    found = {}
+    for name, tap, seed in (
+        *((n, PlanWithoutTails(plan, n), 1000) for n in EIGHT),
+        ("another seed", PlanWithoutTails(plan), 1001),
+    ):
+        psnr = [metrics.psnr(clip, twin) for clip, twin in zip(clips(tap, seed), want, strict=True)]
+        found[name] = {"psnr_mean": statistics.mean(psnr), "psnr_worst": min(psnr)}
+        if calls := errors.get(name):
+            found[name] |= {"calls": len(calls), "error_median": statistics.median(calls), "error_worst": max(calls)}
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(ROOT / "examples" / "tiny_wan"))
+    parser.add_argument("--plan", default=str(ROOT / "examples" / "tiny_wan" / "sparse_plan"))
+    parser.add_argument("--prompts", default=str(ROOT / "examples" / "tiny_wan" / "prompts" / "heldout.txt"))
+    parser.add_argument("--count", type=int, default=4, help="prompts to generate")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--tokens", type=int, default=8192, help="of the data from a generator")
+    parser.add_argument("--json", type=Path, help="write what is printed here")
+    arguments = parser.parse_args()
+    if (reason := available_backends()["gluon_sm90"]) is not None:
+        print(f"error: 8 bits need the backend gluon_sm90: {reason}", file=sys.stderr)
+        return 2
+    about = stamp(torch.device("cuda"))
+    print(", ".join(f"{k} {v}" for k, v in about.items()))
+    made = {str(dim): made_data(arguments.tokens, dim, 0.25) for dim in (64, 128)}
+    for dim, kinds in made.items():
+        for kind, row in kinds.items():
+            print(f"head_dim {dim:3}  {kind:22}  " + "  ".join(f"{n} {e:.1e}" for n, e in row.items()), flush=True)
+    load.quiet_libraries()
+    prompts = load.read_prompts(arguments.prompts)[: arguments.count]
+    settings = GenerationSettings(arguments.steps, 5.0)
+    found = generations(arguments.model, load.load_plan(arguments.plan), prompts, settings)
+    for name, row in found.items():
+        print(f"{name:12}  " + "  ".join(f"{key} {value:.3g}" for key, value in row.items()))
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"about": about, "made": made, "generations": found}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
