@@ -43,6 +43,8 @@ PHASE_GAIN = 0.05
 STABILITY_BOUND = 3.0
 # Whole-trajectory densities are kept this far below the wanted one: borders of blocks and short ones round up.
 DENSITY_MARGIN = 0.002
+# What is over all the same is taken off the budget, and the assignment made again, this many times at most.
+_TRIES = 4
 # Numbers of dense steps whose predicted error is at most this many times the least are worth a generation.
 WORTH_TRYING = 4.0
 
@@ -238,13 +240,19 @@ class Composer:
             error = lagrangian(their.errors, their.prices, self.room(dense)).error
             if error < (1 - PHASE_GAIN) * least:
                 trial, items, least = another, their, error
-        result = assign(items.errors, items.prices, self.room(dense))
-        plan = SparsityPlan.from_table(
-            self._entries(trial, items, result),
-            schedule=self._schedule(trial),
-            block_size=self.config.block_size,
-            architecture=self.search.architecture,
-        )
+        room = self.room(dense)
+        for _ in range(_TRIES):
+            result = assign(items.errors, items.prices, room)
+            plan = SparsityPlan.from_table(
+                self._entries(trial, items, result),
+                schedule=self._schedule(trial),
+                block_size=self.config.block_size,
+                architecture=self.search.architecture,
+            )
+            excess = plan.trajectory_density(self.grid, self.levels) - (self.config.density or 1.0)
+            if excess <= 0:
+                break
+            room = max(room - 1.5 * excess * self.total, sum(float(p.min()) for p in items.prices))
         plan.record["search"] = {
             "dense_steps": dense,
             "of_steps": self.steps,

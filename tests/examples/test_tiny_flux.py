@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from tests.house.process import ROOT
+
+if TYPE_CHECKING:
+    from diffusers import FluxPipeline
 
 EXAMPLES = ROOT / "examples"
 MODEL = EXAMPLES / "tiny_flux"
@@ -171,3 +177,132 @@ def test_training_search_and_eval_of_an_image_pipeline(tmp_path: Path) -> None:
     assert all(20 < clip["psnr"] < 115 for clip in report["clips"])  # pictures like dense's, and not the same ones
     shown = run(*command, "show", plan, "--grid", "1,16,24")
     assert "FluxTransformer2DModel" in shown and "single_transformer_blocks.0.attn" in shown
+
+
+def load() -> FluxPipeline:
+    from diffusers import FluxPipeline
+
+    pipe = FluxPipeline.from_pretrained(MODEL, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_the_model_folder_is_small() -> None:
+    files = {path: path.stat().st_size for path in MODEL.rglob("*") if path.is_file()}
+    parts = json.loads((MODEL / "model_index.json").read_text())
+    pipeline = {path: size for path, size in files.items() if path.relative_to(MODEL).parts[0] in parts}
+    assert len(pipeline) >= 10
+    assert sum(pipeline.values()) + files[MODEL / "model_index.json"] <= 12_000_000
+    assert sum(files.values()) <= 13_000_000
+
+
+def test_the_model_loads_without_a_warning() -> None:
+    heard: list[str] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            heard.append(record.getMessage())
+
+    ear = Ear(logging.WARNING)
+    libraries = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    levels = [library.level for library in libraries]
+    for library in libraries:
+        library.addHandler(ear)
+        library.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            pipe = load()
+        libraries[0].warning("this is heard")
+    finally:
+        for library, level in zip(libraries, levels):
+            library.removeHandler(ear)
+            library.setLevel(level)
+    assert heard == ["this is heard"]
+    assert not [str(w.message) for w in caught if not issubclass(w.category, DeprecationWarning)]
+    config = pipe.transformer.config
+    assert (config.num_layers, config.num_single_layers, config.num_attention_heads) == (2, 4, 3)
+    # image tokens at the size that the pipeline takes by itself
+    assert pipe.default_sample_size * pipe.vae_scale_factor == 256
+    assert (256 // (2 * pipe.vae_scale_factor)) ** 2 == 4096
+
+
+def test_the_model_reconstructs_held_out_pictures() -> None:
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(MODEL / "vae")
+    scenes = data.sample_scenes(2, "reconstruction", heldout=True, still=True)
+    pictures = data.render(scenes, 0, frames=1, height=256, width=256)
+    decoded = check_pictures.reconstruct(vae, pictures[:, :, 0])
+    assert check_pictures.psnr(decoded[:, :, None], pictures).mean() >= 33
+
+
+def test_the_card_states_the_measured_figures() -> None:
+    metrics = json.loads((MODEL / "metrics.json").read_text())
+    card = (MODEL / "README.md").read_text()
+    assert metrics["captions"] == 64 and metrics["vae_psnr_mean_db"] >= 34
+    assert metrics["colours_generated"] >= 0.85
+    assert metrics["colours_real"] >= 0.98 and metrics["colours_shuffled_captions"] <= 0.06
+    assert f"{metrics['vae_psnr_mean_db']:.1f} dB ({metrics['vae_psnr_worst_db']:.1f})" in card
+    for key in ("colours_generated", "colours_generated_without_guidance"):
+        assert f"{round(64 * metrics[key])} of 64 ({metrics[key]:.1%})" in card
+    plan = json.loads((MODEL / "sparse_plan" / "sparse_plan.json").read_text())
+    assert f"density {plan['record']['search']['trajectory_density']:.3f}" in card
+
+
+def test_the_model_ships_a_plan_that_auto_takes() -> None:
+    import diffsparse
+
+    pipe = load()
+    plan = diffsparse.SparsityPlan.from_pretrained(MODEL / "sparse_plan")
+    record = plan.record["search"]
+    assert plan.record["calibration"]["grid"] == "512+1x64x64" and record["of_steps"] == 20
+    # The noise levels of the pipeline, whose shift depends on the number of image tokens
+    pipe.scheduler.set_timesteps(sigmas=[1 - i / 20 for i in range(20)], mu=pipe.scheduler.config.max_shift)
+    levels = (pipe.scheduler.timesteps / pipe.scheduler.config.num_train_timesteps).tolist()
+    density = plan.trajectory_density(diffsparse.TokenGrid(1, 64, 64, text_before=512), levels)
+    assert density == pytest.approx(record["trajectory_density"], abs=0.01)
+    assert 0.15 < round(density, 3) <= record["density"] <= 0.5
+    caption = (MODEL / "prompts" / "heldout.txt").read_text().splitlines()[0]
+    # Another size than the one that the plan was searched at: bitmaps give way to their fallbacks.
+    with diffsparse.sparse_attention(pipe):
+        pictures = check_pictures.generate(pipe, [caption], steps=2, height=64, width=96)
+        summary = pipe.sparse_attention_summary()
+    assert pictures.shape == (1, 3, 1, 64, 96) and pictures.isfinite().all() and pictures.std() > 0.02
+    assert "shipped with the model" in str(summary) and summary.transformers["transformer"].sparse_calls > 0
+
+
+@pytest.mark.slow
+def test_the_model_draws_what_captions_say_dense_and_sparse() -> None:
+    import diffsparse
+
+    pipe = load()
+    captions = (MODEL / "prompts" / "heldout.txt").read_text().splitlines()[:2]
+
+    def passed() -> int:
+        pictures = check_pictures.generate(pipe, captions, steps=12)
+        return sum(check_pictures.clip_matches(*pair) for pair in zip(pictures, captions))
+
+    assert passed() == len(captions)
+    with diffsparse.sparse_attention(pipe):
+        assert passed() == len(captions)
+        assert pipe.sparse_attention_summary().transformers["transformer"].sparse_calls > 0
+
+
+@pytest.mark.slow
+def test_search_eval_and_show_on_the_model(tmp_path: Path) -> None:
+    command = ("-m", "diffsparse.search")
+    prompts, plan = tmp_path / "prompts.txt", tmp_path / "plan"
+    prompts.write_text("\n".join((MODEL / "prompts" / "heldout.txt").read_text().splitlines()[:1]))
+    few = ("--height", 128, "--width", 128, "--steps", 4)
+    calibration = MODEL / "prompts" / "calibration.txt"
+    found = json.loads(
+        run(*command, "search", MODEL, "--prompts", calibration, "--out", plan, "--density", 0.7, *few, "--json")
+    )
+    assert found["architecture"]["model_class"] == "FluxTransformer2DModel"
+    for name, at in ((plan, ()), (MODEL / "sparse_plan", ("--steps", 3))):
+        report = json.loads(run(*command, "eval", MODEL, name, "--prompts", prompts, "--seeds", 1, *at, "--json"))
+        assert report["passed"] and report["trajectory_density"] < 0.75
+        assert all(12 < clip["psnr"] < 115 for clip in report["clips"])
+    shown = run(*command, "show", MODEL / "sparse_plan")
+    assert "FluxTransformer2DModel, 6 layers, 3 heads of 64" in shown and "single_transformer_blocks.3.attn" in shown

@@ -112,3 +112,12 @@ def test_heads_that_compute_all_or_nothing() -> None:
                 seen.add((entry.is_dense, silent))
                 assert candidate.error[at] == (0.0 if entry.is_dense or silent else 1.0)
     assert (False, True) in seen  # the head without an output is left out, and loses nothing by it
+
+
+@pytest.mark.parametrize("density", [0.3, 0.5, 0.7])
+def test_a_plan_that_came_out_too_dense_is_made_again(density: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    levels = np.interp(np.arange(6) / 6, np.arange(5) / 4, [*TRACED, 0.0])
+    monkeypatch.setattr("diffsparse.search.compose.DENSITY_MARGIN", -0.06)  # as if costs were told too low
+    (candidate,) = found(density=density, dense_steps=1)[1]
+    assert density - 0.1 < candidate.plan.trajectory_density(GRID, levels) <= density
+    assert candidate.plan.record["search"]["trajectory_density"] <= density

@@ -42,7 +42,7 @@ def run(tmp_path: Path, *options: str) -> list[dict[str, str]]:
 
 
 def check(rows: list[dict[str, str]], layers: int = 2) -> None:
-    dense, rest, fastest, *sparse = rows
+    rest, dense, fastest, *sparse = rows
     assert fastest["what"] == "fastest" and fastest["backend"] and float(fastest["speedup"]) > 0
     assert [dense["what"], rest["what"]] == ["dense", "rest"] and len(sparse) == 2
     assert float(rest["ms"]) < float(dense["ms"])
