@@ -1,8 +1,10 @@
-"""The CPU backend: gather a few rows' kept blocks, multiply, softmax, multiply.
+"""The CPU backend: compiled code where there is a compiler for it (``cpu_compiled``), else torch's operators, as here.
 
-Query blocks are taken in chunks small enough for their logits to stay in cache, rows with similar numbers of kept
-blocks together. A tail needs no pass of its own: summaries lie behind the blocks in the same table, so that a row's
-list simply goes on with them, and one softmax covers both. Heads that keep every block go to torch's own attention.
+A few rows' kept blocks are gathered, multiplied, put through a softmax and multiplied again. Query blocks are taken in
+chunks small enough for their logits to stay in cache, rows with similar numbers of kept blocks together. A tail needs
+no pass of its own: summaries lie behind the blocks in the same table, so that a row's list simply goes on with them,
+and one softmax covers both. Heads that keep every block go to torch's own attention: beside compiled code, only where
+all heads of a call do.
 """
 
 from __future__ import annotations
@@ -13,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from diffsparse.entry import TAILS
-from diffsparse.kernels.call import SKIP, TAIL, AttentionCall
 from diffsparse.kernels import cpu_compiled
+from diffsparse.kernels.call import SKIP, TAIL, AttentionCall
 from diffsparse.kernels.cpu_rows import HeadRows, closed_keys, head_rows
 from diffsparse.kernels.cpu_table import Workspace, fill_table
 
@@ -34,24 +36,23 @@ def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     if all(full) and not call.return_lse:
         return _dense(call, call.q, call.k, call.v), lse
     compiled = cpu_compiled.can_attend(call)
-    dense, rows_of, space = [], [], Workspace()
+    dense, listed = [], []
     for h in range(heads):
         if modes[h][SKIP]:
             out[:, :, h] = 0
             if call.return_lse:
                 lse[:, :, h] = -math.inf
-            continue
-        if full[h] and not call.return_lse and not compiled:
+        elif full[h] and not call.return_lse and not compiled:
             dense.append(h)
-            continue
-        rows = head_rows(call, h, order_of[h], TAILS[modes[h][TAIL]])
-        if compiled:
-            rows_of.append((h, rows))
-            continue
-        for b in range(batch):
-            _attend(call, rows, b, h, out, lse, space)
-    if rows_of:
-        cpu_compiled.attend(call, rows_of, out, lse)
+        else:
+            listed.append((h, head_rows(call, h, order_of[h], TAILS[modes[h][TAIL]])))
+    if compiled:
+        cpu_compiled.attend(call, listed, out, lse)
+    else:
+        space = Workspace()
+        for h, rows in listed:
+            for b in range(batch):
+                _attend(call, rows, b, h, out, lse, space)
     if dense:
         out[:, :, dense] = _dense(call, *(x[:, :, dense] for x in (call.q, call.k, call.v)))
     return out, lse

@@ -65,25 +65,27 @@ def can_attend(call: AttentionCall) -> bool:
     return torch.backends.cpu.get_cpu_capability() == "AVX512" and compiled_library(_SOURCE) is not None
 
 
-def attend(
-    call: AttentionCall, heads: list[tuple[int, HeadRows]], out: torch.Tensor, lse: torch.Tensor
-) -> None:
+def attend(call: AttentionCall, heads: list[tuple[int, HeadRows]], out: torch.Tensor, lse: torch.Tensor) -> None:
     """Fill ``out[:, :, h]`` and, where asked for, ``lse[:, :, h]`` for these heads."""
-    library = compiled_library(_SOURCE)
-    assert library is not None
     todo = [(b, h, rows) for b in range(call.q.shape[0]) for h, rows in heads]
     threads = torch.get_num_threads() if sum(rows.num_rows for _, _, rows in todo) >= _MIN_ROWS else 1
-    each = 4 * 4 * call.num_blocks * call.block_size * call.q.shape[3]
+    each = 4 * 4 * call.num_blocks * call.block_size * call.q.shape[3]  # keys, values, queries, results
     at_once = max(threads, _MAX_TABLE_BYTES // each)
     for begin in range(0, len(todo), at_once):
         part = on_workers(threads, lambda job: _prepare(call, *job), todo[begin : begin + at_once])
-        array = (_CHead * len(part))(*(head.c for head in part))
-        taken = ctypes.c_int64(0)
-        run = library.diffsparse_attend
-        on_workers(
-            threads, lambda _: run(array, ctypes.c_int64(len(part)), ctypes.byref(taken)), range(threads)
-        )
+        _run(part, threads)
         on_workers(threads, lambda head: _finish(head, out, lse), part)
+
+
+def _run(part: list[_Head], threads: int) -> None:
+    library = compiled_library(_SOURCE)
+    assert library is not None  # can_attend said so
+    heads, taken = (_CHead * len(part))(*(head.c for head in part)), ctypes.c_int64(0)
+
+    def until_all_are_taken(_: int) -> None:  # ctypes lets go of the interpreter's lock meanwhile
+        library.diffsparse_attend(heads, ctypes.c_int64(len(part)), ctypes.byref(taken))
+
+    on_workers(threads, until_all_are_taken, range(threads))
 
 
 def _prepare(call: AttentionCall, item: int, head: int, rows: HeadRows) -> _Head:
@@ -109,7 +111,8 @@ def _prepare(call: AttentionCall, item: int, head: int, rows: HeadRows) -> _Head
     result[used] = 0.0
     row_lse = torch.full((used + 1, block), -torch.inf) if call.return_lse else None
     tensors = [keys, values, variance, query, closed, rows.tail_bias, rows.index, result, row_lse]
-    assert all(x is None or x.is_contiguous() for x in tensors)
+    if not all(x is None or x.is_contiguous() for x in tensors):
+        raise AssertionError("a table of the CPU backend is not contiguous")
     pointers = [None if x is None else x.data_ptr() for x in tensors]
     sizes = (used, rows.index.shape[1], block, dim, call.num_blocks, rows.num_summaries)
     return _Head(item, head, rows, _CHead(*pointers, *sizes), tensors, result, row_lse, space)

@@ -50,6 +50,7 @@ def _start(threads: int) -> ThreadPoolExecutor:
     everyone = threading.Barrier(threads + 1)
 
     def begin() -> None:
+        torch.get_num_threads()  # a thread takes up the number of all, once: not after the next line
         torch.set_num_threads(1)
         everyone.wait()
 
