@@ -37,7 +37,7 @@ struct scratch {
 
 /* e^x for x <= 0, by 2^n and a polynomial of degree 6; 0 below -87. */
 static inline vec exponential(vec x) {
-    const ints small = x < -87.0f;
+    const ints small = x < (vec){0} - 87.0f;
     const vec magic = (vec){0} + 12582912.0f; /* 1.5 * 2^23 rounds to whole numbers */
     const vec n = (x * 1.44269504088896341f + magic) - magic;
     const vec f = (x - n * 0.693359375f) - n * -2.12194440e-4f;

@@ -15,6 +15,8 @@ __all__ = ["on_workers"]
 In = TypeVar("In")
 Out = TypeVar("Out")
 
+_SECONDS = 60  # for all threads of a pool to start
+
 _pools: dict[int, ThreadPoolExecutor] = {}
 _lock = threading.Lock()
 
@@ -52,13 +54,13 @@ def _start(threads: int) -> ThreadPoolExecutor:
     def begin() -> None:
         torch.get_num_threads()  # a thread takes up the number of all, once: not after the next line
         torch.set_num_threads(1)
-        everyone.wait()
+        everyone.wait(_SECONDS)
 
     before = torch.get_num_threads()
     pool = ThreadPoolExecutor(threads, "diffsparse", initializer=begin)
     for _ in range(threads):
         pool.submit(bool)  # starts one thread, as long as none is idle
-    everyone.wait()
+    everyone.wait(_SECONDS)
     # A number set in one thread is also that of threads that start later.
     torch.set_num_threads(before)
     return pool
