@@ -1,8 +1,10 @@
-"""The CPU backend: gather a few rows' kept blocks, multiply, softmax, multiply.
+"""The CPU backend: compiled code where there is a compiler for it (``cpu_compiled``), else torch's operators, as here.
 
-Query blocks are taken in chunks small enough for their logits to stay in cache, rows with similar numbers of kept
-blocks together. A tail needs no pass of its own: summaries lie behind the blocks in the same table, so that a row's
-list simply goes on with them, and one softmax covers both. Heads that keep every block go to torch's own attention.
+A few rows' kept blocks are gathered, multiplied, put through a softmax and multiplied again. Query blocks are taken in
+chunks small enough for their logits to stay in cache, rows with similar numbers of kept blocks together. A tail needs
+no pass of its own: summaries lie behind the blocks in the same table, so that a row's list simply goes on with them,
+and one softmax covers both. Heads that keep every block go to torch's own attention: beside compiled code, only where
+all heads of a call do.
 """
 
 from __future__ import annotations
@@ -13,25 +15,12 @@ import torch
 import torch.nn.functional as F
 
 from diffsparse.entry import TAILS
+from diffsparse.kernels import cpu_compiled
 from diffsparse.kernels.call import SKIP, TAIL, AttentionCall
 from diffsparse.kernels.cpu_rows import HeadRows, closed_keys, head_rows
-from diffsparse.kernels.summaries import summarize, summarize_halves
+from diffsparse.kernels.cpu_table import Workspace, fill_table
 
 __all__ = ["run"]
-
-
-class _Workspace:
-    """Buffers reused over all chunks of a call: fresh memory costs a page fault for every 4 kB."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, torch.Tensor] = {}
-
-    def take(self, name: str, *shape: int) -> torch.Tensor:
-        size = math.prod(shape)
-        held = self._buffers.get(name)
-        if held is None or held.numel() < size:
-            held = self._buffers[name] = torch.empty(size, dtype=torch.float32)
-        return held[:size].view(shape)
 
 
 def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,20 +32,27 @@ def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     kept = call.row_ptr.diff().view(heads, n).sum(1).tolist()
     real = (call.block_start.diff(dim=1) > 0).sum(1).tolist()
     order_of, modes = call.head_order.tolist(), call.head_mode.tolist()
-    dense, space = [], _Workspace()
+    full = [kept[h] == real[order_of[h]] ** 2 and not modes[h][SKIP] for h in range(heads)]
+    if all(full) and not call.return_lse:
+        return _dense(call, call.q, call.k, call.v), lse
+    compiled = cpu_compiled.can_attend(call)
+    dense, listed = [], []
     for h in range(heads):
         if modes[h][SKIP]:
             out[:, :, h] = 0
             if call.return_lse:
                 lse[:, :, h] = -math.inf
-        elif kept[h] == real[order_of[h]] ** 2 and not call.return_lse:
+        elif full[h] and not call.return_lse and not compiled:
             dense.append(h)
         else:
-            rows = head_rows(call, h, order_of[h], TAILS[modes[h][TAIL]])
+            listed.append((h, head_rows(call, h, order_of[h], TAILS[modes[h][TAIL]])))
+    if compiled:
+        cpu_compiled.attend(call, listed, out, lse)
+    else:
+        space = Workspace()
+        for h, rows in listed:
             for b in range(batch):
                 _attend(call, rows, b, h, out, lse, space)
-    if len(dense) == heads:
-        return _dense(call, call.q, call.k, call.v), lse
     if dense:
         out[:, :, dense] = _dense(call, *(x[:, :, dense] for x in (call.q, call.k, call.v)))
     return out, lse
@@ -69,49 +65,12 @@ def _dense(call: AttentionCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tenso
     return out.transpose(1, 2).contiguous()
 
 
-def _table(
-    call: AttentionCall, head: HeadRows, b: int, h: int, space: _Workspace
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Keys and values as fp32 blocks ``[N + 1 + summary blocks, block * D]``, and the variances ``[N, D]`` of keys.
-
-    Block ``N`` is padding; the rows of the summary blocks are means, ``num_summaries`` of them.
-    """
-    n, block, dim = call.num_blocks, call.block_size, call.q.shape[3]
-    total = n + 1 - (-head.num_summaries // block)
-    tables = []
-    for name, x in (("keys", call.k[b, :, h]), ("values", call.v[b, :, h])):
-        table = space.take(name, total * block, dim)
-        tokens = table[: n * block]
-        if head.in_place:
-            tokens.copy_(x)
-        elif x.dtype == tokens.dtype:
-            torch.index_select(x, 0, head.key_token, out=tokens)
-        else:
-            tokens.copy_(x.index_select(0, head.key_token))
-        if not head.all_valid:
-            tokens.masked_fill_(~head.valid[:, None], 0.0)
-        table[n * block :] = 0.0
-        tables.append(table)
-    variance = None
-    if head.tail_bias is not None:
-        key_blocks, value_blocks = (t[: n * block].view(n, block, dim) for t in tables)
-        if head.tail == "centroids":
-            mean_k, mean_v = (x.flatten(0, 1) for x in summarize_halves(key_blocks, value_blocks, head.length))
-        else:
-            moments = head.tail == "moments"
-            mean_k, mean_v, variance = summarize(key_blocks, value_blocks, head.length, moments=moments)
-        for table, mean in zip(tables, (mean_k, mean_v)):
-            table[(n + 1) * block : (n + 1) * block + head.num_summaries] = mean
-    keys, values = (t.view(total, block * dim) for t in tables)
-    return keys, values, variance
-
-
 def _attend(
-    call: AttentionCall, head: HeadRows, b: int, h: int, out: torch.Tensor, lse: torch.Tensor, space: _Workspace
+    call: AttentionCall, head: HeadRows, b: int, h: int, out: torch.Tensor, lse: torch.Tensor, space: Workspace
 ) -> None:
     """One head of one item: fills ``out[b, :, h]`` and, where asked for, ``lse[b, :, h]``."""
     block, dim, used = call.block_size, call.q.shape[3], head.num_rows
-    keys, values, variance = _table(call, head, b, h, space)
+    keys, values, variance = fill_table(call, head, b, h, space)
     query = call.q[b, :, h].index_select(0, head.query_token).float().view(used, block, dim).mul_(call.scale)
     square = query.square().mul_(0.5) if variance is not None else None
     closed = head.closed

@@ -97,6 +97,11 @@ class HeadRows:
         return 0 if self.tail_bias is None else self.tail_bias.shape[2]
 
     @property
+    def is_closed(self) -> bool:
+        """Whether some position of the kept blocks may not be attended, those that only pad left aside."""
+        return not self.all_valid
+
+    @property
     def nbytes(self) -> int:
         """Memory of all tables."""
         own = [x for x in (getattr(self, f.name) for f in fields(self)) if isinstance(x, torch.Tensor)]

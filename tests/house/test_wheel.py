@@ -84,6 +84,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path, source: Path) -> 
     assert wheel.name.endswith("-py3-none-any.whl")
     assert {
         "diffsparse/py.typed",
+        "diffsparse/kernels/cpu_compiled.c",
         "diffsparse/search/inspector.html",
         f"{info}/licenses/LICENSE",
         f"{info}/entry_points.txt",

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from diffsparse.entry import Execution, HeadEntry
 from diffsparse.grid import TokenGrid
-from diffsparse.kernels import reference_attention
+from diffsparse.kernels import cpu_compiled, reference_attention
+from diffsparse.kernels.compiler import compiled_library
 from diffsparse.layout import BlockLayout, build_layout
 from diffsparse.order import AxisOrder, CurveOrder, PhaseOrder, RasterOrder, TileOrder, TokenOrder
 
@@ -114,3 +115,10 @@ def assert_like_torch(
     # The sum is taken in fp32 from products that are exact in it; summaries pass through 11 bits (tf32).
     tolerance = 1e-5 if q.dtype == torch.float32 else 4e-3
     assert float((lse.double() - want_lse)[~none].abs().max()) <= tolerance
+
+
+def cannot_compile() -> str | None:
+    """Why the CPU backend has no compiled code on this machine, or None."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return "compiled code is for AVX-512"
+    return None if compiled_library(cpu_compiled._SOURCE) is not None else "no C compiler"
