@@ -20,6 +20,7 @@ QUICK = ("env", "explain", "models", "show")
 
 TRAINED = "trains for minutes on two GPUs; tests/examples/test_tiny_wan.py runs the script with --smoke"
 ON_A_GPU = "times steps of a 14B model on a GPU; tests/search/test_pipeline_benchmark.py runs the script with --tiny"
+KERNELS = "times the kernels of a GPU; tests/kernels/test_bench.py runs the script on the CPU"
 MANY_CLIPS = (
     "a dozen plans, each on several whole clips; tests/search/test_quality_benchmark.py runs the script on a tiny model"
 )
@@ -45,6 +46,11 @@ EXCUSED = {
     "make test-diffusers-latest": INSTALLS,
     "make test-gpu PYTHON=python3": "needs a GPU, and runs the tests",
     "make test-slow": IS_A_TEST,
+    "python benchmarks/kernels.py --cases uniform-32k --rounds 2 --csv first.csv --peers "
+    "flash_attention_4,fastvideo_vsa,fastvideo_triton": KERNELS,
+    "python benchmarks/kernels.py --csv kernels.csv --plot kernels.png": KERNELS,
+    "python benchmarks/kernels.py --csv others.csv --peers flash_attention_4 --cases "
+    "uniform-118k,head-dim-64,tail,orders,radial,mixed,mixed-text,shared-32k": KERNELS,
     "python benchmarks/pipeline.py --models wan-14b-720p --csv pipeline.csv --plot pipeline.png": ON_A_GPU,
     "python benchmarks/pipeline.py --modes compiled --models wan-14b-720p --settings 0.25,0.08:moments --most 2 "
     "--seconds 5": ON_A_GPU,
@@ -77,9 +83,6 @@ SMALL: dict[tuple[str, ...], tuple[str, ...]] = {
     ),
     ("diffsparse", "explain", "plan", "--height"): ("--height", "128", "--width", "128", "--num-frames", "17"),
     ("diffsparse", "demo"): ("--device", "cpu"),
-    ("python", "benchmarks/kernels.py"): (
-        *("--tokens", "512", "--heads", "1", "--head-dim", "32", "--seconds", "0.01", "--device", "cpu"),
-    ),
     ("make", "docs"): ("ARGS=--site-dir site",),
 }
 #: What stands for a reader's own things: the bundled model, its plan, prompts, a size in latent tokens.

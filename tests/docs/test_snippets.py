@@ -1,4 +1,4 @@
-"""Python in README and the pages is run; command lines are read by the program they call (test_commands.py runs them)."""
+"""Python in README and the pages is run; command lines are read by their program (test_commands.py runs them)."""
 
 from __future__ import annotations
 
