@@ -1,4 +1,4 @@
-"""Whatever README and the pages show is run, or at least read by the program that it calls."""
+"""Python in README and the pages is run; command lines are read by their program (test_commands.py runs them)."""
 
 from __future__ import annotations
 

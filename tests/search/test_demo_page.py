@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import re
@@ -25,7 +26,7 @@ import torch
 import diffsparse
 from diffsparse.search.demo.generate import Request, Update, duration, explain, generate
 from diffsparse.search.demo.inspector import PlanView
-from diffsparse.search.demo.launch import serving
+from diffsparse.search.demo.launch import _uncollected, bundled_model, serving
 from diffsparse.search.demo.live import Cancelled, Made, Step, denoise
 from diffsparse.search.demo.preview import Previewer
 from diffsparse.search.demo.search_plan import SearchUpdate, search_plan
@@ -38,7 +39,6 @@ from diffsparse.search.demo.studio import (
     UPLOADED,
     WINDOW,
     Studio,
-    bundled_model,
 )
 from diffsparse.search.demo.upload import MAX_FILES, PLAN_FILES, read_uploaded_plan, unpack_plan, write_plan_zip
 from diffsparse.search.errors import BadInput
@@ -667,6 +667,25 @@ def test_without_gradio_it_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
         pass
 
 
+def test_garbage_is_looked_for_again_after_the_start_and_after_one_that_failed() -> None:
+    assert gc.isenabled()
+    try:
+        with pytest.raises(BadInput), _uncollected():
+            assert not gc.isenabled()
+            raise BadInput("no such model")
+        assert gc.isenabled() and gc.get_freeze_count() == 0
+        with _uncollected():
+            pass
+        assert gc.isenabled() and gc.get_freeze_count() > 1000
+        gc.disable()
+        with _uncollected():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.unfreeze()
+        gc.enable()
+
+
 needs_gradio = pytest.mark.skipif(find_spec("gradio") is None, reason="needs gradio (the extra demo)")
 
 
@@ -823,14 +842,17 @@ def test_a_file_that_was_not_uploaded_is_not_read(studio: Studio, path: str, mon
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [["-m", "diffsparse.search", "demo"], [str(ROOT / "examples" / "gradio_demo.py")]])
 def test_it_starts_within_15_seconds(command: list[str]) -> None:
-    """On the bundled model, from the first line of Python to a page that answers; ended by Ctrl-C."""
+    """On the bundled model, from the first line of Python to a page that answers; ended by Ctrl-C.
+
+    What it is doing is said at once, before anything heavy is imported.
+    """
     import os
     import signal
     import time
 
     kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
-    seconds = []
-    for _ in range(2):  # the first one may have to read the libraries from a cold disk
+    seconds, silent = [], []
+    for _ in range(2):
         start = time.perf_counter()
         running = subprocess.Popen(
             [sys.executable, *command],
@@ -841,6 +863,8 @@ def test_it_starts_within_15_seconds(command: list[str]) -> None:
         )
         try:
             assert running.stderr is not None
+            assert running.stderr.readline().startswith("loading ")
+            silent.append(time.perf_counter() - start)
             line = next((line for line in running.stderr if line.startswith("the demo is at http://127.0.0.1:")), "")
             assert line, f"the demo ended with {running.wait(60)}"
             with urllib.request.urlopen(line.split()[4], timeout=60) as page:
@@ -852,4 +876,4 @@ def test_it_starts_within_15_seconds(command: list[str]) -> None:
         finally:
             running.kill()
             running.wait()
-    assert min(seconds) < 15, seconds
+    assert max(seconds) < 15 and max(silent) < 2, (seconds, silent)

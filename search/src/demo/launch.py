@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import diffsparse
 from diffsparse.search.errors import BadInput
 
-__all__ = ["HOST", "serve", "serving"]
+__all__ = ["HOST", "bundled_model", "serve", "serving"]
 
 HOST = "127.0.0.1"
 #: Read by Gradio when it is imported or launched.
 QUIET = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
+def bundled_model() -> str:
+    """The small model of the clone that this package runs from. Raises :class:`BadInput` where there is none."""
+    folder = Path(diffsparse.__file__).resolve().parents[1] / "examples" / "tiny_wan"
+    if not (folder / "model_index.json").is_file():
+        raise BadInput(
+            "the small model for the demo comes with the clone, which this is not; name a model, a diffusers "
+            "pipeline's folder or a Hub id: diffsparse demo --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+        )
+    return str(folder)
 
 
 def _check_gradio() -> None:
@@ -45,6 +58,24 @@ def _environment(root: Path) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Within, no garbage is looked for; what is there at the end stays out of every later look.
+
+    Torch, diffusers and Gradio make more than a million objects while they are imported, all of them to stay. Going
+    through them again and again took a quarter of the demo's start, and one look afterwards takes a second, which would
+    fall into the first clip's time.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        if was_on:
+            gc.enable()
 
 
 @contextmanager
@@ -100,11 +131,12 @@ def serve(
     """Load a model (None: the clone's small one), serve the page, and wait: for Ctrl-C, or for ``until``."""
     _check_gradio()
     _check_port(port)
-    from diffsparse.search.demo.studio import Studio, bundled_model
-
     name = bundled_model() if model is None else model
-    say(f"loading {name}")
-    studio = Studio.open(name, device, dtype)
-    with serving(studio, port) as address:
+    say(f"loading {name}")  # before the imports, which take seconds
+    with ExitStack() as running:
+        with _uncollected():
+            from diffsparse.search.demo.studio import Studio
+
+            address = running.enter_context(serving(Studio.open(name, device, dtype), port))
         say(f"the demo is at {address} (Ctrl-C ends it)")
         (until or threading.Event()).wait()

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-import diffsparse
 from diffsparse.grid import TokenGrid
 from diffsparse.pipelines import architecture_of, find_transformers
 from diffsparse.pipelines.resolve import PLAN_FOLDER
@@ -33,7 +32,6 @@ __all__ = [
     "UPLOADED",
     "WINDOW",
     "Studio",
-    "bundled_model",
 ]
 
 SHIPPED, CONSERVATIVE, WINDOW, RADIAL = "searched", "conservative", "window", "radial"
@@ -47,17 +45,6 @@ MAX_PROMPT = 2000
 MAX_SEED = 2**32 - 1
 #: Tokens of one generation: beyond, a few clicks would keep the machine busy for hours.
 MAX_TOKENS = {"cpu": 20_000, "cuda": 200_000}
-
-
-def bundled_model() -> str:
-    """The small model of the clone that this package runs from. Raises :class:`BadInput` where there is none."""
-    folder = Path(diffsparse.__file__).resolve().parents[1] / "examples" / "tiny_wan"
-    if not (folder / "model_index.json").is_file():
-        raise BadInput(
-            "the small model for the demo comes with the clone, which this is not; name a model, a diffusers "
-            "pipeline's folder or a Hub id: diffsparse demo --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
-        )
-    return str(folder)
 
 
 def _prompts_of(model: str, name: str) -> list[str]:
