@@ -19,7 +19,9 @@ PROGRAMS = ("accelerate", "diffsparse", "git", "make", "pip", "python")
 QUICK = ("env", "explain", "models", "show")
 
 TRAINED = "trains for minutes on two GPUs; tests/examples/test_tiny_wan.py runs the script with --smoke"
-ON_A_GPU = "times steps of a 14B model on a GPU; tests/search/test_pipeline_benchmark.py runs the script with --tiny"
+TRAINED_PICTURES = "trains for minutes on a GPU; tests/examples/test_tiny_flux.py runs the script with --smoke"
+NUMERICS = "needs a Hopper GPU; tests/kernels/test_numerics_benchmark.py runs its parts on the CPU"
+ON_A_GPU = "times steps of large models on a GPU; tests/search/test_pipeline_benchmark.py runs the script with --tiny"
 KERNELS = "times the kernels of a GPU; tests/kernels/test_bench.py runs the script on the CPU"
 MANY_CLIPS = (
     "a dozen plans, each on several whole clips; tests/search/test_quality_benchmark.py runs the script on a tiny model"
@@ -34,6 +36,8 @@ EXCUSED = {
     "accelerate launch --multi_gpu --num_processes 2 --mixed_precision bf16 examples/train_tiny_wan.py "
     "--out out/tiny_wan_2 --start-from out/tiny_wan/model --minutes 7.5 --pool-minutes 0.4 --pool-clips 24576 "
     "--check-minutes 3 --ema 0.999 --shift 1": TRAINED,
+    "accelerate launch --num_processes 1 --mixed_precision bf16 examples/train_tiny_flux.py --out out/tiny_flux "
+    "--vae-minutes 1.5 --pool-minutes 0.6 --minutes 9": TRAINED_PICTURES,
     "git config --global core.symlinks true": "changes the settings of whoever runs the tests",
     "git config core.symlinks true": "changes the settings of the clone that the tests run in",
     "make PYTHON=python3.12 venv": INSTALLS,
@@ -46,14 +50,17 @@ EXCUSED = {
     "make test-diffusers-latest": INSTALLS,
     "make test-gpu PYTHON=python3": "needs a GPU, and runs the tests",
     "make test-slow": IS_A_TEST,
-    "python benchmarks/kernels.py --cases uniform-32k --rounds 2 --csv first.csv --peers "
+    "python benchmarks/kernels.py --cases uniform-32k,shared-32k --rounds 2 --csv first.csv --peers "
     "flash_attention_4,fastvideo_vsa,fastvideo_triton": KERNELS,
     "python benchmarks/kernels.py --csv kernels.csv --plot kernels.png": KERNELS,
-    "python benchmarks/kernels.py --csv others.csv --peers flash_attention_4 --cases "
-    "uniform-118k,head-dim-64,tail,orders,radial,mixed,mixed-text,shared-32k": KERNELS,
+    "python benchmarks/kernels.py --csv others.csv --dense cudnn_sdpa --peers flash_attention_4 --cases "
+    "tail,orders,radial,mixed,mixed-text,uniform-118k,head-dim-64": KERNELS,
+    "python benchmarks/numerics.py --json numerics.json": NUMERICS,
     "python benchmarks/pipeline.py --models wan-14b-720p --csv pipeline.csv --plot pipeline.png": ON_A_GPU,
-    "python benchmarks/pipeline.py --modes compiled --models wan-14b-720p --settings 0.25,0.08:moments --most 2 "
+    "python benchmarks/pipeline.py --modes compiled --models wan-1.3b-480p --settings 0.25,0.08:moments --most 2 "
     "--seconds 5": ON_A_GPU,
+    "python benchmarks/pipeline.py --modes compiled --models hunyuan-720p,wan-14b-720p --settings 0.25,0.08:moments "
+    "--most 1 --seconds 1 --no-fastest": ON_A_GPU,
     "python benchmarks/loop.py examples/tiny_wan examples/tiny_wan/sparse_plan --prompts "
     "examples/tiny_wan/prompts/heldout.txt --count 3": "whole clips again and again at full size, minutes on a CPU",
     "python benchmarks/quality.py examples/tiny_wan examples/tiny_wan/sparse_plan --prompts "
@@ -62,6 +69,9 @@ EXCUSED = {
     "examples/tiny_wan/prompts/heldout.txt --count 3 --seeds 2": MANY_CLIPS,
     "python examples/check_colours.py examples/tiny_wan --out out/tiny_wan_check": (
         "minutes on a CPU however few its captions; tests/examples/test_tiny_wan.py tests what it measures with"
+    ),
+    "python examples/check_pictures.py examples/tiny_flux --out out/tiny_flux_check": (
+        "minutes on a CPU; tests/examples/test_tiny_flux.py tests what it measures with"
     ),
     "pip install .": INSTALLS,
     "pip install '.[demo]'": INSTALLS,
@@ -72,9 +82,15 @@ EXCUSED = {
     "pip install '.[xformers]'": INSTALLS,
 }
 
+PICTURES = "examples/tiny_flux"
+PICTURE = ("--height", "64", "--width", "64", "--steps", "2", "--prompts", "prompts.txt")
 CLIP = ("--height", "32", "--width", "48", "--num-frames", "5", "--steps", "2")
 #: What makes a command small: options that are put behind its own, of which the last one counts.
 SMALL: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("diffsparse", "search", PICTURES): (
+        *(*PICTURE, "--trace-prompts", "1", "--samples", "2", "--validate", "0", "--device", "cpu"),
+    ),
+    ("diffsparse", "eval", PICTURES): (*PICTURE, "--seeds", "1", "--no-lpips", "--device", "cpu"),
     ("diffsparse", "search"): (*CLIP, "--trace-prompts", "1", "--samples", "2", "--validate", "0", "--device", "cpu"),
     ("diffsparse", "eval"): (*CLIP, "--seeds", "1", "--no-lpips", "--device", "cpu"),
     ("diffsparse", "bench", "kernels"): ("--grid", "2,8,8", "--heads", "1", "--head-dim", "32", "--device", "cpu"),
@@ -162,7 +178,7 @@ def small(line: str) -> tuple[list[str], str | None]:
         words, into = words[: words.index(">")], words[words.index(">") + 1]
     for begin, more in SMALL.items():
         if tuple(words[: len(begin)]) == begin:
-            words += more
+            return words + list(more), into
     return words, into
 
 

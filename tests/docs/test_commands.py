@@ -18,6 +18,7 @@ import pytest
 
 from tests.docs.commands import (
     EXCUSED,
+    PICTURES,
     PLAN_FOLDERS,
     PROGRAMS,
     PROMPT_FILES,
@@ -37,7 +38,6 @@ FILES = (
     *("Makefile", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"),
     *("constraints.txt", "mkdocs.yml", "pyproject.toml"),
 )
-SHIPPED_PLAN = ROOT / "examples" / "tiny_wan" / "sparse_plan"
 
 
 @pytest.fixture(scope="session")
@@ -59,9 +59,10 @@ def place(clone: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     for name in PROMPT_FILES:
         (tmp_path / name).write_text("a red circle moves to the right\na blue square moves down\n", "utf-8")
     words, _ = small(request.node.callspec.params["line"])
+    model = PICTURES if PICTURES in words else "examples/tiny_wan"
     for name in PLAN_FOLDERS:
         if name not in outputs(words):
-            shutil.copytree(SHIPPED_PLAN, tmp_path / name)
+            shutil.copytree(ROOT / model / "sparse_plan", tmp_path / name)
     return tmp_path
 
 

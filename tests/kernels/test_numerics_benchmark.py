@@ -1,0 +1,72 @@
+"""The benchmark of 8 bits: its parts on the CPU, where products are made inexact by hand, and what it says without a
+Hopper GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from diffsparse.kernels import sparse_attention
+from diffsparse.presets import preset
+from diffsparse.search import load
+from diffsparse.search.generate import GenerationSettings
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "benchmarks" / "numerics.py"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("numerics_benchmark", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_without_a_hopper_gpu_it_says_so() -> None:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT)], cwd=ROOT, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}
+    )
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
+        pytest.skip("there is a Hopper GPU")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: 8 bits need the backend gluon_sm90")
+
+
+def test_outliers_are_a_few_wide_channels_off_zero(script: ModuleType) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 500, 2, 64)
+    wide = script.outliers(x)
+    assert (wide != x).any(dim=(0, 1, 2)).sum() == 4
+    assert wide[..., 3].mean() == pytest.approx(8, abs=1) and wide[..., 3].std() == pytest.approx(8, abs=1)
+
+
+def test_errors_and_clips_of_a_model(script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With errors of known size in the place of 8 bits: calls report them, and clips move by them, and not in 16."""
+    from tests.search.tiny import SHAPE, build_pipeline
+
+    sizes = {"auto": 0.0, "int8": 1e-3, "fp8": 1e-2}
+
+    def inexact(q: Any, k: Any, v: Any, layout: Any, *, numerics: str = "auto", **options: Any) -> torch.Tensor:
+        assert options.pop("backend") == "gluon_sm90" and not layout.has_tail
+        out = sparse_attention(q, k, v, layout, **options)
+        noise = torch.randn_like(out)
+        return out + sizes[numerics] * noise * (out.norm() / noise.norm())
+
+    monkeypatch.setattr(script, "sparse_attention", inexact)
+    monkeypatch.setattr(load, "load_pipeline", lambda *_, **__: build_pipeline())
+    plan = preset("window", size=(1, 0.5, 0.5), tail="moments", sparse_below=1.0)
+    found = script.generations("tiny", plan, ["a red circle"], GenerationSettings(2, 5.0, **SHAPE))
+    assert found["int8"]["error_median"] == pytest.approx(1e-3, rel=1e-3)
+    assert found["fp8"]["error_worst"] == pytest.approx(1e-2, rel=1e-3)
+    assert found["int8"]["calls"] == 2 * 2 * 2  # layers, steps, guidance
+    assert found["int8"]["psnr_mean"] > found["fp8"]["psnr_mean"] > found["another seed"]["psnr_mean"]
