@@ -50,6 +50,9 @@ EXCUSED = {
     "make test-diffusers-latest": INSTALLS,
     "make test-gpu PYTHON=python3": "needs a GPU, and runs the tests",
     "make test-slow": IS_A_TEST,
+    "python benchmarks/kernels.py --backends cpu --densities 0.3,0.7 --tokens 5120 --heads 4 --head-dim 64": (
+        "a minute of dense attention on a CPU; tests/kernels/test_bench.py runs the script on less"
+    ),
     "python benchmarks/kernels.py --cases uniform-32k,shared-32k --rounds 2 --csv first.csv --peers "
     "flash_attention_4,fastvideo_vsa,fastvideo_triton": KERNELS,
     "python benchmarks/kernels.py --csv kernels.csv --plot kernels.png": KERNELS,
