@@ -29,6 +29,7 @@ from tests.docs.commands import (
     small,
 )
 from tests.docs.pages import ROOT
+from tests.house.process import heed_ctrl_c
 
 RUN = [line for line in all_commands() if line not in EXCUSED]
 SERVED = ("diffsparse demo", "python examples/gradio_demo.py")
@@ -115,6 +116,7 @@ def start(words: list[str], place: Path) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=heed_ctrl_c,
     )
 
 

@@ -44,7 +44,7 @@ from diffsparse.search.demo.upload import MAX_FILES, PLAN_FILES, read_uploaded_p
 from diffsparse.search.errors import BadInput
 from diffsparse.search.generate import GenerationSettings, generate_clip
 from diffsparse.search.measured import ATTENTION_NAME, HeadFigures, plan_digest
-from tests.house.process import ROOT
+from tests.house.process import ROOT, heed_ctrl_c
 from tests.search.conftest import make_plan
 from tests.search.tiny import PROMPTS, SHAPE
 
@@ -860,6 +860,7 @@ def test_it_starts_within_15_seconds(command: list[str]) -> None:
             env={**kept, "PYTHONPATH": str(ROOT)},
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=heed_ctrl_c,
         )
         try:
             assert running.stderr is not None
