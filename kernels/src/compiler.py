@@ -50,8 +50,12 @@ def compiled_library(source: Path) -> ctypes.CDLL | None:
             _compile(compiler, source, path)
         return ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        logger.warning("the CPU backend runs uncompiled, %s failed: %s", compiler, said.strip().splitlines()[-1])
+        printed = getattr(error, "stderr", None) or ""
+        if isinstance(printed, bytes):  # of a compiler that was stopped for taking too long
+            printed = printed.decode(errors="replace")
+        lines = printed.split("\n") if printed.strip() else [repr(error)]
+        reason = [line for line in lines if line.strip()][-1]
+        logger.warning("the CPU backend runs uncompiled, %s failed: %s", compiler, reason)
         return None
 
 
