@@ -30,7 +30,9 @@ class Execution:
     covariance of its keys (the second cumulant); ``centroids`` attends it through two mean keys and values, each with
     its half of ``n``: the block is cut at the median of its keys along their principal axis, because a block's values
     go with its keys, and one mean value for all of them is what the other tails get most wrong.
-    ``numerics``: ``auto`` is the precision of q, k and v.
+    ``numerics``: ``auto`` is the precision of q, k and v; in ``int8`` products of queries and keys are taken in that,
+    in ``fp8`` in float8 (e4m3), and in both those of probabilities and values in float8. What a device has no 8 bits
+    for runs in the precision of q, k and v. The variances of the tail ``moments`` are not to be had in 8 bits.
     """
 
     mode: str = "exact"
@@ -41,6 +43,10 @@ class Execution:
         _choice("mode", self.mode, MODES)
         _choice("tail", self.tail, TAILS)
         _choice("numerics", self.numerics, NUMERICS)
+        if self.numerics != "auto" and self.tail == "moments":
+            raise ValueError(
+                f"the tail 'moments' does not go with numerics {self.numerics!r}: take 'mean' or 'centroids'"
+            )
 
 
 @dataclass(frozen=True)
@@ -65,4 +71,5 @@ class HeadEntry:
             return "skip"
         tail = "" if self.execution.tail == "none" else f" +{self.execution.tail}"
         order = "" if self.order.is_raster else f" @{self.order}"
-        return f"{self.pattern}{order}{tail}"
+        numerics = "" if self.execution.numerics == "auto" else f" in {self.execution.numerics}"
+        return f"{self.pattern}{order}{tail}{numerics}"

@@ -11,7 +11,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,24 @@ class SparsityPlan:
         lookup = {entry: i for i, entry in enumerate(entries)}
         index = np.array([[[lookup[e] for e in heads] for heads in table[name]] for name in layers]).transpose(1, 0, 2)
         return cls(entries=entries, index=index, layers=layers, **kwargs)
+
+    def with_numerics(self, numerics: str) -> SparsityPlan:
+        """The same plan in other numerics (``auto``, ``int8`` or ``fp8``: see ``Execution``).
+
+        Heads that attend everything, that are left out, or that have the tail ``moments`` stay as they are. What a
+        device has no 8 bits for runs in the precision of the model.
+        """
+
+        def changed(entry: HeadEntry) -> HeadEntry:
+            how = entry.execution
+            if numerics != "auto" and (entry.is_dense or how.mode == "skip" or how.tail == "moments"):
+                return entry
+            return replace(entry, execution=replace(how, numerics=numerics))
+
+        wanted = [changed(entry) for entry in self.entries]
+        entries = tuple(dict.fromkeys(wanted))
+        place = np.array([entries.index(entry) for entry in wanted], self.index.dtype)
+        return replace(self, entries=entries, index=place[self.index])
 
     # -- reading ---------------------------------------------------------------------------------------------------
 

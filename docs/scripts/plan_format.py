@@ -176,7 +176,7 @@ def page() -> str:
             f"`{name}` {', '.join(f'`{v}`' for v in values)}"
             for name, values in (("mode", MODES), ("tail", TAILS), ("numerics", NUMERICS))
         )
-        + ". Numerics other than `auto` are part of the format; this version refuses to run a plan that has them.",
+        + ". `SparsityPlan.with_numerics` changes those of a whole plan.",
         "",
         "```json",
         json.dumps(encode_entry(example().entries[0], {}), indent=1),

@@ -69,9 +69,11 @@ def sparse_attention(
         scale: factor of the logits; ``head_dim ** -0.5`` where None.
         kv_len: valid tokens of each item, int32 ``[batch]``, or a bool key mask ``[batch, seq]``. Only text may be
             masked out. On a GPU its values are taken on trust, since reading them would stall the device.
-        numerics: ``"auto"``, the precision of q, k and v; ``"int8"`` or ``"fp8"``: products of queries and keys in
-            that, those with values in fp8, keys and values smoothed first. Only with ``backend="gluon_sm90"``, head_dim
-            64 or 128 and a layout without tails.
+        numerics: ``"auto"``, what each head has in the layout, of which ``auto`` is the precision of q, k and v;
+            ``"int8"`` or ``"fp8"`` for all heads: products of queries and keys in that, those with values in fp8,
+            queries and keys turned and keys and values smoothed first. Heads with the tail ``moments`` stay in the
+            precision of q, k and v. Asked for here it takes ``backend="gluon_sm90"`` and head_dim 64 or 128; what a
+            layout asks for is run in the precision of q, k and v elsewhere, with a line in the log.
         backend: ``"auto"``, or one of ``BACKENDS``, which then runs or raises.
         return_lse: return the log-sum-exp too.
 
@@ -109,5 +111,6 @@ def sparse_attention(
         return_lse,
         backend,
         numerics,
+        ",".join(layout.numerics),
     )
     return (out, lse) if return_lse else out

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from diffsparse.entry import NUMERICS as NAMES
+from diffsparse.entry import TAILS
 from diffsparse.layout import BlockLayout
 
 __all__ = ["BACKENDS", "AttentionCall", "make_call"]
@@ -24,7 +26,8 @@ class AttentionCall:
     key_mask: bool ``[B, S]``, False where a (text) key takes no part; or None.
     scale: factor of the logits ``q . k``.
     text_before, num_visual: tokens; the visual ones are positions ``text_before : text_before + num_visual``.
-    numerics: of all heads, one of ``entry.NUMERICS``.
+    numerics: ``auto``, each head's own, or another of ``entry.NUMERICS`` for all heads (see ``kinds``).
+    head_numerics: those that heads have as their own.
     bits: of a packed layout its ``col_idx``; the call's own has the lists then, and room behind them.
     """
 
@@ -47,7 +50,24 @@ class AttentionCall:
     needs_gather: bool
     return_lse: bool
     numerics: str = "auto"
+    head_numerics: tuple[str, ...] = ("auto",)
     bits: torch.Tensor | None = None
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Every numerics that heads may run in. The tail ``moments`` is not to be had in 8 bits: see ``head_kinds``."""
+        if self.numerics == "auto":
+            return self.head_numerics
+        return ("auto", self.numerics) if self.has_tail else (self.numerics,)
+
+    def head_kinds(self) -> torch.Tensor:
+        """What each head runs in: int32 ``[H]``, index in ``entry.NUMERICS``."""
+        tail, own = self.head_mode[:, TAIL], self.head_mode[:, NUMERICS]
+        if len(self.kinds) == 1:
+            return torch.full_like(own, NAMES.index(self.kinds[0]))
+        if self.numerics != "auto":
+            own = torch.full_like(own, NAMES.index(self.numerics))
+        return own.masked_fill(tail == TAILS.index("moments"), 0)
 
     @property
     def num_blocks(self) -> int:
@@ -101,4 +121,5 @@ def make_call(
         needs_gather=layout.needs_gather,
         return_lse=return_lse,
         numerics=numerics,
+        head_numerics=layout.numerics,
     )

@@ -18,12 +18,13 @@ from diffsparse.entry import NUMERICS
 from diffsparse.kernels.call import BACKENDS
 from diffsparse.layout import BlockLayout
 
-__all__ = ["cannot_run", "check", "choose_backend", "input_error", "kv_len_error"]
+__all__ = ["cannot_run", "check", "choose_backend", "input_error", "kv_len_error", "possible_numerics"]
 
 logger = logging.getLogger(__name__)
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_HEAD_DIM = 256
+_DIMS_8_BITS = (64, 128)
 
 
 def input_error(
@@ -69,17 +70,12 @@ def input_error(
                 f"kv_len must be int32 [batch] or bool [batch, seq], here [{batch}] or [{batch}, {seq}]; "
                 f"got {kv_len.dtype} {list(kv_len.shape)}"
             )
-    for wanted in layout.numerics:
-        if wanted != "auto":
-            return f"numerics {wanted!r} of a plan's heads is not available in this version; allowed: 'auto'"
     if numerics not in NUMERICS:
         return f"numerics must be one of {', '.join(map(repr, NUMERICS))}, got {numerics!r}"
     if numerics != "auto":
         if backend != "gluon_sm90":
             return f"numerics {numerics!r} needs backend='gluon_sm90', got {backend!r}"
-        if layout.has_tail:
-            return f"numerics {numerics!r} is for layouts without tails"
-        if q.shape[3] not in (64, 128):
+        if q.shape[3] not in _DIMS_8_BITS:
             return f"numerics {numerics!r} takes head_dim 64 or 128, got {q.shape[3]}"
     return None
 
@@ -209,6 +205,20 @@ def choose_backend(backend: str, q: torch.Tensor) -> str:
             return name
         _log_once(f"backend {name} passed over: {reason}")
     raise AssertionError("the reference backend runs everything")
+
+
+def possible_numerics(backend: str, head_dim: int, wanted: tuple[str, ...]) -> tuple[str, ...]:
+    """What heads' own numerics come to on a backend: where it has no 8 bits, the precision of q, k and v for all."""
+    if wanted == ("auto",):
+        return wanted
+    if backend != "gluon_sm90":
+        why = f"the backend {backend} has no 8 bits"
+    elif head_dim not in _DIMS_8_BITS:
+        why = f"8 bits take head_dim 64 or 128, these have {head_dim}"
+    else:
+        return wanted
+    _log_once(f"heads with numerics {', '.join(n for n in wanted if n != 'auto')} run in 16 bits or more: {why}")
+    return ("auto",)
 
 
 def check(

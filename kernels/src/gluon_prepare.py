@@ -10,12 +10,13 @@ import triton
 import triton.language as tl
 from torch.utils.weak import WeakIdKeyDictionary
 
+from diffsparse.entry import NUMERICS
 from diffsparse.kernels.call import AttentionCall
 from diffsparse.layout import unpack_bits
 
-__all__ = ["reorder", "tail_bias", "text_blocks", "work_list"]
+__all__ = ["head_kinds", "reorder", "tail_bias", "text_blocks", "work_list"]
 
-#: Work lists of the layouts that are alive, by their row pointers and then by the size of their groups.
+#: Work lists of the layouts that are alive, and what their heads run in: by row pointers, then by what they are for.
 _WORK: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -25,10 +26,20 @@ def text_blocks(call: AttentionCall) -> tuple[int, int]:
     return -(-call.text_before // call.block_size), -(-after // call.block_size)
 
 
-def work_list(call: AttentionCall, group: int) -> torch.Tensor:
+def head_kinds(call: AttentionCall) -> torch.Tensor:
+    """``AttentionCall.head_kinds``, kept as long as the layout is."""
+    kept = _WORK.setdefault(call.row_ptr, {})
+    key = (call.numerics, call.kinds)
+    if key not in kept:
+        kept[key] = call.head_kinds().contiguous()
+    return kept[key]
+
+
+def work_list(call: AttentionCall, group: int, numerics: str = "auto") -> torch.Tensor:
     """What the kernel's tiles are, int32 ``[H * N, 8]``. Kept as long as the layout is.
 
-    ``group`` heads after another run together, and stand together here. Of a group what takes longest comes first.
+    Heads that run in other ``numerics`` than these have empty tiles. ``group`` heads after another run together, and
+    stand together here. Of a group what takes longest comes first.
 
     A record: the first and the past-the-end position of its queries; where its list begins, how long it is and how many
     of its blocks are plain; ``tail + 4 * gathered + 16 * order + 65536 * head in its group``; head; query block. A list
@@ -37,9 +48,10 @@ def work_list(call: AttentionCall, group: int) -> torch.Tensor:
     cache.
     """
     lists = _WORK.setdefault(call.row_ptr, {})
-    if group not in lists:
-        lists[group] = _records(call, group)
-    return lists[group]
+    key = (group, numerics, call.numerics, call.kinds)
+    if key not in lists:
+        lists[key] = _records(call, group, NUMERICS.index(numerics))
+    return lists[key]
 
 
 def _short_blocks(call: AttentionCall, starts: torch.Tensor) -> torch.Tensor:
@@ -56,12 +68,14 @@ def _short_blocks(call: AttentionCall, starts: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(found, (1, 0))[call.row_ptr.long()].diff()
 
 
-def _records(call: AttentionCall, group: int) -> torch.Tensor:
+def _records(call: AttentionCall, group: int, kind: int) -> torch.Tensor:
     heads, n, device = call.head_order.shape[0], call.num_blocks, call.row_ptr.device
     order = call.head_order.long()
     starts = call.block_start.view(-1, n + 1)[order]
     skipped, tail, _, gathered = call.head_mode.view(heads, 4).unbind(1)
-    tail, live = tail * (skipped == 0), (skipped == 0)[:, None]
+    ours = head_kinds(call) == kind
+    live = ((skipped == 0) & ours)[:, None]
+    tail = tail * live[:, 0]
     listed = call.row_ptr.diff().view(heads, n) * live
     # Of the video only the last block is short, where no head has an order of its own.
     short = _short_blocks(call, starts).view(heads, n) if call.needs_gather else 1
@@ -70,7 +84,7 @@ def _records(call: AttentionCall, group: int) -> torch.Tensor:
     mode = tail + 4 * gathered + 16 * call.head_order + 65536 * (head % group)
     columns = (
         starts[:, :-1],
-        starts[:, 1:],
+        torch.where(ours[:, None], starts[:, 1:], starts[:, :-1]),
         call.row_ptr[:-1].view(heads, n),
         listed,
         plain,
@@ -144,6 +158,7 @@ def _reorder_kernel(
     gather_ptr,
     head_order,
     head_mode,
+    head_kind,
     seq,
     stride_qb,
     stride_qs,
@@ -162,7 +177,7 @@ def _reorder_kernel(
 ):
     local = tl.program_id(1)
     h = first_head + local
-    if tl.load(head_mode + h * 4 + 3) == 0:
+    if (tl.load(head_mode + h * 4 + 3) == 0) | (tl.load(head_kind + h) != 0):
         return
     b = tl.program_id(2).to(tl.int64)
     h64 = h.to(tl.int64)
@@ -207,11 +222,11 @@ def reorder(
     """Put q, k and v of ``heads`` heads in their heads' orders, all three in one pass.
 
     ``copies``: three tensors ``[B, group, S, D]``, written from their first head on. Heads that read the sequence in
-    the model's order are left as they are.
+    the model's order are left as they are, and so are those that run in 8 bits.
     """
     batch, seq, _, dim = call.q.shape
-    args = [call.q, call.k, call.v, *copies, call.gather, call.head_order, call.head_mode, seq]
-    args += [*call.q.stride()[:3], *call.k.stride()[:3], *call.v.stride()[:3], first_head]
+    args: list[Any] = [call.q, call.k, call.v, *copies, call.gather, call.head_order, call.head_mode]
+    args += [head_kinds(call), seq, *call.q.stride()[:3], *call.k.stride()[:3], *call.v.stride()[:3], first_head]
     constants = dict(GROUP=copies[0].shape[1], D=dim, BLOCK_D=triton.next_power_of_2(dim), ROWS=32, num_warps=4)
     grid = (-(-seq // 32), heads, batch)
     if warmup:

@@ -27,9 +27,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from diffsparse.entry import NUMERICS
 from diffsparse.kernels.call import AttentionCall
 from diffsparse.kernels.gluon_compat import copy_tile, tensor_descriptor
-from diffsparse.kernels.gluon_prepare import reorder, tail_bias, text_blocks, work_list
+from diffsparse.kernels.gluon_prepare import head_kinds, reorder, tail_bias, text_blocks, work_list
 from diffsparse.kernels.gluon_quantize import empty_quantized, quantize
-from diffsparse.kernels.triton_prepare import summaries, variance_dtype
+from diffsparse.kernels.triton_prepare import summaries
 
 __all__ = ["Config", "choose_config", "launch", "run"]
 
@@ -174,22 +174,33 @@ def _producer(
                 if tail != 0:
                     bh = b * HEADS + h
                     for n in range(0, gl.where(tail == 3, 2 * num_blocks, num_blocks), BLOCK):
-                        k_stage, k_phase = _fetch(
-                            k_ring, k_full, k_empty, k_stage, k_phase, mean_k, mean_k, 0, 0, bh, bh, n,
-                            STAGES, BYTES, False,
-                        )  # fmt: skip
-                        if tail == 2:
-                            mbarrier.wait(k_empty.index(k_stage), k_phase ^ 1)
-                            mbarrier.expect(k_full.index(k_stage), BYTES)
-                            as_var = k_ring.index(k_stage)._reinterpret(
-                                gl.bfloat16, [1, 1, BLOCK, D], k_ring.type.layout
-                            )
-                            copy_tile(var_k, [0, bh, n, 0], k_full.index(k_stage), as_var)
-                            k_stage, k_phase = _next(k_stage, k_phase, STAGES)
-                        v_stage, v_phase = _fetch(
-                            v_ring, v_full, v_empty, v_stage, v_phase, mean_v, mean_v, 0, 0, bh, bh, n,
-                            STAGES, BYTES, False,
-                        )  # fmt: skip
+                        if NUMERICS != 0:
+                            # Summaries are blocks behind the others.
+                            k_stage, k_phase = _fetch(
+                                k_ring, k_full, k_empty, k_stage, k_phase, k_desc, k_desc, 0, b, h, h,
+                                num_blocks * BLOCK + n, STAGES, BYTES, False,
+                            )  # fmt: skip
+                            v_stage, v_phase = _fetch(
+                                v_ring, v_full, v_empty, v_stage, v_phase, v_desc, v_desc, 0, b, h, h,
+                                (num_blocks + n // BLOCK) * D, STAGES, BYTES, False,
+                            )  # fmt: skip
+                        else:
+                            k_stage, k_phase = _fetch(
+                                k_ring, k_full, k_empty, k_stage, k_phase, mean_k, mean_k, 0, 0, bh, bh, n,
+                                STAGES, BYTES, False,
+                            )  # fmt: skip
+                            if tail == 2:
+                                mbarrier.wait(k_empty.index(k_stage), k_phase ^ 1)
+                                mbarrier.expect(k_full.index(k_stage), BYTES)
+                                as_var = k_ring.index(k_stage)._reinterpret(
+                                    gl.bfloat16, [1, 1, BLOCK, D], k_ring.type.layout
+                                )
+                                copy_tile(var_k, [0, bh, n, 0], k_full.index(k_stage), as_var)
+                                k_stage, k_phase = _next(k_stage, k_phase, STAGES)
+                            v_stage, v_phase = _fetch(
+                                v_ring, v_full, v_empty, v_stage, v_phase, mean_v, mean_v, 0, 0, bh, bh, n,
+                                STAGES, BYTES, False,
+                            )  # fmt: skip
 
 
 @gluon.jit
@@ -375,12 +386,16 @@ def _consumer(
                 mbarrier.wait(q_full.index(0), used_q & 1)
                 used_q += 1
                 mask_row = key_mask + b.to(gl.int64) * seq if HAS_MASK else key_mask
+                unit = factor
+                scales = (b * HEADS + h) * num_blocks
+                if NUMERICS != 0:
+                    unit = factor * gl.load(q_scale + scales + i)
+                    if HAS_TAIL:
+                        # Blocks of summaries have scales too.
+                        scales = (b * HEADS + h) * (num_blocks + (2 * num_blocks + BLOCK - 1) // BLOCK)
                 if listed > 0:
                     j = gl.load(col_idx + _entry(0, first, plain, TEXT_BEFORE))
-                    unit = factor
-                    scales = (b * HEADS + h) * num_blocks
                     if NUMERICS != 0:
-                        unit = factor * gl.load(q_scale + scales + i)
                         block_unit = unit * gl.load(k_scale + scales + j)
                     else:
                         block_unit = unit
@@ -466,30 +481,42 @@ def _consumer(
                         for n in range(0, count, BLOCK):
                             # Asked for here, long before it is needed, one for a thread.
                             bias = gl.load(bias_row + n + columns, mask=n + columns < count, other=float("-inf"))
+                            block_unit = factor
+                            if NUMERICS != 0:
+                                block_unit = unit * gl.load(k_scale + scales + num_blocks + n // BLOCK)
                             mbarrier.wait(k_full.index(k_stage), k_phase)
                             k = k_ring.index(k_stage).reshape([BLOCK, D])
                             logits = warpgroup_mma(
-                                q, k.permute((1, 0)), gl.zeros([64, BLOCK], gl.float32, layout=S), use_acc=False
+                                q, k.permute((1, 0)), gl.zeros([64, BLOCK], SUM, layout=S), use_acc=False
                             )
                             mbarrier.arrive(k_empty.index(k_stage), count=1)
                             k_stage, k_phase = _next(k_stage, k_phase, STAGES)
-                            if tail == 2:
-                                # Half the variance of a block's logits, in units of the products with q.
-                                half = q.load(Q2).to(gl.float32)
-                                half = (half * half * (0.5 * scale)).to(gl.bfloat16)
-                                mbarrier.wait(k_full.index(k_stage), k_phase)
-                                var = k_ring.index(k_stage)._reinterpret(
-                                    gl.bfloat16, [1, 1, BLOCK, D], k_ring.type.layout
-                                )
-                                logits = warpgroup_mma(half, var.reshape([BLOCK, D]).permute((1, 0)), logits)
-                                mbarrier.arrive(k_empty.index(k_stage), count=1)
-                                k_stage, k_phase = _next(k_stage, k_phase, STAGES)
+                            if NUMERICS == 1:
+                                logits = _as_float(logits) - _INTEGERS
+                            if NUMERICS == 0:
+                                if tail == 2:
+                                    # Half the variance of a block's logits, in units of the products with q.
+                                    half = q.load(Q2).to(gl.float32)
+                                    half = (half * half * (0.5 * scale)).to(gl.bfloat16)
+                                    mbarrier.wait(k_full.index(k_stage), k_phase)
+                                    var = k_ring.index(k_stage)._reinterpret(
+                                        gl.bfloat16, [1, 1, BLOCK, D], k_ring.type.layout
+                                    )
+                                    logits = warpgroup_mma(half, var.reshape([BLOCK, D]).permute((1, 0)), logits)
+                                    mbarrier.arrive(k_empty.index(k_stage), count=1)
+                                    k_stage, k_phase = _next(k_stage, k_phase, STAGES)
                             bias = gl.convert_layout(bias.to(gl.float32), gl.SliceLayout(0, S))
-                            logits = logits * factor + bias[None, :]
-                            p, total, top, keep = _probabilities(logits, total, top, 1.0, S, T, P, DTYPE, 0)
+                            logits = logits * block_unit + bias[None, :]
+                            # What int8 logits had too much is off already.
+                            p, total, top, keep = _probabilities(
+                                logits, total, top, 1.0, S, T, P, DTYPE, 0 if NUMERICS == 0 else 2
+                            )
+                            if NUMERICS != 0:
+                                p = _packed(p)
+                            operand = _operand(p, P, NUMERICS)
                             acc = acc * gl.convert_layout(keep, gl.SliceLayout(1, O))[:, None]
                             mbarrier.wait(v_full.index(v_stage), v_phase)
-                            acc = warpgroup_mma(p, v_ring.index(v_stage).reshape([BLOCK, D]), acc)
+                            acc = warpgroup_mma(operand, _values(v_ring, v_stage, D, BLOCK, NUMERICS), acc)
                             mbarrier.arrive(v_empty.index(v_stage), count=1)
                             v_stage, v_phase = _next(v_stage, v_phase, STAGES)
                     mbarrier.arrive(q_empty.index(0), count=1)
@@ -647,48 +674,60 @@ def _multiprocessors(device: torch.device) -> int:
 
 def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     """Output ``[B, S, H, D]`` in the inputs' dtype, log-sum-exp fp32 ``[B, S, H]`` (empty unless asked for)."""
-    return launch(call, choose_config(call.block_size, call.q.shape[3], call.numerics))
+    q = call.q
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:3] if call.return_lse else (0,), dtype=torch.float32, device=q.device)
+    means = summaries(call) if call.has_tail else None
+    bias = tail_bias(call) if call.has_tail else call.gather
+    for numerics in call.kinds:
+        launch(call, numerics, choose_config(call.block_size, q.shape[3], numerics), out, lse, means, bias)
+    return out, lse
 
 
-def launch(call: AttentionCall, config: Config, warmup: bool = False) -> Any:
-    """Run with a given configuration. With ``warmup`` only compile, and return the compiled kernel."""
+def launch(
+    call: AttentionCall,
+    numerics: str,
+    config: Config,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    means: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    bias: torch.Tensor,
+    warmup: bool = False,
+) -> Any:
+    """Run the heads that are in ``numerics``, with a given configuration, into ``out`` and ``lse``.
+
+    ``means``: block summaries, where heads have tails, and ``bias`` their weights. With ``warmup`` only compile, and
+    return the compiled kernel.
+    """
     q, k, v = call.q, call.k, call.v
     batch, seq, heads, dim = q.shape
     n, block = call.num_blocks, call.block_size
     columns = triton.next_power_of_2(dim)
     consumers = block // 64
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((batch, seq, heads) if call.return_lse else (0,), dtype=torch.float32, device=q.device)
-    eight = call.numerics != "auto"
+    eight = numerics != "auto"
     # Where a call has no heads in other orders, no tails, no mask, no scales, something stands in that is never read.
     scales = [call.gather] * 4
     if eight:
-        small = empty_quantized(call) if warmup else quantize(call)
+        small = empty_quantized(call, numerics) if warmup else quantize(call, numerics, means and means[:2])
         boxes = [_boxes(small.q, 64, dim), _boxes(small.k, block, dim), _boxes(small.v, dim, block)]
         scales = [small.q_scale, small.k_scale, small.v_scale, small.v_mean]
     else:
         boxes = [_boxes(x, r, columns) for x, r in zip((q, k, v), (64, block, block))]
-    moved, summed, bias = boxes, boxes, call.gather
+    moved, summed = boxes, boxes
     group = heads
     copies: list[torch.Tensor] = []
     if call.needs_gather and not eight:
         group = max(1, min(heads, COPY_BYTES // (3 * batch * seq * dim * q.element_size())))
         copies = [q.new_empty(batch, group, seq, dim) for _ in range(3)]
         moved = [_boxes(x.transpose(1, 2), r, columns) for x, r in zip(copies, (64, block, block))]
-    if call.has_tail:
-        if warmup:
-            mean_k = mean_v = q.new_empty(batch, heads, 2, n, dim)
-            var_k = q.new_empty((batch, heads, n, dim), dtype=variance_dtype(q.dtype))
-            bias = q.new_empty((heads * n, 2 * n), dtype=torch.float16)
-        else:
-            mean_k, mean_v, var_k = summaries(call)
-            bias = tail_bias(call)
+    if means is not None and not eight:
         # Both means of all blocks of a head are one run of rows.
+        mean_k, mean_v, var_k = means
         runs = [x.reshape(1, batch * heads, -1, dim).transpose(1, 2) for x in (mean_k, var_k, mean_v)]
         summed = [_boxes(x, block, columns) for x in runs]
     args = [*boxes, *moved, *summed, out, lse if call.return_lse else out, call.gather]
     args += [call.gather if call.key_mask is None else call.key_mask.view(torch.uint8), bias, *scales]
-    work = work_list(call, group)
+    work = work_list(call, group, numerics)
     entry, consumer, producer = config.registers
     constants = dict(
         HEADS=heads,
@@ -703,7 +742,7 @@ def launch(call: AttentionCall, config: Config, warmup: bool = False) -> Any:
         GATHER=call.needs_gather,
         RETURN_LSE=call.return_lse,
         TAKE_TURNS=config.take_turns and consumers == 2,
-        NUMERICS=NUMERICS.index(call.numerics),
+        NUMERICS=NUMERICS.index(numerics),
         CONSUMER_REGS=consumer,
         PRODUCER_REGS=producer,
         num_warps=4,
@@ -722,5 +761,6 @@ def launch(call: AttentionCall, config: Config, warmup: bool = False) -> Any:
         _forward_kernel[(programs,)](*args, *rest, **constants)
     if eight and call.return_lse:
         # The mean key that was taken off shifts all logits of a row.
-        lse += torch.einsum("bshd,bhd->bsh", q.float(), small.k_mean) * call.scale
-    return out, lse
+        shift = torch.einsum("bshd,bhd->bsh", q.float(), small.k_mean) * call.scale
+        lse += shift.where(head_kinds(call) == NUMERICS.index(numerics), 0.0)
+    return None

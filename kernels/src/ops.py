@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from diffsparse.kernels.call import AttentionCall, key_mask_of
-from diffsparse.kernels.checks import choose_backend, kv_len_error
+from diffsparse.kernels.checks import choose_backend, kv_len_error, possible_numerics
 from diffsparse.layout import unpack
 
 __all__ = ["sparse_attention_op"]
@@ -27,7 +27,8 @@ _MODULES = {
 _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor gather, Tensor scatter, Tensor block_start, Tensor head_order, "
     "Tensor row_ptr, Tensor col_idx, Tensor head_mode, Tensor? kv_len, float scale, int block_size, int text_before, "
-    "int num_visual, bool has_tail, bool needs_gather, bool return_lse, str backend, str numerics) -> "
+    "int num_visual, bool has_tail, bool needs_gather, bool return_lse, str backend, str numerics, "
+    "str head_numerics) -> "
     "(Tensor, Tensor)"
 )
 
@@ -62,8 +63,12 @@ def sparse_attention_op(
     return_lse: bool,
     backend: str,
     numerics: str,
+    head_numerics: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run one call; the log-sum-exp is an empty tensor unless asked for. Arguments as in ``AttentionCall``."""
+    """Run one call; the log-sum-exp is an empty tensor unless asked for. Arguments as in ``AttentionCall``.
+
+    ``head_numerics``: names between commas.
+    """
     seq = q.shape[1]
     if (reason := kv_len_error(kv_len, seq, text_before, num_visual)) is not None:
         raise ValueError(reason)
@@ -88,6 +93,7 @@ def sparse_attention_op(
         needs_gather=needs_gather,
         return_lse=return_lse,
         numerics=numerics,
+        head_numerics=possible_numerics(name, q.shape[3], tuple(head_numerics.split(","))),
     )
     if col_idx.dtype == torch.uint8:
         call = replace(call, col_idx=_lists(call), bits=col_idx)
@@ -97,7 +103,7 @@ def sparse_attention_op(
 
 @sparse_attention_op.register_fake
 def _(q: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return_lse = args[-3]
+    return_lse = args[-4]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     return out, torch.empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32, device=q.device)
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from diffsparse.entry import NUMERICS
 from diffsparse.layout import BlockLayout
 from diffsparse.plan import SparsityPlan
 
@@ -24,6 +25,7 @@ def alike(layout: BlockLayout, plan: SparsityPlan) -> BlockLayout:
     return replace(
         layout,
         has_tail=any(entry.execution.tail != "none" for entry in plan.entries),
+        numerics=tuple(n for n in NUMERICS if any(entry.execution.numerics == n for entry in plan.entries)),
         needs_gather=any(not entry.order.is_raster for entry in plan.entries),
         **orders,
     )

@@ -25,8 +25,8 @@ ORDERS: tuple[TokenOrder, ...] = (
 )
 
 
-def head(order: TokenOrder | None = None, tail: str = "none", mode: str = "exact") -> HeadEntry:
-    return HeadEntry(order=order or RasterOrder(), execution=Execution(mode=mode, tail=tail))
+def head(order: TokenOrder | None = None, tail: str = "none", mode: str = "exact", numerics: str = "auto") -> HeadEntry:
+    return HeadEntry(order=order or RasterOrder(), execution=Execution(mode=mode, tail=tail, numerics=numerics))
 
 
 #: Every mode and tail, in the model's order and in others.

@@ -18,7 +18,7 @@ import torch
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels.call import make_call
 from diffsparse.kernels.triton_fwd import choose_config, launch
-from diffsparse.kernels.triton_prepare import summaries
+from diffsparse.kernels.triton_prepare import summaries, variance_dtype
 from diffsparse.order import TileOrder
 from tests.kernels.cases import head, inputs, random_layout
 
@@ -67,19 +67,27 @@ def assembled(ptx: str) -> dict[str, int | bool]:
 def compile_gluon(slow: bool) -> None:
     import triton
 
-    from diffsparse.kernels import gluon_sm90
+    from diffsparse.kernels import gluon_quantize, gluon_sm90
 
     grid = TokenGrid(2, 16, 16, text_after=70)
     cases = [(128, 128, torch.bfloat16, "none", False, "auto")]
     if slow:
         cases += [(d, b, torch.bfloat16, "moments", True, "auto") for d in (64, 96, 128) for b in (64, 128)]
         cases += [(64, 128, torch.float16, "none", False, "auto"), (128, 64, torch.float16, "centroids", True, "auto")]
-        cases += [(d, 128, torch.bfloat16, "none", True, numerics) for d in (64, 128) for numerics in ("int8", "fp8")]
+        for numerics in ("int8", "fp8"):
+            cases += [(d, 128, torch.bfloat16, "none", True, numerics) for d in (64, 128)]
+            cases += [(128, b, torch.bfloat16, "centroids", True, numerics) for b in (64, 128)]
     for dim, block, dtype, tail, moved, numerics in cases:
         entries = [head(tail=tail), head(TileOrder(1, 8, 8) if moved else None)]
         layout = random_layout(grid, entries, block, 0.5)
         call = make_call(*inputs(grid, 2, dim, dtype=dtype), layout, return_lse=True, numerics=numerics)
-        kernel = gluon_sm90.launch(call, gluon_sm90.choose_config(block, dim, numerics), warmup=True)
+        batch, seq, heads, _ = call.q.shape
+        mean = call.q.new_empty(batch, heads, 2, call.num_blocks, dim)
+        means = (mean, mean, mean[:, :, 0].to(variance_dtype(dtype))) if call.has_tail else None
+        bias = torch.empty(heads * call.num_blocks, 2 * call.num_blocks, dtype=torch.float16)
+        out, lse = torch.empty_like(call.q), torch.empty(batch, seq, heads)
+        config = gluon_sm90.choose_config(block, dim, numerics)
+        kernel = gluon_sm90.launch(call, numerics, config, out, lse, means, bias, warmup=True)
         found = {
             "case": f"{dim}-{block}-{str(dtype)[6:]}-{tail}-{numerics}",
             "triton": triton.__version__,
@@ -89,6 +97,11 @@ def compile_gluon(slow: bool) -> None:
             **assembled(kernel.asm["ptx"]),
         }
         print(json.dumps(found), flush=True)
+        if numerics != "auto":
+            # Only whether they compile, and use the matrix units for the rotation.
+            small = gluon_quantize.quantize(call, numerics, means and means[:2], warmup=True)
+            assert [k.metadata.name for k in small[2:]] == ["_quantize_kernel", "_summary_kernel"][: len(small) - 2]
+            assert all("wgmma.mma_async" in k.asm["ptx"] or "mma.sync" in k.asm["ptx"] for k in small[2:])
 
 
 def main() -> None:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from diffsparse.entry import Execution, HeadEntry
+from diffsparse.entry import HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels import available_backends, check, checks, sparse_attention
+from diffsparse.kernels.call import make_call
 from diffsparse.kernels.ops import sparse_attention_op
-from diffsparse.layout import build_layout
-from tests.kernels.cases import MIXED, inputs, random_layout
+from tests.kernels.cases import MIXED, head, inputs, random_layout
 
 GRID = TokenGrid(2, 8, 9, text_after=10)
 LAYOUT = random_layout(GRID, MIXED, 64, 0.4)
@@ -27,8 +28,10 @@ def good() -> dict[str, Any]:
     return dict(q=q, k=k, v=v, layout=LAYOUT)
 
 
-def int8_layout() -> Any:
-    return build_layout(GRID, [HeadEntry(execution=Execution(numerics="int8"))] * HEADS)
+def replace_numerics(entry: HeadEntry) -> HeadEntry:
+    if entry.execution.tail == "moments":
+        return entry
+    return replace(entry, execution=replace(entry.execution, numerics="int8"))
 
 
 def odd_lengths(*values: int) -> torch.Tensor:
@@ -51,10 +54,6 @@ REFUSED = {
     "kv_len masks video": (lambda a: dict(kv_len=odd_lengths(100)), "only text"),
     "mask masks video": (lambda a: dict(kv_len=torch.zeros(1, 154, dtype=torch.bool)), "only text"),
     "numerics": (lambda a: dict(numerics="fp8"), "numerics 'fp8' needs backend='gluon_sm90', got 'auto'"),
-    "a head's numerics": (
-        lambda a: dict(layout=int8_layout()),
-        "'int8' of a plan's heads is not available in this version",
-    ),
     "backend": (
         lambda a: dict(backend="cudnn"),
         "unknown backend 'cudnn'; allowed: auto, gluon_sm90, triton, cpu, reference",
@@ -102,6 +101,35 @@ def test_available_backends() -> None:
         assert backends["triton"]
 
 
+def test_heads_in_8_bits_run_in_16_where_there_are_none(caplog: pytest.LogCaptureFixture) -> None:
+    checks._log_once.cache_clear()
+    a = good()
+    a["layout"] = random_layout(GRID, [replace_numerics(e) for e in MIXED], 64, 0.4)
+    assert a["layout"].numerics == ("auto", "int8")
+    with caplog.at_level(logging.INFO, "diffsparse"):
+        for _ in range(2):
+            assert torch.equal(sparse_attention(**a), sparse_attention(**good() | {n: a[n] for n in "qkv"}))
+    told = [r.getMessage() for r in caplog.records if "8 bits" in r.getMessage()]
+    assert told == ["heads with numerics int8 run in 16 bits or more: the backend cpu has no 8 bits"]
+
+
+def test_which_heads_run_in_what() -> None:
+    q, k, v = inputs(GRID, HEADS, 64)
+    mixed = random_layout(GRID, [replace_numerics(e) for e in MIXED], 64, 0.4)
+    assert make_call(q, k, v, mixed).kinds == ("auto", "int8")
+    own = [int(e.execution.tail != "moments") for e in MIXED]
+    assert make_call(q, k, v, mixed).head_kinds().tolist() == own
+    # Asked for by the call: all heads but those that cannot.
+    assert make_call(q, k, v, LAYOUT, numerics="fp8").kinds == ("auto", "fp8")
+    assert make_call(q, k, v, LAYOUT, numerics="fp8").head_kinds().tolist() == [2 * kind for kind in own]
+    plain = make_call(q, k, v, random_layout(GRID, [head()] * HEADS, 64, 0.4), numerics="int8")
+    assert plain.kinds == ("int8",) and plain.head_kinds().tolist() == [1] * HEADS
+    # A backend without 8 bits, or a head_dim that has none.
+    assert checks.possible_numerics("gluon_sm90", 64, ("auto", "int8")) == ("auto", "int8")
+    for backend, dim in (("triton", 64), ("gluon_sm90", 96)):
+        assert checks.possible_numerics(backend, dim, ("int8",)) == ("auto",)
+
+
 def test_import_loads_no_triton() -> None:
     code = "import sys, diffsparse.kernels; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -115,7 +143,7 @@ def test_opcheck(return_lse: bool, masked: bool) -> None:
     kv_len = odd_lengths(150) if masked else None
     arguments = (a["q"], a["k"], a["v"], layout.gather, layout.scatter, layout.block_start, layout.head_order)
     arguments += (layout.row_ptr, layout.col_idx, layout.head_mode, kv_len, 0.1, 64, 0, 144)
-    arguments += (layout.has_tail, layout.needs_gather, return_lse, "auto", "auto")  # type: ignore[assignment]
+    arguments += (layout.has_tail, layout.needs_gather, return_lse, "auto", "auto", "auto")  # type: ignore[assignment]
     torch.library.opcheck(sparse_attention_op, arguments)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from diffsparse.entry import NUMERICS
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels import sparse_attention
 from diffsparse.kernels.call import make_call
@@ -98,7 +101,6 @@ def test_strides_as_models_have_them(backend: str) -> None:
 
 
 def test_tiles_fed_by_descriptors_and_by_pointers_agree() -> None:
-    from dataclasses import replace
 
     from diffsparse.kernels.triton_fwd import _device_limits, choose_config, launch
 
@@ -215,6 +217,33 @@ def test_eight_bits(block_size: int, dim: int, numerics: str) -> None:
     live = ~want_lse.isneginf()
     assert float((lse - want_lse)[live].abs().max()) < 0.5
     again, _ = sparse_attention(q, k, v, layout, **call)
+    assert torch.equal(out, again)
+
+
+@HOPPER
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("block_size", [64, 128])
+def test_heads_of_a_plan_in_8_bits(block_size: int, dim: int) -> None:
+    """Heads in 16 bits as in a call without others, bit for bit; those in 8 within what 8 bits allow; tails too."""
+    grid = TokenGrid(3, 13, 17, text_before=5, text_after=77)
+    orders = [None, TileOrder(1, 8, 8)]
+    entries = [head(o, t, numerics=n) for o in orders for t in ("none", "mean", "centroids") for n in NUMERICS]
+    entries += [head(tail="moments"), head(mode="skip")]
+    plain = [replace(e, execution=replace(e.execution, numerics="auto")) for e in entries]
+    layout, without = (random_layout(grid, e, block_size, 0.5, diagonal=True).to("cuda") for e in (entries, plain))
+    q, k, v = inputs(grid, len(entries), dim, batch=2, dtype=torch.bfloat16, device="cuda")
+    k, v = k + 3 * torch.randn(dim, device="cuda").to(k), v + 1
+    k[..., 3::16] *= 4
+    out, lse = sparse_attention(q, k, v, layout, backend="gluon_sm90", return_lse=True)
+    want, want_lse = sparse_attention(q, k, v, without, backend="gluon_sm90", return_lse=True)
+    for h, entry in enumerate(entries):
+        if (kind := entry.execution.numerics) == "auto":
+            assert torch.equal(out[:, :, h], want[:, :, h]) and torch.equal(lse[:, :, h], want_lse[:, :, h])
+            continue
+        error = (out[:, :, h] - want[:, :, h]).float().norm() / want[:, :, h].float().norm()
+        assert float(error) < (3e-2 if kind == "int8" else 8e-2), (h, str(entry), float(error))
+        assert float((lse - want_lse)[:, :, h].abs().max()) < (1.0 if kind == "int8" else 4.0)
+    again, _ = sparse_attention(q, k, v, layout, backend="gluon_sm90", return_lse=True)
     assert torch.equal(out, again)
 
 

@@ -56,15 +56,16 @@ def test_errors_and_clips_of_a_model(script: ModuleType, monkeypatch: pytest.Mon
 
     sizes = {"auto": 0.0, "int8": 1e-3, "fp8": 1e-2}
 
-    def inexact(q: Any, k: Any, v: Any, layout: Any, *, numerics: str = "auto", **options: Any) -> torch.Tensor:
-        assert options.pop("backend") == "gluon_sm90" and not layout.has_tail
+    def inexact(q: Any, k: Any, v: Any, layout: Any, **options: Any) -> torch.Tensor:
+        assert options.pop("backend") == "gluon_sm90" and layout.has_tail
         out = sparse_attention(q, k, v, layout, **options)
         noise = torch.randn_like(out)
+        (numerics,) = layout.numerics
         return out + sizes[numerics] * noise * (out.norm() / noise.norm())
 
     monkeypatch.setattr(script, "sparse_attention", inexact)
     monkeypatch.setattr(load, "load_pipeline", lambda *_, **__: build_pipeline())
-    plan = preset("window", size=(1, 0.5, 0.5), tail="moments", sparse_below=1.0)
+    plan = preset("window", size=(1, 0.5, 0.5), tail="centroids", sparse_below=1.0)
     found = script.generations("tiny", plan, ["a red circle"], GenerationSettings(2, 5.0, **SHAPE))
     assert found["int8"]["error_median"] == pytest.approx(1e-3, rel=1e-3)
     assert found["fp8"]["error_worst"] == pytest.approx(1e-2, rel=1e-3)

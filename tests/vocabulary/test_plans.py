@@ -245,6 +245,30 @@ def test_bad_schedules_are_refused(values):
         Schedule(**values)
 
 
+def test_numerics_of_a_whole_plan():
+    entries = [
+        HeadEntry(),
+        HeadEntry(execution=Execution(mode="skip")),
+        HeadEntry(pattern=Window((1, 0.5, 0.5)), execution=Execution(tail="moments")),
+        HeadEntry(pattern=Window((1, 0.5, 0.5)), execution=Execution(tail="centroids")),
+        HeadEntry(pattern=Window((1, 0.5, 0.5))),
+    ]
+    plan = SparsityPlan.from_table({"a": [entries], "b": [entries[::-1]]})
+    small = plan.with_numerics("int8")
+    got = small.layer_entries(0, "b", 5)[::-1]
+    assert got == small.layer_entries(0, "a", 5)
+    assert [e.execution.numerics for e in got] == ["auto", "auto", "auto", "int8", "int8"]
+    assert [str(e) for e in got[3:]] == [f"{entries[3]} in int8", f"{entries[4]} in int8"]
+    assert small.layout(0, "a", 5, GRID).numerics == ("auto", "int8")
+    # There and back, and through other numerics.
+    assert small.with_numerics("auto").layer_entries(0, "a", 5) == tuple(entries)
+    assert small.with_numerics("fp8").layer_entries(0, "a", 5)[3].execution.numerics == "fp8"
+    with pytest.raises(ValueError, match="numerics must be one of auto, int8, fp8; got 'int4'"):
+        plan.with_numerics("int4")
+    with pytest.raises(ValueError, match="the tail 'moments' does not go with numerics 'fp8': take 'mean' or"):
+        Execution(tail="moments", numerics="fp8")
+
+
 def test_entries_refuse_unknown_choices():
     for values in ({"mode": "fast"}, {"tail": "long"}, {"numerics": "int3"}):
         with pytest.raises(ValueError, match="must be one of"):
