@@ -5,8 +5,9 @@
 
 A step is one forward of the transformer at batch 1. `rest` is the same forward with self-attention replaced by its
 query, so the share of attention is `(step - rest) / step`. Sparse steps run plans of windows and bands whose density of
-kept blocks is nearest to the one asked for; a setting `0.08:moments` has a tail, which comes on top. A step counts only
-if its output is finite and every self-attention call of it ran sparse. Ends with status 1 where one did not.
+kept blocks is nearest to the one asked for; a setting `0.08:moments` has a tail, which comes on top, `0.25:int8` takes
+products in 8 bits, and `1:int8` is dense attention in 8 bits. A step counts only if its output is finite and every
+self-attention call of it ran sparse. Ends with status 1 where one did not.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__)
 
 import torch
 
-from diffsparse.entry import Execution, HeadEntry
+from diffsparse.entry import NUMERICS, Execution, HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.layout import build_layout
 from diffsparse.order import RasterOrder, TileOrder, TokenOrder
@@ -118,6 +119,7 @@ class Row:
     what: str
     asked: float = 1.0
     tail: str = "none"
+    numerics: str = "auto"
     block_size: int = 0
     density: float = 1.0
     backend: str = ""
@@ -231,7 +233,9 @@ def nearest(
     return pattern, got
 
 
-def plan_of(transformer: Any, grid: TokenGrid, density: float, tail: str, block_size: int, kind: str) -> SparsityPlan:
+def plan_of(
+    transformer: Any, grid: TokenGrid, density: float, tail: str, block_size: int, kind: str, numerics: str = "auto"
+) -> SparsityPlan:
     """All layers alike: windows on tiles (``window``), bands along the sequence (``band``), or in turn (``mixed``)."""
     architecture = architecture_of(transformer)
     tile = TileOrder(2, 8, 8) if block_size == 128 else TileOrder(1, 8, 8)
@@ -239,7 +243,7 @@ def plan_of(transformer: Any, grid: TokenGrid, density: float, tail: str, block_
         "window": (lambda x: Window((None, x, x)), tile),
         "band": (Band, RasterOrder()),
     }
-    execution = Execution(tail=tail)
+    execution = Execution(tail=tail, numerics=numerics)
     entries = []
     for name in ("window", "band") if kind == "mixed" else (kind,):
         make, order = families[name]
@@ -329,7 +333,7 @@ def bench_model(
     device: torch.device,
     dtype: torch.dtype,
     modes: list[str],
-    settings: list[tuple[float, str]],
+    settings: list[tuple[float, str, str]],
     block_size: int,
     kind: str,
     backend: str,
@@ -368,7 +372,7 @@ def bench_model(
             return plain(row)
 
     def sparse(row: Row) -> Row:
-        plan = plan_of(transformer, model.grid, row.asked, row.tail, block_size, kind)
+        plan = plan_of(transformer, model.grid, row.asked, row.tail, block_size, kind, row.numerics)
         with sparse_attention(transformer, plan, backend=backend):
             step = run_step(forward, device, seconds, most)
             found = sparse_attention_summary(transformer).transformers["transformer"]
@@ -393,8 +397,8 @@ def bench_model(
             if what != "fastest" or with_fastest:
                 here.append(attempt(replace(base, mode=mode, what=what), run))
                 say(ratios(here)[-1])
-        for density, tail in settings:
-            row = replace(base, mode=mode, what="sparse", asked=density, tail=tail)
+        for density, tail, numerics in settings:
+            row = replace(base, mode=mode, what="sparse", asked=density, tail=tail, numerics=numerics)
             here.append(attempt(row, sparse))
             say(ratios(here)[-1])
         rows += ratios(here)
@@ -404,10 +408,14 @@ def bench_model(
 # -- what comes out ----------------------------------------------------------------------------------------------------
 
 
+def _extras(row: Row) -> list[str]:
+    return [word for word, usual in ((row.tail, "none"), (row.numerics, "auto")) if word != usual]
+
+
 def describe(row: Row) -> str:
     what = {"fastest": "dense, fastest"}.get(row.what, row.what)
     if row.what == "sparse":
-        what = f"sparse {row.asked:g}{'' if row.tail == 'none' else ' ' + row.tail}"
+        what = " ".join([f"sparse {row.asked:g}", *_extras(row)])
     head = f"{row.model:<15}{row.mode:<10}{what:<22}"
     if row.ms is None:
         return f"{head}not timed: {row.status}"
@@ -455,7 +463,7 @@ def draw(rows: list[Row], machine: dict[str, str], path: Path) -> None:
             if row.what != "dense" and row.speedup is not None:
                 panel.annotate(f"{row.speedup:.2f}x", (x, row.ms / 1e3), ha="center", va="bottom", fontsize="small")
         words = {"dense": "dense", "fastest": "dense, fastest"}
-        labels = [f"{r.mode}\n" + words.get(r.what, f"{r.density:.2f} {r.tail}") for r in mine]
+        labels = [f"{r.mode}\n" + words.get(r.what, " ".join([f"{r.density:.2f}", *_extras(r)])) for r in mine]
         panel.set_xticks(range(len(mine)), labels, fontsize="x-small", rotation=60)
         panel.set_title(f"{name}, {mine[0].tokens:,} tokens" if mine else name, fontsize="medium")
         panel.set_ylabel("seconds a step (gray: not attention)")
@@ -465,19 +473,24 @@ def draw(rows: list[Row], machine: dict[str, str], path: Path) -> None:
     plt.close(figure)
 
 
-def parse_settings(text: str) -> list[tuple[float, str]]:
-    """``0.5,0.08:moments`` as densities and tails."""
+def parse_settings(text: str) -> list[tuple[float, str, str]]:
+    """``0.5,0.08:moments,0.25:int8`` as densities, tails and numerics."""
     found = []
     for part in filter(None, text.split(",")):
-        density, _, tail = part.partition(":")
+        density, *words = part.split(":")
+        numerics = [word for word in words if word in NUMERICS]
+        tails = [word for word in words if word not in NUMERICS]
         try:
             value = float(density)
-            Execution(tail=tail or "none")
+            if len(tails) > 1 or len(numerics) > 1:
+                raise ValueError("one tail and one numerics at most")
+            how = Execution(tail=(tails or ["none"])[0], numerics=(numerics or ["auto"])[0])
         except ValueError as error:
-            raise SystemExit(f"error: --settings {part!r}: {error}; write 0.25 or 0.08:moments") from None
+            message = f"{error}; write 0.25, 0.08:moments, 0.25:int8 or 0.08:centroids:int8"
+            raise SystemExit(f"error: --settings {part!r}: {message}") from None
         if not 0 < value <= 1:
             raise SystemExit(f"error: --settings {part!r}: a density lies above 0 and at most at 1")
-        found.append((value, tail or "none"))
+        found.append((value, how.tail, how.numerics))
     return found
 
 
@@ -485,7 +498,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--modes", default="eager,compiled")
-    parser.add_argument("--settings", default="0.5,0.25,0.15,0.08:moments", help="densities, some with :tail")
+    parser.add_argument(
+        "--settings", default="0.5,0.25,0.15,0.08:moments", help="densities, some with :tail or :numerics"
+    )
     parser.add_argument("--plan", choices=("mixed", "window", "band"), default="mixed")
     parser.add_argument("--block-size", type=int, default=0, choices=(0, 64, 128), help="128, with --tiny 64")
     parser.add_argument("--backend", default="auto", help="of the sparse kernel")

@@ -18,7 +18,7 @@ from diffsparse.entry import NUMERICS
 from diffsparse.kernels.call import BACKENDS
 from diffsparse.layout import BlockLayout
 
-__all__ = ["cannot_run", "check", "choose_backend", "input_error", "kv_len_error", "possible_numerics"]
+__all__ = ["cannot_run", "check", "choose_backend", "has_8_bits", "input_error", "kv_len_error", "possible_numerics"]
 
 logger = logging.getLogger(__name__)
 
@@ -219,6 +219,12 @@ def possible_numerics(backend: str, head_dim: int, wanted: tuple[str, ...]) -> t
         return wanted
     _log_once(f"heads with numerics {', '.join(n for n in wanted if n != 'auto')} run in 16 bits or more: {why}")
     return ("auto",)
+
+
+def has_8_bits(device: torch.device, head_dim: int) -> bool:
+    """Whether heads of that size may run in 8 bits on a device."""
+    probe = torch.empty(1, 1, 1, head_dim, dtype=torch.bfloat16, device=device)
+    return head_dim in _DIMS_8_BITS and cannot_run("gluon_sm90", probe) is None
 
 
 def check(

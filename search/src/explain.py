@@ -15,11 +15,11 @@ import torch
 from diffsparse.entry import TAILS, HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels.break_even import BreakEvenTable, find_table
-from diffsparse.kernels.checks import choose_backend
+from diffsparse.kernels.checks import choose_backend, has_8_bits
 from diffsparse.layout import TAIL_COST
 from diffsparse.pattern import uses_fallback
 from diffsparse.pipelines.family import Family, UnsupportedModelError, family_by_class
-from diffsparse.pipelines.state import FULL, SLOWER, sparse_entries
+from diffsparse.pipelines.state import FULL, SLOWER, is_full, sparse_entries
 from diffsparse.plan import Architecture, SparsityPlan
 from diffsparse.search.cost import CostModel
 from diffsparse.search.density import kept_density
@@ -272,8 +272,14 @@ class HeadForecast:
 class HeadForecaster:
     """Figures of entries, each worked out once."""
 
-    def __init__(self, plan: SparsityPlan, costs: CostModel | None, table: BreakEvenTable | None = None) -> None:
-        self.plan, self.costs, self.table = plan, costs, table
+    def __init__(
+        self,
+        plan: SparsityPlan,
+        costs: CostModel | None,
+        table: BreakEvenTable | None = None,
+        has_8_bits: bool = False,
+    ) -> None:
+        self.plan, self.costs, self.table, self.has_8_bits = plan, costs, table, has_8_bits
         self.known: dict[tuple[HeadEntry, TokenGrid], HeadForecast] = {}
 
     def head(self, entry: HeadEntry, grid: TokenGrid) -> HeadForecast:
@@ -306,7 +312,7 @@ class HeadForecaster:
         density = float(np.mean([f.density for f in found]))
         families = dict(Counter(family(entry) for entry in entries).most_common())
         fallback = sum(f.fallback for f in found)
-        if min(f.density for f in found) >= 1:
+        if is_full([f.density for f in found], [e.execution.numerics for e in entries], self.has_8_bits):
             return PhaseForecast(1.0, one, FULL, fallback, families)
         if self.table is not None and self._over_dense(self.table, entries, found, grid) >= 1:
             return PhaseForecast(1.0, one, SLOWER, fallback, families)
@@ -350,7 +356,8 @@ def explain(
         raise BadInput(f"--backend {backend}: {error}; see `diffsparse env`") from None
     family = _family(architecture, model_class)
     costs = recorded_costs(plan)
-    forecaster = HeadForecaster(plan, costs, find_table(device, head_dim) if backend == "auto" else None)
+    table = find_table(device, head_dim) if backend == "auto" else None
+    forecaster = HeadForecaster(plan, costs, table, chosen == "gluon_sm90" and has_8_bits(device, head_dim))
     rows = []
     for layer in layers:
         own = grid.visual_only() if family is not None and family.is_visual_only(layer) else grid

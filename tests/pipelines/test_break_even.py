@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from diffsparse.entry import TAILS, HeadEntry
+from diffsparse.entry import TAILS, Execution, HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels.break_even import BreakEvenTable, device_name, save_local
 from diffsparse.pattern import Band
-from diffsparse.pipelines import architecture_of, sparse_attention, sparse_attention_summary
-from diffsparse.pipelines.state import SLOWER
+from diffsparse.pipelines import architecture_of, sparse_attention, sparse_attention_summary, state
+from diffsparse.pipelines.state import FULL, SLOWER
 from diffsparse.plan import SparsityPlan
 from diffsparse.presets import preset
 from tests.pipelines.models import run, wan, wan_inputs
@@ -83,6 +83,17 @@ def test_each_layer_by_its_own_density() -> None:
     found = summary(model, plan)[1]
     assert [layer.dense_calls for layer in found.layers] == [1] + [0] * (len(layers) - 1)
     assert found.layers[0].dense_reasons == {SLOWER: 1}
+
+
+def test_all_blocks_in_8_bits_are_more_than_dense_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are 8 bits; elsewhere it would be the same as dense attention, and slower."""
+    entry = HeadEntry(pattern=Band(1.0), execution=Execution(numerics="int8"))
+    plan = SparsityPlan.uniform(entry)
+    assert summary(wan(), plan)[1].dense_reasons == {FULL: 2}
+    monkeypatch.setattr(state, "has_8_bits", lambda device, head_dim: True)
+    assert summary(wan(), plan)[1].sparse_calls == 2
+    assert summary(wan(), plan, backend="cpu")[1].dense_reasons == {FULL: 2}
+    assert summary(wan(), plan.with_numerics("auto"))[1].dense_reasons == {FULL: 2}
 
 
 @pytest.mark.slow

@@ -99,22 +99,55 @@ def test_plans_have_the_density_asked_for(script: ModuleType) -> None:
         assert abs(script.nearest(make, order, grid, 0.25, 128)[1] - 0.25) < 0.02
 
 
+def test_a_plan_in_8_bits(script: ModuleType) -> None:
+    """On a device that has none it runs all the same, in the model's own precision; a dense one stays dense there."""
+    model = script.TINY["wan-14b-720p"]
+    transformer = script.build(model, torch.device("cpu"), torch.float32)
+    plan = script.plan_of(transformer, model.grid, 1.0, "none", 64, "mixed", "fp8")
+    assert {e.execution.numerics for e in plan.entries} == {"fp8"}
+    assert plan.call_densities(model.grid).min() == 1
+    rows = script.bench_model(
+        "tiny", model, device=torch.device("cpu"), dtype=torch.float32, modes=["eager"], block_size=64, backend="cpu",
+        seconds=0.001, most=2, say=lambda row: None, settings=[(0.3, "mean", "int8"), (1.0, "none", "int8")],
+        kind="mixed", with_fastest=False,
+    )  # fmt: skip
+    assert rows[2].status == "ok" and rows[2].numerics == "int8"
+    assert rows[3].status.endswith("calls ran dense: every block is kept on this grid")
+    assert "sparse 0.3 mean int8" in script.describe(rows[2])
+
+
 def test_a_step_that_fails_or_runs_dense_is_not_counted(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     def bench(**options: Any) -> list[Any]:
         return script.bench_model(
             "tiny", script.TINY["wan-14b-720p"], device=torch.device("cpu"), dtype=torch.float32, modes=["eager"],
             block_size=64, backend="cpu", seconds=0.001, most=2, say=lambda row: None,
-            **{"settings": [(0.3, "none")], "kind": "mixed", **options},
+            **{"settings": [(0.3, "none", "auto")], "kind": "mixed", **options},
         )  # fmt: skip
 
-    rest, dense, fastest, sparse = (row.status for row in bench(settings=[(1.0, "none")], kind="band"))
+    rest, dense, fastest, sparse = (row.status for row in bench(settings=[(1.0, "none", "auto")], kind="band"))
     assert dense == rest == fastest == "ok" and sparse.endswith("calls ran dense: every block is kept on this grid")
     monkeypatch.setattr(script, "plan_of", lambda *a: (_ for _ in ()).throw(RuntimeError("no plan\ntoday")))
     assert [row.status for row in bench()] == ["ok", "ok", "ok", "RuntimeError: no plan"]
 
 
-@pytest.mark.parametrize(("text", "reason"), [("2", "above 0 and at most at 1"), ("0.1:long", "tail"), ("x", "float")])
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("2", "above 0 and at most at 1"),
+        ("0.1:long", "tail"),
+        ("x", "float"),
+        ("0.1:mean:centroids", "one tail"),
+        ("0.1:int8:fp8", "one numerics"),
+        ("0.1:moments:int8", "does not go with numerics 'int8'"),
+    ],
+)
 def test_settings(script: ModuleType, text: str, reason: str) -> None:
-    assert script.parse_settings("0.5,0.08:moments") == [(0.5, "none"), (0.08, "moments")]
+    known = {
+        "0.5": (0.5, "none", "auto"),
+        "0.08:moments": (0.08, "moments", "auto"),
+        "1:int8": (1.0, "none", "int8"),
+        "0.08:fp8:mean": (0.08, "mean", "fp8"),
+    }
+    assert script.parse_settings(",".join(known)) == list(known.values())
     with pytest.raises(SystemExit, match=reason):
         script.parse_settings(text)
