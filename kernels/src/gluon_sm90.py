@@ -589,6 +589,11 @@ def _forward_kernel(
     fence_async_shared()
     rings = (q_ring, k_ring, v_ring)
     bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty, turn)
+    # What a call has not is not handed over, since the host makes every descriptor anew; nor is it ever read.
+    if q_moved is None:
+        q_moved, k_moved, v_moved = q_desc, k_desc, v_desc
+    if mean_k is None:
+        mean_k, var_k, mean_v = k_desc, k_desc, v_desc
     fetched = (q_desc, k_desc, v_desc, q_moved, k_moved, v_moved, mean_k, var_k, mean_v)
     tensors = (out_ptr, lse_ptr, gather_ptr, key_mask, bias_ptr, q_scale, k_scale, v_scale, v_mean)
     lists = (work, col_idx, block_start)
@@ -713,7 +718,7 @@ def launch(
         scales = [small.q_scale, small.k_scale, small.v_scale, small.v_mean]
     else:
         boxes = [_boxes(x, r, columns) for x, r in zip((q, k, v), (64, block, block))]
-    moved, summed = boxes, boxes
+    moved = summed = [None] * 3
     group = heads
     copies: list[torch.Tensor] = []
     if call.needs_gather and not eight:
