@@ -161,7 +161,7 @@ def _store_eight(x, x8, at, scale_at, D: tl.constexpr, FP8: tl.constexpr):
     largest = FP8_MAX if FP8 else 127.0
     scale = tl.maximum(tl.max(tl.abs(x)), 1e-12) / largest
     tl.store(scale_at, scale / D**0.5)
-    x = x / scale
+    x = x * (1.0 / scale)
     if not FP8:
         x = tl.where(x >= 0, x + 0.5, x - 0.5)
     tl.store(x8 + at, x.to(x8.dtype.element_ty))
@@ -172,8 +172,8 @@ def _store_values(v, inside, v8, row, scale_row, v_mean, v_scale, D: tl.constexp
     """The values of one block, transposed."""
     channel = tl.arange(0, D)
     mean = tl.load(v_mean + scale_row * D + channel)
-    scale = tl.load(v_scale + scale_row * D + channel)
-    v = tl.where(inside, (v.to(tl.float32) - mean[None, :]) / scale[None, :], 0.0)
+    inverse = 1.0 / tl.load(v_scale + scale_row * D + channel)
+    v = tl.where(inside, (v.to(tl.float32) - mean[None, :]) * inverse[None, :], 0.0)
     to = (row * D + channel)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     tl.store(v8 + to, tl.trans(v).to(v8.dtype.element_ty))
 
@@ -185,7 +185,7 @@ def _value_order(n):
 
 
 @triton.jit
-def _summary_kernel(
+def _quantize_means_kernel(
     mean_k,
     mean_v,
     k8,
@@ -204,7 +204,7 @@ def _summary_kernel(
     BLOCK: tl.constexpr,
     KIND: tl.constexpr,
 ):
-    """Summaries, as blocks behind those of the keys."""
+    """Means of blocks, as blocks behind those of the keys."""
     i = tl.program_id(0)
     h = tl.program_id(1)
     tail = tl.load(head_mode + h * 4 + 1)
@@ -351,7 +351,7 @@ def quantize(
     if means is not None:
         args: list[Any] = [*means, out.k, out.v, out.k_scale, out.v_scale, out.turned_mean, out.v_mean, turn]
         args += [call.head_mode, kinds, call.num_blocks, blocks]
-        launches.append((_summary_kernel, (blocks - call.num_blocks, heads, batch), args, of_blocks))
+        launches.append((_quantize_means_kernel, (blocks - call.num_blocks, heads, batch), args, of_blocks))
     if warmup:
         return [kernel.warmup(*args, grid=grid, **constants) for kernel, grid, args, constants in launches]
     for kernel, grid, args, constants in launches:

@@ -100,7 +100,9 @@ def compile_gluon(slow: bool) -> None:
         if numerics != "auto":
             # Only whether they compile, and use the matrix units for the rotation.
             small = gluon_quantize.quantize(call, numerics, means and means[:2], warmup=True)
-            assert [k.metadata.name for k in small[2:]] == ["_quantize_kernel", "_summary_kernel"][: len(small) - 2]
+            assert [k.metadata.name for k in small[2:]] == ["_quantize_kernel", "_quantize_means_kernel"][
+                : len(small) - 2
+            ]
             assert all("wgmma.mma_async" in k.asm["ptx"] or "mma.sync" in k.asm["ptx"] for k in small[2:])
 
 
