@@ -35,12 +35,13 @@ import torch
 from diffsparse.entry import NUMERICS, Execution, HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.layout import build_layout
-from diffsparse.order import RasterOrder, TileOrder, TokenOrder
+from diffsparse.order import RasterOrder, TokenOrder
 from diffsparse.pattern import Band, Pattern, Window
 from diffsparse.pipelines import architecture_of, sparse_attention, sparse_attention_summary
 from diffsparse.plan import SparsityPlan
 from diffsparse.presets import preset
 from diffsparse.schedule import Schedule
+from diffsparse.search.candidates import flat_tile
 from diffsparse.search.environment import stamp
 
 OK = "ok"
@@ -238,7 +239,7 @@ def plan_of(
 ) -> SparsityPlan:
     """All layers alike: windows on tiles (``window``), bands along the sequence (``band``), or in turn (``mixed``)."""
     architecture = architecture_of(transformer)
-    tile = TileOrder(2, 8, 8) if block_size == 128 else TileOrder(1, 8, 8)
+    tile = flat_tile(grid.visual_only(), block_size)  # as a search would begin
     families: dict[str, tuple[Callable[[float], Pattern], TokenOrder]] = {
         "window": (lambda x: Window((None, x, x)), tile),
         "band": (Band, RasterOrder()),
