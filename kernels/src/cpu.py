@@ -3,8 +3,9 @@
 A few rows' kept blocks are gathered, multiplied, put through a softmax and multiplied again. Query blocks are taken in
 chunks small enough for their logits to stay in cache, rows with similar numbers of kept blocks together. A tail needs
 no pass of its own: summaries lie behind the blocks in the same table, so that a row's list simply goes on with them,
-and one softmax covers both. Heads that keep every block go to torch's own attention: beside compiled code, only where
-all heads of a call do.
+and one softmax covers both. A thread takes whole heads where they divide well, so that threads need not wait for one
+another behind every operator; else operators are split. Heads that keep every block go to torch's own attention: beside
+compiled code, only where all heads of a call do.
 """
 
 from __future__ import annotations
@@ -19,8 +20,12 @@ from diffsparse.kernels import cpu_compiled
 from diffsparse.kernels.call import SKIP, TAIL, AttentionCall
 from diffsparse.kernels.cpu_rows import HeadRows, closed_keys, head_rows
 from diffsparse.kernels.cpu_table import Workspace, fill_table
+from diffsparse.kernels.workers import on_workers
 
 __all__ = ["run"]
+
+# Below, a call takes about a millisecond, and threads would wait for the interpreter's lock.
+_MIN_KEPT = 1 << 14
 
 
 def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,6 +41,8 @@ def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     if all(full) and not call.return_lse:
         return _dense(call, call.q, call.k, call.v), lse
     compiled = cpu_compiled.can_attend(call)
+    threads = torch.get_num_threads()
+    by_heads = not compiled and _divide_well(batch * heads, sum(kept) * call.block_size, threads)
     dense, listed = [], []
     for h in range(heads):
         if modes[h][SKIP]:
@@ -45,17 +52,35 @@ def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
         elif full[h] and not call.return_lse and not compiled:
             dense.append(h)
         else:
-            listed.append((h, head_rows(call, h, order_of[h], TAILS[modes[h][TAIL]])))
+            shared_by = 1 if by_heads else threads
+            listed.append((h, head_rows(call, h, order_of[h], TAILS[modes[h][TAIL]], shared_by)))
     if compiled:
         cpu_compiled.attend(call, listed, out, lse)
     else:
-        space = Workspace()
-        for h, rows in listed:
-            for b in range(batch):
+        # What takes longest is taken first, from the end.
+        jobs = sorted(((b, h, rows) for h, rows in listed for b in range(batch)), key=lambda job: job[2].work)
+
+        def until_all_are_taken(_: int) -> None:
+            space = Workspace()
+            while True:
+                try:
+                    b, h, rows = jobs.pop()
+                except IndexError:
+                    return
                 _attend(call, rows, b, h, out, lse, space)
+
+        on_workers(threads if by_heads else 1, until_all_are_taken, range(threads if by_heads else 1))
     if dense:
         out[:, :, dense] = _dense(call, *(x[:, :, dense] for x in (call.q, call.k, call.v)))
     return out, lse
+
+
+def _divide_well(jobs: int, kept: int, threads: int) -> bool:
+    """Whether heads are to be given to threads whole: none idles for long, and there is enough to do for it to pay.
+
+    ``kept``: key positions that query blocks of all heads keep.
+    """
+    return threads > 1 and kept >= _MIN_KEPT and (jobs % threads == 0 or jobs >= 4 * threads)
 
 
 def _dense(call: AttentionCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

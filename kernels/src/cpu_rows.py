@@ -97,6 +97,11 @@ class HeadRows:
         return 0 if self.tail_bias is None else self.tail_bias.shape[2]
 
     @property
+    def work(self) -> int:
+        """Blocks that its rows attend, those that only pad and those of summaries counted."""
+        return sum(len(chunk.fetched) for chunk in self.chunks)
+
+    @property
     def is_closed(self) -> bool:
         """Whether some position of the kept blocks may not be attended, those that only pad left aside."""
         return not self.all_valid
@@ -147,9 +152,8 @@ class _Tables:
 _tables = _Tables(_MAX_TABLE_BYTES)
 
 
-def head_rows(call: AttentionCall, head: int, order: int, tail: str) -> HeadRows:
-    """The tables of one head, made anew only if the layout is another one."""
-    threads = torch.get_num_threads()
+def head_rows(call: AttentionCall, head: int, order: int, tail: str, threads: int) -> HeadRows:
+    """The tables of one head, made anew only if the layout is another one, for chunks that ``threads`` share."""
     tensors = (call.col_idx, call.row_ptr, call.gather, call.scatter, call.block_start, call.head_mode)
     rest = (head, order, tail, call.block_size, call.text_before, call.num_visual, threads)
     return _tables.get(tensors, rest, lambda: _build(call, head, order, tail, threads))
