@@ -41,9 +41,7 @@ def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     if all(full) and not call.return_lse:
         return _dense(call, call.q, call.k, call.v), lse
     compiled = cpu_compiled.can_attend(call)
-    threads = torch.get_num_threads()
-    by_heads = not compiled and _divide_well(batch * heads, sum(kept) * call.block_size, threads)
-    dense, listed = [], []
+    dense, todo = [], []
     for h in range(heads):
         if modes[h][SKIP]:
             out[:, :, h] = 0
@@ -52,8 +50,11 @@ def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
         elif full[h] and not call.return_lse and not compiled:
             dense.append(h)
         else:
-            shared_by = 1 if by_heads else threads
-            listed.append((h, head_rows(call, h, order_of[h], TAILS[modes[h][TAIL]], shared_by)))
+            todo.append(h)
+    threads = torch.get_num_threads()
+    kept_keys = batch * call.block_size * sum(kept[h] for h in todo)
+    workers = threads if not compiled and _divide_well(batch * len(todo), kept_keys, threads) else 1
+    listed = [(h, head_rows(call, h, order_of[h], TAILS[modes[h][TAIL]], threads // workers)) for h in todo]
     if compiled:
         cpu_compiled.attend(call, listed, out, lse)
     else:
@@ -69,7 +70,7 @@ def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
                     return
                 _attend(call, rows, b, h, out, lse, space)
 
-        on_workers(threads if by_heads else 1, until_all_are_taken, range(threads if by_heads else 1))
+        on_workers(workers, until_all_are_taken, range(workers))
     if dense:
         out[:, :, dense] = _dense(call, *(x[:, :, dense] for x in (call.q, call.k, call.v)))
     return out, lse
@@ -78,7 +79,7 @@ def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
 def _divide_well(jobs: int, kept: int, threads: int) -> bool:
     """Whether heads are to be given to threads whole: none idles for long, and there is enough to do for it to pay.
 
-    ``kept``: key positions that query blocks of all heads keep.
+    ``kept``: key positions that the query blocks of all these heads keep.
     """
     return threads > 1 and kept >= _MIN_KEPT and (jobs % threads == 0 or jobs >= 4 * threads)
 

@@ -69,9 +69,12 @@ def sparse_entries(plan: SparsityPlan, phase: int, layer: str, heads: int) -> tu
     return DENSE_ENTRIES if all(entry.is_dense for entry in entries) else entries
 
 
-def is_full(densities: Iterable[float], numerics: Iterable[str], has_8_bits: bool) -> bool:
-    """Whether a layer's heads keep all blocks, so that dense attention does the same. In 8 bits they do it faster."""
-    return min(densities) >= 1 and not (has_8_bits and set(numerics) - {"auto"})
+def is_full(densities: Iterable[float], numerics: Iterable[str], eight: bool) -> bool:
+    """Whether a layer's heads keep all blocks, so that dense attention does the same.
+
+    ``eight``: where they may run in 8 bits, heads that are to do so are faster than that.
+    """
+    return min(densities) >= 1 and not (eight and set(numerics) - {"auto"})
 
 
 def _is_packed(device: torch.device, grid: TokenGrid, heads: int, block_size: int) -> bool:
