@@ -28,7 +28,7 @@ import torch
 from diffsparse.entry import HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels import available_backends, sparse_attention
-from diffsparse.kernels.bench_cases import random_rows
+from diffsparse.kernels.bench_cases import random_rows, with_outliers
 from diffsparse.layout import BlockLayout, build_layout
 from diffsparse.pipelines import tap_attention
 from diffsparse.plan import SparsityPlan
@@ -45,13 +45,6 @@ def relative(out: torch.Tensor, want: torch.Tensor) -> float:
     return float((out.float() - want.float()).norm() / want.float().norm())
 
 
-def outliers(x: torch.Tensor) -> torch.Tensor:
-    """Four channels of each head 8 times as wide, and off zero by as much, as keys of trained models are."""
-    x = x.clone()
-    x[..., 3::16] = 8 * x[..., 3::16] + 8
-    return x
-
-
 def made_data(seq: int, dim: int, density: float) -> dict[str, dict[str, float]]:
     """Errors on data from a generator, by kind of data and numerics."""
     torch.manual_seed(0)
@@ -61,8 +54,8 @@ def made_data(seq: int, dim: int, density: float) -> dict[str, dict[str, float]]
     # Logits would be hundreds with outliers in both queries and keys as they are.
     for kind, data in {
         "normal": (q, k, v),
-        "outliers in k": (q, outliers(k), v),
-        "outliers in q, k and v": (outliers(q) / 4, outliers(k) / 4, outliers(v)),
+        "outliers in k": (q, with_outliers(k), v),
+        "outliers in q, k and v": (with_outliers(q) / 4, with_outliers(k) / 4, with_outliers(v)),
     }.items():
         want = sparse_attention(*data, layout, backend="gluon_sm90")
         found[kind] = {

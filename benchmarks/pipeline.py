@@ -513,8 +513,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="tiny models in float32, on the CPU unless told otherwise")
     parser.add_argument("--seconds", type=float, default=3.0, help="to time one step, warming up not counted")
     parser.add_argument("--most", type=int, default=10, help="forwards timed of one step at most")
-    parser.add_argument("--csv", type=Path, help="write the rows here, after every model")
-    parser.add_argument("--json", type=Path, help="write the rows here, after every model")
+    parser.add_argument("--csv", type=Path, help="write the rows here, as they come")
+    parser.add_argument("--json", type=Path, help="write the rows here, as they come")
     parser.add_argument("--plot", type=Path, help="draw the steps here (needs matplotlib)")
     a = parser.parse_args()
     for given, known in ((a.models, MODELS), (a.modes, ("eager", "compiled"))):
@@ -531,7 +531,15 @@ def main() -> int:
     machine = stamp(device)
     print(", ".join(f"{k} {v}" for k, v in machine.items() if v), flush=True)
     rows: list[Row] = []
+    new: list[Row] = []
+
+    def say(row: Row) -> None:
+        print(describe(row), flush=True)
+        new.append(row)
+        write([*rows, *new], machine, a.csv, a.json)
+
     for name in a.models.split(","):
+        new.clear()
         with dense_kernel(a.dense if device.type == "cuda" else "default"):
             rows += bench_model(
                 name,
@@ -545,7 +553,7 @@ def main() -> int:
                 backend=a.backend,
                 seconds=a.seconds,
                 most=a.most,
-                say=lambda row: print(describe(row), flush=True),
+                say=say,
                 with_fastest=a.fastest,
             )
         write(rows, machine, a.csv, a.json)

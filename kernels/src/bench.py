@@ -14,7 +14,7 @@ import torch
 
 from diffsparse.entry import HeadEntry
 from diffsparse.kernels.api import sparse_attention
-from diffsparse.kernels.bench_cases import Case, Setting, random_rows
+from diffsparse.kernels.bench_cases import Case, Setting, random_rows, with_outliers
 from diffsparse.kernels.call import BACKENDS
 from diffsparse.kernels.checks import check
 from diffsparse.kernels.clock import samples_ms, timing
@@ -125,6 +125,9 @@ def bench_case(
     draw = torch.Generator(device).manual_seed(0)
     shape = (1, case.grid.seq_len, case.heads, case.head_dim)
     q, k, v = (torch.randn(*shape, generator=draw, device=device, dtype=dtype) for _ in range(3))
+    if case.outliers:
+        # Logits would be hundreds with q and k as wide as they come.
+        q, k, v = with_outliers(q) / 4, with_outliers(k) / 4, with_outliers(v)
     inputs = Inputs(q, k, v)
     base = Row(
         case=case.name, tokens=case.grid.seq_len, heads=case.heads, head_dim=case.head_dim,

@@ -14,7 +14,7 @@ from diffsparse.layout import BlockLayout, build_layout
 from diffsparse.order import AxisOrder, CurveOrder, PhaseOrder, RasterOrder, TileOrder, TokenOrder
 from diffsparse.pattern import Band, Columns, Diagonals, Full, Radial, Window
 
-__all__ = ["CASES", "Case", "Setting", "cases", "random_rows", "uniform_case"]
+__all__ = ["CASES", "Case", "Setting", "cases", "random_rows", "uniform_case", "with_outliers"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Case:
-    """Calls on one shape, batch 1. ``peers``: its layouts are of the form that peers know, so they are timed too."""
+    """Calls on one shape, batch 1.
+
+    peers: its layouts are of the form that peers know, so they are timed too. outliers: of q, k and v some channels
+    stand out, as in trained models.
+    """
 
     name: str
     about: str
@@ -54,6 +58,14 @@ class Case:
     settings: tuple[Setting, ...]
     block_size: int = 128
     peers: bool = False
+    outliers: bool = False
+
+
+def with_outliers(x: torch.Tensor) -> torch.Tensor:
+    """``x`` ``[..., D]`` with every sixteenth channel 8 times as wide, and off zero by as much."""
+    x = x.clone()
+    x[..., 3::16] = 8 * x[..., 3::16] + 8
+    return x
 
 
 def random_rows(
@@ -188,6 +200,7 @@ def _structured(
 CASES = (
     "uniform-32k",
     "uniform-118k",
+    "outliers-32k",
     "shared-32k",
     "head-dim-64",
     "radial",
@@ -205,6 +218,10 @@ def cases(names: Sequence[str] = CASES, *, tiny: bool = False) -> list[Case]:
     found = {
         "uniform-32k": uniform_case("uniform-32k", "random lists per head", 32768, 24, 128),
         "uniform-118k": uniform_case("uniform-118k", "random lists per head, HunyuanVideo 720p", 118800, 24, 128),
+        "outliers-32k": replace(
+            uniform_case("outliers-32k", "random lists per head, channels that stand out", 32768, 24, 128),
+            outliers=True,
+        ),
         "shared-32k": uniform_case("shared-32k", "random lists, one for all heads", 32768, 24, 128, shared=True),
         "head-dim-64": uniform_case("head-dim-64", "random lists per head, CogVideoX-1.5", 45106, 30, 64),
         "radial": _structured("radial", "radial attention, Wan 14B 720p", _WAN, 40, _radial, tiny),
@@ -221,7 +238,7 @@ def cases(names: Sequence[str] = CASES, *, tiny: bool = False) -> list[Case]:
         "tail": _structured("tail", "the cost of the moments tail, HunyuanVideo 720p", _HUNYUAN, 24, _tails, tiny),
     }
     if tiny:
-        for name in ("uniform-32k", "uniform-118k", "shared-32k", "head-dim-64"):
+        for name in ("uniform-32k", "uniform-118k", "outliers-32k", "shared-32k", "head-dim-64"):
             case, heads = found[name], 2
             settings = tuple(replace(s, entries=s.entries[:heads]) for s in case.settings)
             # 410 tokens: the last block is short.

@@ -24,6 +24,8 @@ __all__ = ["Quantized", "empty_quantized", "quantize", "rotation", "value_order"
 
 #: Largest value of float8 e4m3.
 FP8_MAX = tl.constexpr(448.0)
+#: 1.5 * 2^23: from here on fp32 has the integers, and nothing between them.
+INTEGERS = tl.constexpr(12582912.0)
 #: Tokens whose keys and values one program of the first pass adds up.
 _CHUNK = 1024
 
@@ -162,9 +164,11 @@ def _store_eight(x, x8, at, scale_at, D: tl.constexpr, FP8: tl.constexpr):
     scale = tl.maximum(tl.max(tl.abs(x)), 1e-12) / largest
     tl.store(scale_at, scale / D**0.5)
     x = x * (1.0 / scale)
-    if not FP8:
-        x = tl.where(x >= 0, x + 0.5, x - 0.5)
-    tl.store(x8 + at, x.to(x8.dtype.element_ty))
+    if FP8:
+        tl.store(x8 + at, x.to(x8.dtype.element_ty))
+    else:
+        # The sum is rounded to a whole number, which stands in its low bits: a conversion would take 8 times as long.
+        tl.store(x8 + at, (x + INTEGERS).to(tl.int32, bitcast=True).to(tl.int8))
 
 
 @triton.jit
@@ -261,11 +265,13 @@ def _quantize_kernel(
     BLOCK: tl.constexpr,
     KIND: tl.constexpr,
 ):
+    """One block of the queries, of the keys or of the values: each its own program, so that many are under way."""
     i = tl.program_id(0)
     h = tl.program_id(1)
     if tl.load(head_kind + h) != KIND:
         return
-    b = tl.program_id(2).to(tl.int64)
+    which = tl.program_id(2) % 3
+    b = (tl.program_id(2) // 3).to(tl.int64)
     h64 = h.to(tl.int64)
     order = tl.load(head_order + h)
     start = tl.load(block_start + order * (num_blocks + 1) + i)
@@ -273,27 +279,26 @@ def _quantize_kernel(
     n = tl.arange(0, BLOCK)
     channel = tl.arange(0, D)
     bh = b * HEADS + h
-    q_row = bh * num_blocks + i
     row = bh * blocks + i
-    gather_row = gather_ptr + order.to(tl.int64) * seq
-    token = tl.load(gather_row + start + n, mask=n < length, other=0).to(tl.int64)
+    if which == 2:
+        n = _value_order(n)
+    token = tl.load(gather_ptr + order.to(tl.int64) * seq + start + n, mask=n < length, other=0).to(tl.int64)
     inside = (n < length)[:, None]
-    at = token[:, None] * stride_qs + channel[None, :]
-    q = tl.load(q_ptr + b * stride_qb + h64 * stride_qh + at, mask=inside, other=0.0)
-    q = _turned(q, inside, turn, tl.zeros([D], tl.float32), D)
-    _store_eight(q, q8, (q_row * BLOCK + n)[:, None] * D + channel[None, :], q_scale + q_row, D, KIND == 2)
-
-    at = token[:, None] * stride_ks + channel[None, :]
-    k = tl.load(k_ptr + b * stride_kb + h64 * stride_kh + at, mask=inside, other=0.0)
-    k = _turned(k, inside, turn, tl.load(turned_mean + bh * D + channel), D)
-    _store_eight(k, k8, (row * BLOCK + n)[:, None] * D + channel[None, :], k_scale + row, D, KIND == 2)
-
-    n = _value_order(n)
-    token = tl.load(gather_row + start + n, mask=n < length, other=0).to(tl.int64)
-    inside = (n < length)[:, None]
-    at = token[:, None] * stride_vs + channel[None, :]
-    v = tl.load(v_ptr + b * stride_vb + h64 * stride_vh + at, mask=inside, other=0.0)
-    _store_values(v, inside, v8, row, bh, v_mean, v_scale, D, BLOCK)
+    at = n[:, None] * D + channel[None, :]
+    if which == 0:
+        source = q_ptr + b * stride_qb + h64 * stride_qh + token[:, None] * stride_qs + channel[None, :]
+        q = _turned(tl.load(source, mask=inside, other=0.0), inside, turn, tl.zeros([D], tl.float32), D)
+        row = bh * num_blocks + i
+        _store_eight(q, q8, row * BLOCK * D + at, q_scale + row, D, KIND == 2)
+    elif which == 1:
+        source = k_ptr + b * stride_kb + h64 * stride_kh + token[:, None] * stride_ks + channel[None, :]
+        mean = tl.load(turned_mean + bh * D + channel)
+        k = _turned(tl.load(source, mask=inside, other=0.0), inside, turn, mean, D)
+        _store_eight(k, k8, row * BLOCK * D + at, k_scale + row, D, KIND == 2)
+    else:
+        source = v_ptr + b * stride_vb + h64 * stride_vh + token[:, None] * stride_vs + channel[None, :]
+        v = tl.load(source, mask=inside, other=0.0)
+        _store_values(v, inside, v8, row, bh, v_mean, v_scale, D, BLOCK)
 
 
 def empty_quantized(call: AttentionCall, numerics: str) -> Quantized:
@@ -339,7 +344,7 @@ def quantize(
             dict(D=dim, ROWS=16, num_warps=4),
         ),
         (
-            _quantize_kernel, (call.num_blocks, heads, batch),
+            _quantize_kernel, (call.num_blocks, heads, 3 * batch),
             [
                 q, k, v, out.q, out.k, out.v, out.q_scale, out.k_scale, out.v_scale, out.turned_mean, out.v_mean, turn,
                 call.gather, call.block_start, call.head_order, kinds, seq, call.num_blocks, blocks,

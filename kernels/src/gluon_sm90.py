@@ -27,6 +27,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from diffsparse.entry import NUMERICS
 from diffsparse.kernels.call import AttentionCall
 from diffsparse.kernels.gluon_compat import copy_tile, tensor_descriptor
+from diffsparse.kernels.gluon_eight import consume_eight, produce_eight
+from diffsparse.kernels.gluon_parts import (
+    checked,
+    entry_of,
+    next_slot,
+    partial_sums,
+    row_max,
+    running_shift,
+    store_lse,
+    store_rows,
+    tile_of,
+)
 from diffsparse.kernels.gluon_prepare import head_kinds, reorder, tail_bias, text_blocks, work_list
 from diffsparse.kernels.gluon_quantize import empty_quantized, quantize
 from diffsparse.kernels.triton_prepare import summaries
@@ -36,39 +48,6 @@ __all__ = ["Config", "choose_config", "launch", "run"]
 LOG2_E = math.log2(math.e)
 #: What copies of q, k and v in heads' own orders may take. As many heads as that is enough for run at a time.
 COPY_BYTES = 512 << 20
-
-
-@gluon.jit
-def _tile(work, t, tiles):
-    """What tile ``t`` of the work list is: item, head, head in its group, query block, its order, its borders, its
-    list, how much of it is plain, its head's tail and how its tokens are reached. See `gluon_prepare.work_list`."""
-    record = work + (t % tiles) * 8
-    row = gl.load(record)
-    end = gl.load(record + 1)
-    first = gl.load(record + 2)
-    listed = gl.load(record + 3)
-    plain = gl.load(record + 4)
-    mode = gl.load(record + 5)
-    h = gl.load(record + 6)
-    i = gl.load(record + 7)
-    order = (mode >> 4) & 4095
-    return t // tiles, h, mode >> 16, i, order, row, end, first, listed, plain, mode & 3, (mode >> 2) & 3
-
-
-@gluon.jit
-def _entry(t, first, plain, TEXT_BEFORE):
-    """Where the list's ``t``-th block to be attended stands: first the plain ones, then those to be checked."""
-    rest = t - plain
-    checked = gl.where(rest < TEXT_BEFORE, rest, rest + plain)
-    return first + gl.where(t < plain, TEXT_BEFORE + t, checked)
-
-
-@gluon.jit
-def _next(stage, phase, STAGES: gl.constexpr):
-    """The slot after ``stage``; the phase turns each time round."""
-    stage += 1
-    phase = gl.where(stage == STAGES, phase ^ 1, phase)
-    return gl.where(stage == STAGES, 0, stage), phase
 
 
 @gluon.jit
@@ -89,7 +68,7 @@ def _fetch(
             copy_tile(desc, [b, h, row, 0], full.index(stage), ring.index(stage))
     else:
         copy_tile(desc, [b, h, row, 0], full.index(stage), ring.index(stage))
-    return _next(stage, phase, STAGES)
+    return next_slot(stage, phase, STAGES)
 
 
 @gluon.jit
@@ -100,47 +79,30 @@ def _fetch_queries(q_ring, q_full, desc, b, h, row, CONSUMERS: gl.constexpr):
 
 
 @gluon.jit
-def _rows_of(e, col_idx, start_row, first, plain, TEXT_BEFORE, BLOCK, D, NUMERICS: gl.constexpr):
-    """Where the keys and the values of a list's ``e``-th block begin, in rows of their descriptors."""
-    j = gl.load(col_idx + _entry(e, first, plain, TEXT_BEFORE))
-    if NUMERICS != 0:
-        # Blocks lie padded one after another, values transposed.
-        k_row = j * BLOCK
-        v_row = j * D
-    else:
-        k_row = gl.load(start_row + j)
-        v_row = k_row
-    return k_row, v_row
-
-
-@gluon.jit
-def _producer(
+def _produce_sixteen(
     rings, bars, fetched, lists, total_tiles, tiles, num_blocks,
     HEADS: gl.constexpr, TEXT_BEFORE: gl.constexpr,
     D: gl.constexpr, BLOCK: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, HAS_TAIL: gl.constexpr,
-    GATHER: gl.constexpr, NUMERICS: gl.constexpr,
+    GATHER: gl.constexpr,
 ):  # fmt: skip
+    """Fetch what the consumers of one program attend, in 16 bits."""
     q_ring, k_ring, v_ring = rings
     q_full, q_empty, k_full, k_empty, v_full, v_empty, _turn = bars
     q_desc, k_desc, v_desc, q_moved, k_moved, v_moved, mean_k, var_k, mean_v = fetched
     work, col_idx, block_start = lists
-    SIZE: gl.constexpr = 2 if NUMERICS == 0 else 1
-    Q_BYTES: gl.constexpr = CONSUMERS * 64 * D * SIZE
-    BYTES: gl.constexpr = BLOCK * D * SIZE
+    BYTES: gl.constexpr = 2 * BLOCK * D
     used_q = 0
     k_stage = 0
     k_phase = 0
     v_stage = 0
     v_phase = 0
     for t in range(gl.program_id(0), total_tiles, gl.num_programs(0)):
-        b, h, local, i, order, row, end, first, listed, plain, tail, gathered = _tile(work, t, tiles)
+        b, h, local, _i, order, row, end, first, listed, plain, tail, gathered = tile_of(work, t, tiles)
         start_row = block_start + order * (num_blocks + 1)
         if (row < end) & ((listed > 0) | (tail != 0)):
             mbarrier.wait(q_empty.index(0), (used_q & 1) ^ 1)
-            mbarrier.expect(q_full.index(0), Q_BYTES)
-            if NUMERICS != 0:
-                _fetch_queries(q_ring, q_full, q_desc, b, h, i * BLOCK, CONSUMERS)
-            elif GATHER:
+            mbarrier.expect(q_full.index(0), 2 * CONSUMERS * 64 * D)
+            if GATHER:
                 if gathered != 0:
                     _fetch_queries(q_ring, q_full, q_moved, b, local, row, CONSUMERS)
                 else:
@@ -150,13 +112,14 @@ def _producer(
             used_q += 1
             if listed > 0:
                 # In the order in which consumers want them: a block's keys, then the values of the block before.
-                k_row, v_row = _rows_of(0, col_idx, start_row, first, plain, TEXT_BEFORE, BLOCK, D, NUMERICS)
+                k_row = gl.load(start_row + gl.load(col_idx + entry_of(0, first, plain, TEXT_BEFORE)))
                 k_stage, k_phase = _fetch(
                     k_ring, k_full, k_empty, k_stage, k_phase, k_desc, k_moved, gathered, b, h, local, k_row,
                     STAGES, BYTES, GATHER,
                 )  # fmt: skip
                 for e in range(1, listed):
-                    k_row, v_next = _rows_of(e, col_idx, start_row, first, plain, TEXT_BEFORE, BLOCK, D, NUMERICS)
+                    v_row = k_row
+                    k_row = gl.load(start_row + gl.load(col_idx + entry_of(e, first, plain, TEXT_BEFORE)))
                     k_stage, k_phase = _fetch(
                         k_ring, k_full, k_empty, k_stage, k_phase, k_desc, k_moved, gathered, b, h, local, k_row,
                         STAGES, BYTES, GATHER,
@@ -165,216 +128,75 @@ def _producer(
                         v_ring, v_full, v_empty, v_stage, v_phase, v_desc, v_moved, gathered, b, h, local, v_row,
                         STAGES, BYTES, GATHER,
                     )  # fmt: skip
-                    v_row = v_next
                 v_stage, v_phase = _fetch(
-                    v_ring, v_full, v_empty, v_stage, v_phase, v_desc, v_moved, gathered, b, h, local, v_row,
+                    v_ring, v_full, v_empty, v_stage, v_phase, v_desc, v_moved, gathered, b, h, local, k_row,
                     STAGES, BYTES, GATHER,
                 )  # fmt: skip
             if HAS_TAIL:
                 if tail != 0:
                     bh = b * HEADS + h
                     for n in range(0, gl.where(tail == 3, 2 * num_blocks, num_blocks), BLOCK):
-                        if NUMERICS != 0:
-                            # Summaries are blocks behind the others.
-                            k_stage, k_phase = _fetch(
-                                k_ring, k_full, k_empty, k_stage, k_phase, k_desc, k_desc, 0, b, h, h,
-                                num_blocks * BLOCK + n, STAGES, BYTES, False,
-                            )  # fmt: skip
-                            v_stage, v_phase = _fetch(
-                                v_ring, v_full, v_empty, v_stage, v_phase, v_desc, v_desc, 0, b, h, h,
-                                (num_blocks + n // BLOCK) * D, STAGES, BYTES, False,
-                            )  # fmt: skip
-                        else:
-                            k_stage, k_phase = _fetch(
-                                k_ring, k_full, k_empty, k_stage, k_phase, mean_k, mean_k, 0, 0, bh, bh, n,
-                                STAGES, BYTES, False,
-                            )  # fmt: skip
-                            if tail == 2:
-                                mbarrier.wait(k_empty.index(k_stage), k_phase ^ 1)
-                                mbarrier.expect(k_full.index(k_stage), BYTES)
-                                as_var = k_ring.index(k_stage)._reinterpret(
-                                    gl.bfloat16, [1, 1, BLOCK, D], k_ring.type.layout
-                                )
-                                copy_tile(var_k, [0, bh, n, 0], k_full.index(k_stage), as_var)
-                                k_stage, k_phase = _next(k_stage, k_phase, STAGES)
-                            v_stage, v_phase = _fetch(
-                                v_ring, v_full, v_empty, v_stage, v_phase, mean_v, mean_v, 0, 0, bh, bh, n,
-                                STAGES, BYTES, False,
-                            )  # fmt: skip
-
-
-@gluon.jit
-def _shift(top):
-    # Nothing attended yet: -inf - -inf is NaN.
-    return gl.where(top == float("-inf"), 0.0, top)
-
-
-#: 1.5 * 2^23: from here on fp32 has the integers, and nothing between them.
-_INTEGERS = gl.constexpr(12582912.0)
-
-
-@gluon.jit
-def _as_float(x):
-    """Sums of int8 products, below 2^22, as fp32, plus _INTEGERS: added to its bits, as conversions run at a sixteenth
-    of the rate of additions."""
-    return (x + 0x4B400000).to(gl.float32, bitcast=True)
-
-
-@gluon.jit
-def _four_fp8(first, second, third, fourth):
-    """fp32 as fp8, four in an int32."""
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .b16 low, high;
-        cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
-        cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
-        mov.b32 $0, {low, high};
-        }""",
-        "=r,f,f,f,f", [first, second, third, fourth], dtype=gl.int32, is_pure=True, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _packed(p):
-    """Probabilities ``[64, columns]`` as fp8, four in an int32 ``[64, columns / 4]``: what a thread has of 16 columns,
-    which are neighbours in an operand (see value_order).
-
-    So they are carried from one block to the next. As bytes each would take a register, and be taken apart and joined.
-    """
-    columns: gl.constexpr = p.shape[1]
-    p = p.reshape([64, columns // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([64, columns // 4, 2, 2])
-    even, odd = gl.split(p)
-    first, third = gl.split(even)
-    second, fourth = gl.split(odd)
-    return _four_fp8(first, second, third, fourth)
-
-
-@gluon.jit
-def _unpacked(x):
-    first = x.to(gl.int8)
-    second = (x >> 8).to(gl.int8)
-    third = (x >> 16).to(gl.int8)
-    fourth = (x >> 24).to(gl.int8)
-    pairs = gl.join(gl.join(first, second), gl.join(third, fourth)).permute((0, 1, 3, 2))
-    return pairs.reshape([64, 4 * x.shape[1]]).to(gl.float8e4nv, bitcast=True)
-
-
-@gluon.jit
-def _values(ring, stage, D: gl.constexpr, BLOCK: gl.constexpr, NUMERICS: gl.constexpr):
-    """A slot of values as keys x channels."""
-    if NUMERICS == 0:
-        return ring.index(stage).reshape([BLOCK, D])
-    else:
-        return ring.index(stage).reshape([D, BLOCK]).permute((1, 0))
-
-
-@gluon.jit
-def _by_thread(x):
-    """``[64, columns]`` as ``[64, 4, columns / 32, 4, 2]``: of axis 3 a thread has one, of axes 1, 2 and 4 all."""
-    return x.reshape([64, 4, x.shape[1] // 32, 4, 2])
-
-
-@gluon.jit
-def _partial_sums(x, T: gl.constexpr):
-    """What each of the four threads of a row adds up, ``[64, 4]``. In steps, as a tree, so that additions need not
-    wait for one another; and without the exchange between threads, which is left to the end."""
-    return gl.convert_layout(gl.sum(gl.sum(gl.sum(_by_thread(x), 4), 2), 1), T, assert_trivial=True)
-
-
-@gluon.jit
-def _row_max(x, S: gl.constexpr):
-    """Largest of each row, likewise as a tree."""
-    found = gl.max(gl.max(gl.max(gl.max(_by_thread(x), 4), 2), 1), 1)
-    return gl.convert_layout(found, gl.SliceLayout(1, S), assert_trivial=True)
+                        k_stage, k_phase = _fetch(
+                            k_ring, k_full, k_empty, k_stage, k_phase, mean_k, mean_k, 0, 0, bh, bh, n,
+                            STAGES, BYTES, False,
+                        )  # fmt: skip
+                        if tail == 2:
+                            mbarrier.wait(k_empty.index(k_stage), k_phase ^ 1)
+                            mbarrier.expect(k_full.index(k_stage), BYTES)
+                            as_var = k_ring.index(k_stage)._reinterpret(
+                                gl.bfloat16, [1, 1, BLOCK, D], k_ring.type.layout
+                            )
+                            copy_tile(var_k, [0, bh, n, 0], k_full.index(k_stage), as_var)
+                            k_stage, k_phase = next_slot(k_stage, k_phase, STAGES)
+                        v_stage, v_phase = _fetch(
+                            v_ring, v_full, v_empty, v_stage, v_phase, mean_v, mean_v, 0, 0, bh, bh, n,
+                            STAGES, BYTES, False,
+                        )  # fmt: skip
 
 
 @gluon.jit
 def _probabilities(
-    logits, total, top, factor, S: gl.constexpr, T: gl.constexpr, P: gl.constexpr, DTYPE: gl.constexpr,
-    NUMERICS: gl.constexpr,
+    logits, total, top, factor, S: gl.constexpr, T: gl.constexpr, P: gl.constexpr, DTYPE: gl.constexpr
 ):  # fmt: skip
     """One step of the running softmax: probabilities, and by how much what came before shrinks."""
-    # What int8 logits have too much is taken off with the shift.
-    OFFSET: gl.constexpr = _INTEGERS if NUMERICS == 1 else 0.0
-    new_top = gl.maximum(top, (_row_max(logits, S) - OFFSET) * factor)
-    shift = _shift(new_top)
+    new_top = gl.maximum(top, row_max(logits, S) * factor)
+    shift = running_shift(new_top)
     keep = gl.exp2(top - shift)
     total = total * gl.convert_layout(keep, gl.SliceLayout(1, T), assert_trivial=True)[:, None]
-    if NUMERICS != 0:
-        # Times 2^8: in fp8 small ones keep more of their bits so.
-        shift += OFFSET * factor - 8.0
     p = gl.exp2(logits * factor - shift[:, None])
-    total += _partial_sums(p, T)
-    if NUMERICS == 0:
-        p = gl.convert_layout(p.to(DTYPE), P)
-    return p, total, new_top, keep
+    total += partial_sums(p, T)
+    return gl.convert_layout(p.to(DTYPE), P), total, new_top, keep
 
 
 @gluon.jit
-def _operand(p, P: gl.constexpr, NUMERICS: gl.constexpr):
-    """Probabilities as the left operand of the second product."""
-    if NUMERICS == 0:
-        return p
-    else:
-        return gl.convert_layout(_unpacked(p), P, assert_trivial=True)
-
-
-@gluon.jit
-def _checked(logits, j, start_row, mask_row, text_before, visual_end, HAS_MASK: gl.constexpr, S: gl.constexpr):
-    """Logits of a block that may be short or masked out: -inf where no key takes part."""
-    start = gl.load(start_row + j)
-    position = start + gl.arange(0, logits.shape[1], layout=gl.SliceLayout(0, S))
-    live = position < gl.load(start_row + j + 1)
-    if HAS_MASK:
-        # Text tokens are where they are in every order, so that positions index the mask.
-        text = live & ((position < text_before) | (position >= visual_end))
-        live = live & (gl.load(mask_row + position, mask=text, other=1) != 0)
-    return gl.where(live[None, :], logits, float("-inf"))
-
-
-@gluon.jit
-def _output_row(position, live, b, h, order, gathered, gather_ptr, seq, HEADS: gl.constexpr, GATHER: gl.constexpr):
-    """Where the queries at these positions stand in the output, in rows of one head."""
-    token = position
-    if GATHER:
-        if gathered != 0:
-            token = gl.load(gather_ptr + order.to(gl.int64) * seq + position, mask=live, other=0)
-    return (b.to(gl.int64) * seq + token.to(gl.int64)) * HEADS + h
-
-
-@gluon.jit
-def _consumer(
+def _consume_sixteen(
     rings, bars, tensors, lists, scale, seq, total_tiles, tiles, num_blocks, text_before, visual_end,
     WHICH: gl.constexpr, HEADS: gl.constexpr, TEXT_BEFORE: gl.constexpr,
     D: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, HAS_MASK: gl.constexpr,
     HAS_TAIL: gl.constexpr, GATHER: gl.constexpr, RETURN_LSE: gl.constexpr, TAKE_TURNS: gl.constexpr,
-    NUMERICS: gl.constexpr,
 ):  # fmt: skip
+    """Attend the tiles of one program, 64 queries of each, in 16 bits."""
     q_ring, k_ring, v_ring = rings
     q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = bars
-    out_ptr, lse_ptr, gather_ptr, key_mask, bias_ptr, q_scale, k_scale, v_scale, v_mean = tensors
+    out_ptr, lse_ptr, gather_ptr, key_mask, bias_ptr, _q_scale, _k_scale, _v_scale, _v_mean = tensors
     work, col_idx, block_start = lists
     DTYPE: gl.constexpr = v_ring.dtype
-    SUM: gl.constexpr = gl.int32 if NUMERICS == 1 else gl.float32
-    LOG2: gl.constexpr = 1.4426950408889634
-    DEPTH: gl.constexpr = 16 if NUMERICS == 0 else 32
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, DEPTH])
-    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, DEPTH])
-    P: gl.constexpr = gl.DotOperandLayout(0, O, DEPTH // 8)
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     Q2: gl.constexpr = gl.DotOperandLayout(0, S, 2)
-    # What the four threads of a row of logits have each: see _by_thread.
+    # What the four threads of a row of logits have each: see gluon_parts.partial_sums.
     T: gl.constexpr = gl.DistributedLinearLayout(
         [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4]
     )
-    W: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    factor = scale * LOG2
+    factor = scale * 1.4426950408889634
     used_q = 0
     k_stage = 0
     k_phase = 0
     v_stage = 0
     v_phase = 0
     turns = 0
-    b, h, _, i, order, row, end, first, listed, plain, tail, gathered = _tile(work, gl.program_id(0), tiles)
+    b, h, _local, i, order, row, end, first, listed, plain, tail, gathered = tile_of(work, gl.program_id(0), tiles)
     for t in range(gl.program_id(0), total_tiles, gl.num_programs(0)):
         start_row = block_start + order * (num_blocks + 1)
         if row < end:
@@ -386,93 +208,53 @@ def _consumer(
                 mbarrier.wait(q_full.index(0), used_q & 1)
                 used_q += 1
                 mask_row = key_mask + b.to(gl.int64) * seq if HAS_MASK else key_mask
-                unit = factor
-                scales = (b * HEADS + h) * num_blocks
-                if NUMERICS != 0:
-                    unit = factor * gl.load(q_scale + scales + i)
-                    if HAS_TAIL:
-                        # Blocks of summaries have scales too.
-                        scales = (b * HEADS + h) * (num_blocks + (2 * num_blocks + BLOCK - 1) // BLOCK)
                 if listed > 0:
-                    j = gl.load(col_idx + _entry(0, first, plain, TEXT_BEFORE))
-                    if NUMERICS != 0:
-                        block_unit = unit * gl.load(k_scale + scales + j)
-                    else:
-                        block_unit = unit
+                    j = gl.load(col_idx + entry_of(0, first, plain, TEXT_BEFORE))
                     mbarrier.wait(k_full.index(k_stage), k_phase)
                     k = k_ring.index(k_stage).reshape([BLOCK, D])
-                    logits = warpgroup_mma(q, k.permute((1, 0)), gl.zeros([64, BLOCK], SUM, layout=S), use_acc=False)
+                    zeros = gl.zeros([64, BLOCK], gl.float32, layout=S)
+                    logits = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False)
                     mbarrier.arrive(k_empty.index(k_stage), count=1)
-                    k_stage, k_phase = _next(k_stage, k_phase, STAGES)
-                    if NUMERICS == 1:
-                        logits = _as_float(logits)
+                    k_stage, k_phase = next_slot(k_stage, k_phase, STAGES)
                     if plain == 0:
-                        logits = _checked(logits, j, start_row, mask_row, text_before, visual_end, HAS_MASK, S)
-                    p, total, top, keep = _probabilities(logits, total, top, block_unit, S, T, P, DTYPE, NUMERICS)
-                    if NUMERICS != 0:
-                        p = _packed(p)
-                        # The matrix units add up fp8 products with 14 bits. So each block's sum starts afresh, and is
-                        # added in fp32 (SageAttention2, section 3.4); by when the next block's shrinks it all.
-                        last_shrink = gl.convert_layout(keep, gl.SliceLayout(1, O))[:, None]
+                        logits = checked(logits, j, start_row, mask_row, text_before, visual_end, HAS_MASK, S)
+                    p, total, top, keep = _probabilities(logits, total, top, factor, S, T, P, DTYPE)
                     mbarrier.wait(k_full.index(k_stage), k_phase, pred=listed > 1)
                     for e in range(1, listed):
-                        if NUMERICS != 0:
-                            # Loaded here, long before it is needed.
-                            j = gl.load(col_idx + _entry(e, first, plain, TEXT_BEFORE))
-                            block_unit = unit * gl.load(k_scale + scales + j)
-                        operand = _operand(p, P, NUMERICS)
                         if TAKE_TURNS:
                             # One consumer multiplies while the other works on its softmax. Consumer 0 begins.
                             mbarrier.wait(turn.index(WHICH), (turns & 1) ^ (1 - WHICH))
                         k = k_ring.index(k_stage).reshape([BLOCK, D])
-                        sums = warpgroup_mma(
-                            q, k.permute((1, 0)), gl.zeros([64, BLOCK], SUM, layout=S), use_acc=False, is_async=True
-                        )
+                        zeros = gl.zeros([64, BLOCK], gl.float32, layout=S)
+                        sums = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
                         mbarrier.wait(v_full.index(v_stage), v_phase)
-                        values = _values(v_ring, v_stage, D, BLOCK, NUMERICS)
-                        if NUMERICS == 0:
-                            products = warpgroup_mma(operand, values, acc, is_async=True)
-                        else:
-                            products = warpgroup_mma(
-                                operand, values, gl.zeros([64, D], gl.float32, layout=O), use_acc=False, is_async=True
-                            )
+                        products = warpgroup_mma(p, v_ring.index(v_stage).reshape([BLOCK, D]), acc, is_async=True)
                         if TAKE_TURNS:
                             mbarrier.arrive(turn.index(1 - WHICH), count=1)
                             turns += 1
                         logits = warpgroup_mma_wait(1, deps=(sums,))
                         mbarrier.arrive(k_empty.index(k_stage), count=1)
-                        if NUMERICS == 1:
-                            logits = _as_float(logits)
                         if e >= plain:
-                            j = gl.load(col_idx + _entry(e, first, plain, TEXT_BEFORE))
-                            logits = _checked(logits, j, start_row, mask_row, text_before, visual_end, HAS_MASK, S)
-                        next_p, total, top, keep = _probabilities(
-                            logits, total, top, block_unit, S, T, P, DTYPE, NUMERICS
-                        )
+                            j = gl.load(col_idx + entry_of(e, first, plain, TEXT_BEFORE))
+                            logits = checked(logits, j, start_row, mask_row, text_before, visual_end, HAS_MASK, S)
+                        next_p, total, top, keep = _probabilities(logits, total, top, factor, S, T, P, DTYPE)
                         # Here, so that the assembler, which orders code between branches as it likes, cannot put the
                         # softmax after the wait for the second product.
-                        k_stage, k_phase = _next(k_stage, k_phase, STAGES)
+                        k_stage, k_phase = next_slot(k_stage, k_phase, STAGES)
                         mbarrier.wait(k_full.index(k_stage), k_phase, pred=e + 1 < listed)
                         products = warpgroup_mma_wait(0, deps=(products,))
                         # Not before the wait: it would hold the products up, whose operand these registers are.
-                        p = next_p if NUMERICS == 0 else _packed(next_p)
+                        p = next_p
                         mbarrier.arrive(v_empty.index(v_stage), count=1)
                         shrink = gl.convert_layout(keep, gl.SliceLayout(1, O))[:, None]
-                        if NUMERICS == 0:
-                            acc = products * shrink
-                        else:
-                            acc = acc * last_shrink + products
-                            last_shrink = shrink
-                        v_stage, v_phase = _next(v_stage, v_phase, STAGES)
+                        acc = products * shrink
+                        v_stage, v_phase = next_slot(v_stage, v_phase, STAGES)
                     if not HAS_TAIL:
                         mbarrier.arrive(q_empty.index(0), count=1)
                     mbarrier.wait(v_full.index(v_stage), v_phase)
-                    operand = _operand(p, P, NUMERICS)
-                    if NUMERICS != 0:
-                        acc = acc * last_shrink
-                    acc = warpgroup_mma(operand, _values(v_ring, v_stage, D, BLOCK, NUMERICS), acc)
+                    acc = warpgroup_mma(p, v_ring.index(v_stage).reshape([BLOCK, D]), acc)
                     mbarrier.arrive(v_empty.index(v_stage), count=1)
-                    v_stage, v_phase = _next(v_stage, v_phase, STAGES)
+                    v_stage, v_phase = next_slot(v_stage, v_phase, STAGES)
                 if HAS_TAIL:
                     if tail != 0:
                         columns = gl.arange(0, BLOCK, layout=gl.BlockedLayout([1], [32], [4], [0]))
@@ -481,77 +263,88 @@ def _consumer(
                         for n in range(0, count, BLOCK):
                             # Asked for here, long before it is needed, one for a thread.
                             bias = gl.load(bias_row + n + columns, mask=n + columns < count, other=float("-inf"))
-                            block_unit = factor
-                            if NUMERICS != 0:
-                                block_unit = unit * gl.load(k_scale + scales + num_blocks + n // BLOCK)
                             mbarrier.wait(k_full.index(k_stage), k_phase)
                             k = k_ring.index(k_stage).reshape([BLOCK, D])
                             logits = warpgroup_mma(
-                                q, k.permute((1, 0)), gl.zeros([64, BLOCK], SUM, layout=S), use_acc=False
+                                q, k.permute((1, 0)), gl.zeros([64, BLOCK], gl.float32, layout=S), use_acc=False
                             )
                             mbarrier.arrive(k_empty.index(k_stage), count=1)
-                            k_stage, k_phase = _next(k_stage, k_phase, STAGES)
-                            if NUMERICS == 1:
-                                logits = _as_float(logits) - _INTEGERS
-                            if NUMERICS == 0:
-                                if tail == 2:
-                                    # Half the variance of a block's logits, in units of the products with q.
-                                    half = q.load(Q2).to(gl.float32)
-                                    half = (half * half * (0.5 * scale)).to(gl.bfloat16)
-                                    mbarrier.wait(k_full.index(k_stage), k_phase)
-                                    var = k_ring.index(k_stage)._reinterpret(
-                                        gl.bfloat16, [1, 1, BLOCK, D], k_ring.type.layout
-                                    )
-                                    logits = warpgroup_mma(half, var.reshape([BLOCK, D]).permute((1, 0)), logits)
-                                    mbarrier.arrive(k_empty.index(k_stage), count=1)
-                                    k_stage, k_phase = _next(k_stage, k_phase, STAGES)
+                            k_stage, k_phase = next_slot(k_stage, k_phase, STAGES)
+                            if tail == 2:
+                                # Half the variance of a block's logits, in units of the products with q.
+                                half = q.load(Q2).to(gl.float32)
+                                half = (half * half * (0.5 * scale)).to(gl.bfloat16)
+                                mbarrier.wait(k_full.index(k_stage), k_phase)
+                                var = k_ring.index(k_stage)._reinterpret(
+                                    gl.bfloat16, [1, 1, BLOCK, D], k_ring.type.layout
+                                )
+                                logits = warpgroup_mma(half, var.reshape([BLOCK, D]).permute((1, 0)), logits)
+                                mbarrier.arrive(k_empty.index(k_stage), count=1)
+                                k_stage, k_phase = next_slot(k_stage, k_phase, STAGES)
                             bias = gl.convert_layout(bias.to(gl.float32), gl.SliceLayout(0, S))
-                            logits = logits * block_unit + bias[None, :]
-                            # What int8 logits had too much is off already.
-                            p, total, top, keep = _probabilities(
-                                logits, total, top, 1.0, S, T, P, DTYPE, 0 if NUMERICS == 0 else 2
-                            )
-                            if NUMERICS != 0:
-                                p = _packed(p)
-                            operand = _operand(p, P, NUMERICS)
+                            logits = logits * factor + bias[None, :]
+                            p, total, top, keep = _probabilities(logits, total, top, 1.0, S, T, P, DTYPE)
                             acc = acc * gl.convert_layout(keep, gl.SliceLayout(1, O))[:, None]
                             mbarrier.wait(v_full.index(v_stage), v_phase)
-                            acc = warpgroup_mma(operand, _values(v_ring, v_stage, D, BLOCK, NUMERICS), acc)
+                            acc = warpgroup_mma(p, v_ring.index(v_stage).reshape([BLOCK, D]), acc)
                             mbarrier.arrive(v_empty.index(v_stage), count=1)
-                            v_stage, v_phase = _next(v_stage, v_phase, STAGES)
+                            v_stage, v_phase = next_slot(v_stage, v_phase, STAGES)
                     mbarrier.arrive(q_empty.index(0), count=1)
 
-            next_tile = _tile(work, gl.minimum(t + gl.num_programs(0), total_tiles - 1), tiles)
+            next_tile = tile_of(work, gl.minimum(t + gl.num_programs(0), total_tiles - 1), tiles)
             total = gl.sum(total, 1)
             sums = gl.convert_layout(total, gl.SliceLayout(1, O))
             out = acc / gl.where(sums > 0, sums, 1.0)[:, None]
-            if NUMERICS != 0:
-                channel = gl.arange(0, D, layout=gl.SliceLayout(0, O))
-                at = (b * HEADS + h) * HEAD_DIM + channel
-                real = channel < HEAD_DIM
-                out = out * gl.load(v_scale + at, mask=real, other=0.0)[None, :]
-                mean = gl.load(v_mean + at, mask=real, other=0.0)
-                out = gl.where((sums > 0)[:, None], out + mean[None, :], 0.0)
-            # Whole rows to a warp, 16 bytes to a thread.
-            out = gl.convert_layout(out.to(out_ptr.dtype.element_ty), W)
-            position = row + WHICH * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, W))
-            live = position < end
-            out_row = _output_row(position, live, b, h, order, gathered, gather_ptr, seq, HEADS, GATHER)
-            channel = gl.arange(0, D, layout=gl.SliceLayout(0, W))
-            gl.store(
-                out_ptr + out_row[:, None] * HEAD_DIM + channel[None, :], out,
-                mask=live[:, None] & (channel[None, :] < HEAD_DIM),
-            )  # fmt: skip
+            store_rows(
+                out, out_ptr, row + WHICH * 64, end, b, h, order, gathered, gather_ptr, seq, HEADS, HEAD_DIM, GATHER
+            )
             if RETURN_LSE:
-                total = gl.convert_layout(total, gl.SliceLayout(1, S))
-                lse = (top + gl.log2(total) - (0.0 if NUMERICS == 0 else 8.0)) / LOG2
-                position = row + WHICH * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
-                live = position < end
-                out_row = _output_row(position, live, b, h, order, gathered, gather_ptr, seq, HEADS, GATHER)
-                gl.store(lse_ptr + out_row, gl.where(total > 0, lse, float("-inf")), mask=live)
+                store_lse(
+                    top, total, 0.0, lse_ptr, row + WHICH * 64, end, b, h, order, gathered, gather_ptr, seq,
+                    HEADS, GATHER, S,
+                )  # fmt: skip
         else:
-            next_tile = _tile(work, gl.minimum(t + gl.num_programs(0), total_tiles - 1), tiles)
-        b, h, _, i, order, row, end, first, listed, plain, tail, gathered = next_tile
+            next_tile = tile_of(work, gl.minimum(t + gl.num_programs(0), total_tiles - 1), tiles)
+        b, h, _local, i, order, row, end, first, listed, plain, tail, gathered = next_tile
+
+
+@gluon.jit
+def _consumer(
+    rings, bars, tensors, lists, scale, seq, total_tiles, tiles, num_blocks, text_before, visual_end,
+    WHICH: gl.constexpr, HEADS: gl.constexpr, TEXT_BEFORE: gl.constexpr,
+    D: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, HAS_MASK: gl.constexpr,
+    HAS_TAIL: gl.constexpr, GATHER: gl.constexpr, RETURN_LSE: gl.constexpr, TAKE_TURNS: gl.constexpr,
+    NUMERICS: gl.constexpr,
+):  # fmt: skip
+    if NUMERICS == 0:
+        _consume_sixteen(
+            rings, bars, tensors, lists, scale, seq, total_tiles, tiles, num_blocks, text_before, visual_end,
+            WHICH, HEADS, TEXT_BEFORE, D, HEAD_DIM, BLOCK, STAGES, HAS_MASK, HAS_TAIL, GATHER, RETURN_LSE, TAKE_TURNS,
+        )  # fmt: skip
+    else:
+        consume_eight(
+            rings, bars, tensors, lists, scale, seq, total_tiles, tiles, num_blocks, text_before, visual_end,
+            WHICH, HEADS, TEXT_BEFORE, D, HEAD_DIM, BLOCK, STAGES, HAS_MASK, HAS_TAIL, GATHER, RETURN_LSE, NUMERICS,
+        )  # fmt: skip
+
+
+@gluon.jit
+def _producer(
+    rings, bars, fetched, lists, total_tiles, tiles, num_blocks,
+    HEADS: gl.constexpr, TEXT_BEFORE: gl.constexpr,
+    D: gl.constexpr, BLOCK: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, HAS_TAIL: gl.constexpr,
+    GATHER: gl.constexpr, NUMERICS: gl.constexpr,
+):  # fmt: skip
+    if NUMERICS == 0:
+        _produce_sixteen(
+            rings, bars, fetched, lists, total_tiles, tiles, num_blocks,
+            HEADS, TEXT_BEFORE, D, BLOCK, CONSUMERS, STAGES, HAS_TAIL, GATHER,
+        )  # fmt: skip
+    else:
+        produce_eight(
+            rings, bars, fetched, lists, total_tiles, tiles, num_blocks,
+            TEXT_BEFORE, D, BLOCK, CONSUMERS, STAGES, HAS_TAIL,
+        )  # fmt: skip
 
 
 @gluon.jit

@@ -46,18 +46,21 @@ EIGHT = [
 ]
 
 
-# Faults of the kind that only a GPU would show, and only now and then: (what, text, text with the fault).
-_TAKE = "products = warpgroup_mma_wait(0, deps=(products,))"
-_FREE = "mbarrier.arrive(v_empty.index(v_stage), count=1)"
+# Faults of the kind that only a GPU would show, and only now and then: (numerics, what, text, text with the fault).
 _LINE = "\n" + " " * 24
-_NEXT = _LINE + "# Not before the wait: it would hold the products up, whose operand these registers are."
-_NEXT += _LINE + "p = next_p if NUMERICS == 0 else _packed(next_p)"
+_TAKE = "products = warpgroup_mma_wait(0, deps=(products,))" + _LINE
+_TAKE += "# Not before the wait: it would hold the products up, whose operand these registers are." + _LINE
+_FREE, _FREE_EIGHT = (f"mbarrier.arrive({slot}, count=1)" for slot in ("v_empty.index(v_stage)", "empty.index(done)"))
+_P, _P_EIGHT = "p = next_p" + _LINE, "p = _packed(probabilities)" + _LINE
 FAULTS = (
-    ("keys are read early", "mbarrier.wait(k_full.index(k_stage), k_phase, pred=e + 1 < listed)", "pass"),
-    ("values are given back early", _TAKE + _NEXT + _LINE + _FREE, _FREE + _LINE + _TAKE + _NEXT),
-    ("a turn is never passed on", "mbarrier.arrive(turn.index(1 - WHICH), count=1)", "pass"),
-    ("one consumer frees a slot for both", "mbarrier.init(k_empty.index(s), count=CONSUMERS)",
+    ("auto", "keys are read early", "mbarrier.wait(k_full.index(k_stage), k_phase, pred=e + 1 < listed)", "pass"),
+    ("auto", "values are given back early", _TAKE + _P + _FREE, _FREE + _LINE + _TAKE + _P + "pass"),
+    ("auto", "a turn is never passed on", "mbarrier.arrive(turn.index(1 - WHICH), count=1)", "pass"),
+    ("auto", "one consumer frees a slot for both", "mbarrier.init(k_empty.index(s), count=CONSUMERS)",
      "mbarrier.init(k_empty.index(s), count=1)"),
+    ("int8", "blocks in 8 bits are read early", "mbarrier.wait(full.index(stage), phase, pred=j >= 0)", "pass"),
+    ("int8", "blocks in 8 bits are given back early", _TAKE + _P_EIGHT + _FREE_EIGHT,
+     _FREE_EIGHT + _LINE + _TAKE + _P_EIGHT + "pass"),
 )  # fmt: skip
 
 
@@ -185,13 +188,17 @@ def check_faults() -> None:
     gluon_emulator.DEADLOCK_SECONDS = 2.0
     grid, entries = TokenGrid(4, 16, 16), [head(), head()]
     layout = random_layout(grid, entries, 128, 0.6)
-    call = make_call(*inputs(grid, len(entries), 128, dtype=torch.bfloat16), layout)
-    want, _ = reference_attention(call.q, call.k, call.v, layout)
-    for what, text, fault in FAULTS:
+    q, k, v = inputs(grid, len(entries), 128, dtype=torch.bfloat16)
+    want, _ = reference_attention(q, k, v, layout)
+    for numerics, what, text, fault in FAULTS:
         kernel = gluon_emulator.load_emulated(1, (text, fault))
+        kernel.quantize = quantized
+        call = make_call(q, k, v, layout, numerics=numerics)
+        most = 0.01 if numerics == "auto" else 0.1
         try:
             for _ in range(5):
-                torch.testing.assert_close(kernel.run(call)[0].double(), want, atol=3e-2, rtol=3e-2)
+                error = (kernel.run(call)[0].double() - want).norm() / want.norm()
+                assert float(error) < most, float(error)
         except AssertionError:
             print("noticed:", what, flush=True)
 

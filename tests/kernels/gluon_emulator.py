@@ -96,6 +96,10 @@ class Shared:
     def dtype(self) -> torch.dtype:
         return self.value.dtype
 
+    @property
+    def shape(self) -> list[int]:
+        return list(self.value.shape)
+
     def index(self, i: Any) -> Shared:
         return Shared(self.value[int(i)], self.type.layout)
 
@@ -158,7 +162,8 @@ def warpgroup_mma_wait(num_outstanding: int = 0, deps: tuple[Any, ...] = ()) -> 
 def copy_tile(desc: Descriptor, where: list[Any], bar: Shared, to: Shared) -> None:
     at = [int(x) for x in where]
     assert list(to.value.shape) == desc.box
-    source = desc.base[at[0] : at[0] + 1, at[1] : at[1] + 1, at[2] : at[2] + desc.box[2], : desc.box[3]]
+    rows, columns = (slice(a, a + n) for a, n in zip(at[2:], desc.box[2:]))
+    source = desc.base[at[0] : at[0] + 1, at[1] : at[1] + 1, rows, columns]
 
     def land() -> None:
         time.sleep(8e-3 if random.random() < 0.1 else random.random() * 2e-4)  # now and then a copy takes long
@@ -300,6 +305,19 @@ def _language() -> types.ModuleType:
     return gl
 
 
+#: The kernel's modules, in the order in which they import one another, and what of each looks into bits or is assembly.
+_MODULES: dict[str, dict[str, Any]] = {
+    "gluon_parts": {},
+    "gluon_eight": {
+        "_as_float": lambda x: x.float() + 12582912.0,
+        "_four_fp8": lambda *x: torch.stack(x, -1).to(torch.float8_e4m3fn),
+        "_unpacked": lambda x: x.reshape(64, -1),
+        "_held": lambda x, nothing: x,
+    },
+    "gluon_sm90": {},
+}
+
+
 def load_emulated(multiprocessors: int, edit: tuple[str, str] | None = None) -> types.ModuleType:
     """The Hopper kernel's module, with Gluon put in by emulation, on a GPU of so many multiprocessors.
 
@@ -322,34 +340,34 @@ def load_emulated(multiprocessors: int, edit: tuple[str, str] | None = None) -> 
     compat.tensor_descriptor = lambda x, shape, strides, box: Descriptor(x, box)  # type: ignore[attr-defined]
     experimental = types.ModuleType("emulated_experimental")
     experimental.gluon = gluon  # type: ignore[attr-defined]
+    modules = {f"diffsparse.kernels.{name}": types.ModuleType(f"emulated_{name}") for name in _MODULES}
     stand_ins = {
         "triton.experimental": experimental,
         "triton.experimental.gluon": gluon,
         "triton.experimental.gluon.language": gl,
         "triton.experimental.gluon.language.nvidia.hopper": hopper,
         "diffsparse.kernels.gluon_compat": compat,
+        **modules,
     }
-    before = {name: sys.modules.get(name) for name in stand_ins}
-    path = Path(__file__).resolve().parents[2] / "kernels" / "src" / "gluon_sm90.py"
-    source = path.read_text("utf-8")
+    folder = Path(__file__).resolve().parents[2] / "kernels" / "src"
+    sources = {name: (folder / f"{name}.py").read_text("utf-8") for name in _MODULES}
     if edit is not None:
-        assert source.count(edit[0]) == 1, f"the kernel has {source.count(edit[0])} times {edit[0]!r}"
-        source = source.replace(*edit)
-    module = types.ModuleType("emulated_kernel")
-    sys.modules["emulated_kernel"] = module
+        count = sum(source.count(edit[0]) for source in sources.values())
+        assert count == 1, f"the kernel has {count} times {edit[0]!r}"
+        sources = {name: source.replace(*edit) for name, source in sources.items()}
+    before = {name: sys.modules.get(name) for name in stand_ins}
+    for module in modules.values():
+        sys.modules[module.__name__] = module
     sys.modules.update(stand_ins)
     try:
-        exec(compile(source, str(path), "exec"), module.__dict__)
+        for (name, own), module in zip(_MODULES.items(), modules.values()):
+            exec(compile(sources[name], str(folder / f"{name}.py"), "exec"), module.__dict__)
+            module.__dict__.update(own, range=_tensor_range)
     finally:
         for name, old in before.items():
             if old is None:
                 del sys.modules[name]
             else:
                 sys.modules[name] = old
-    # What looks into bits, or is assembly.
-    module._as_float = lambda x: x.float() + 12582912.0  # type: ignore[attr-defined]
-    module._four_fp8 = lambda *x: torch.stack(x, -1).to(torch.float8_e4m3fn)  # type: ignore[attr-defined]
-    module._unpacked = lambda x: x.reshape(64, -1)  # type: ignore[attr-defined]
-    module.range = _tensor_range  # type: ignore[attr-defined]
     module._multiprocessors = lambda device: multiprocessors  # type: ignore[attr-defined]
     return module

@@ -19,7 +19,7 @@ from diffsparse.entry import Execution, HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels import reference_attention, sparse_attention
 from diffsparse.kernels.bench import OK, Row, bench_case, executed
-from diffsparse.kernels.bench_cases import CASES, cases, random_rows, uniform_case
+from diffsparse.kernels.bench_cases import CASES, cases, random_rows, uniform_case, with_outliers
 from diffsparse.kernels.clock import samples_ms, timing
 from diffsparse.kernels.peers import PEERS, BlockLists, Inputs, Peer, Prepared, block_lists, cannot_express
 from diffsparse.kernels.sampled import sampled_error
@@ -34,6 +34,17 @@ CPU = torch.device("cpu")
 
 def by_name(rows: list[Row], setting: str) -> dict[str, Row]:
     return {r.name: r for r in rows if r.setting == setting}
+
+
+# -- inputs ----------------------------------------------------------------------------------------------------------
+
+
+def test_outliers_are_a_few_wide_channels_off_zero() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 500, 2, 64)
+    wide = with_outliers(x)
+    assert (wide != x).any(dim=(0, 1, 2)).sum() == 4
+    assert wide[..., 3].mean() == pytest.approx(8, abs=1) and wide[..., 3].std() == pytest.approx(8, abs=1)
 
 
 # -- the check of sampled rows -----------------------------------------------------------------------------------------
