@@ -93,6 +93,15 @@ class InNumerics:
         return out
 
 
+def settings_of(plan: SparsityPlan, steps: int) -> GenerationSettings:
+    """Clips of the size that the plan was searched at: the pipeline's own default may be hundreds of times as large."""
+    searched = plan.record.get("calibration", {})
+    size = {name: searched.get(name) for name in ("height", "width", "num_frames")}
+    if size["height"] is None or size["width"] is None:
+        raise SystemExit("error: the plan does not say at which size it was searched; take one that was (--plan)")
+    return GenerationSettings(steps, searched.get("guidance_scale", 5.0), **size)
+
+
 def generations(
     model: str, plan: SparsityPlan, prompts: list[str], settings: GenerationSettings
 ) -> dict[str, dict[str, float]]:
@@ -101,8 +110,13 @@ def generations(
     pipe.set_progress_bar_config(disable=True)
 
     def clips(tap: Callable[[Any], torch.Tensor | None], seed: int) -> list[Any]:
-        with tap_attention(pipe, tap):
-            return [generate_clip(pipe, prompt, seed, settings).frames for prompt in prompts]
+        found = []
+        for prompt in prompts:
+            with tap_attention(pipe, tap):
+                clip = generate_clip(pipe, prompt, seed, settings)
+            print(f"{clip.seconds:6.1f} s  seed {seed}  {prompt}", flush=True)
+            found.append(clip.frames)
+        return found
 
     errors: dict[str, list[float]] = {n: [] for n in EIGHT}
     want = clips(InNumerics(plan, errors=errors), 1000)
@@ -139,8 +153,8 @@ def main() -> int:
             print(f"head_dim {dim:3}  {kind:22}  " + "  ".join(f"{n} {e:.1e}" for n, e in row.items()), flush=True)
     load.quiet_libraries()
     prompts = load.read_prompts(arguments.prompts)[: arguments.count]
-    settings = GenerationSettings(arguments.steps, 5.0)
-    found = generations(arguments.model, load.load_plan(arguments.plan), prompts, settings)
+    plan = load.load_plan(arguments.plan)
+    found = generations(arguments.model, plan, prompts, settings_of(plan, arguments.steps))
     for name, row in found.items():
         print(f"{name:12}  " + "  ".join(f"{key} {value:.3g}" for key, value in row.items()))
     if arguments.json:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from diffsparse.kernels import sparse_attention
+from diffsparse.plan import SparsityPlan
 from diffsparse.presets import preset
 from diffsparse.search import load
 from diffsparse.search.generate import GenerationSettings
@@ -63,3 +65,11 @@ def test_errors_and_clips_of_a_model(script: ModuleType, monkeypatch: pytest.Mon
     assert found["fp8"]["error_worst"] == pytest.approx(1e-2, rel=1e-3)
     assert found["int8"]["calls"] == 2 * 2 * 2  # layers, steps, guidance
     assert found["int8"]["psnr_mean"] > found["fp8"]["psnr_mean"] > found["another seed"]["psnr_mean"]
+
+
+def test_clips_have_the_size_of_the_plan(script: ModuleType) -> None:
+    plan = SparsityPlan.from_pretrained(ROOT / "examples" / "tiny_wan" / "sparse_plan")
+    settings = script.settings_of(plan, 7)
+    assert (settings.num_inference_steps, settings.height, settings.width, settings.num_frames) == (7, 128, 128, 17)
+    with pytest.raises(SystemExit, match="does not say at which size"):
+        script.settings_of(replace(plan, record={}), 7)

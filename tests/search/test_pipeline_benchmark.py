@@ -116,6 +116,45 @@ def test_a_plan_in_8_bits(script: ModuleType) -> None:
     assert "sparse 0.3 mean int8" in script.describe(rows[2])
 
 
+def test_rest_leaves_keys_and_values_to_be_made(script: ModuleType) -> None:
+    """Compiled too, where what nobody reads is left out."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    products = []
+
+    def count(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        products.append(sum(node.target is torch.ops.aten.mm.default for node in graph.graph.nodes))
+        return graph
+
+    transformer = script.build(script.TINY["wan-14b-720p"], torch.device("cpu"), torch.float32)
+    module = sys.modules[type(transformer).__module__]
+
+    with script.without_attention(transformer, 6), torch.no_grad():
+        weights = [torch.randn(8, 8) for _ in range(3)]
+
+        def three(x: torch.Tensor) -> torch.Tensor:
+            q, k, v = ((x @ w).view(1, 6, 2, 4) for w in weights)
+            return module.dispatch_attention_fn(q, k, v)
+
+        x = torch.randn(6, 8)
+        compiled = torch.compile(three, backend=aot_autograd(fw_compiler=count), fullgraph=True)
+        torch.testing.assert_close(compiled(x), (x @ weights[0]).view(1, 6, 2, 4))
+    assert products == [3]
+
+
+def test_eager_steps_come_first(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transformer that has been compiled stays so."""
+    events: list[str] = []
+    kind = sys.modules["diffusers"].WanTransformer3DModel
+    monkeypatch.setattr(kind, "compile_repeated_blocks", lambda self, **options: events.append("compile"))
+    script.bench_model(
+        "tiny", script.TINY["wan-14b-720p"], device=torch.device("cpu"), dtype=torch.float32, block_size=64,
+        modes=["compiled", "eager"], backend="cpu", seconds=0.001, most=2, settings=[], kind="mixed",
+        say=lambda row: events.append(f"{row.mode} {row.what}"), with_fastest=False,
+    )  # fmt: skip
+    assert events == ["eager rest", "eager dense", "compile", "compiled rest", "compiled dense"]
+
+
 def test_a_step_that_fails_or_runs_dense_is_not_counted(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     def bench(**options: Any) -> list[Any]:
         return script.bench_model(
