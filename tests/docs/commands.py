@@ -62,8 +62,18 @@ EXCUSED = {
     "python benchmarks/pipeline.py --models wan-14b-720p --csv pipeline.csv --plot pipeline.png": ON_A_GPU,
     "python benchmarks/pipeline.py --modes compiled --models wan-1.3b-480p --settings 0.25,0.08:moments --most 2 "
     "--seconds 5": ON_A_GPU,
-    "python benchmarks/pipeline.py --modes compiled --models hunyuan-720p,wan-14b-720p --settings 0.25,0.08:moments "
-    "--most 1 --seconds 1 --no-fastest": ON_A_GPU,
+    'python benchmarks/kernels.py --cases outliers-32k --dense cudnn_sdpa,diffsparse_int8,diffsparse_fp8 --peers "" '
+    "--backends gluon_sm90 --rounds 2 --csv outliers.csv": KERNELS,
+    "python benchmarks/pipeline.py --modes compiled --models wan-1.3b-480p --most 5 --seconds 3 --no-fastest "
+    "--settings 0.5,0.25,0.25:int8,0.15,0.08:moments,0.08:centroids:int8,1:int8": ON_A_GPU,
+    "python benchmarks/pipeline.py --modes compiled --models wan-1.3b-720p --most 3 --seconds 2 --no-fastest "
+    "--settings 0.5,0.25,0.25:int8,0.15,0.08:moments,0.08:centroids:int8,1:int8": ON_A_GPU,
+    "python benchmarks/pipeline.py --modes compiled --models wan-14b-720p --most 1 --seconds 1 --no-fastest "
+    "--settings 0.25,0.08:moments,0.25:int8,1:int8,0.25:fp8,1:fp8,0.5,0.15,0.08:centroids:int8": ON_A_GPU,
+    "python benchmarks/pipeline.py --modes compiled --models hunyuan-720p --most 1 --seconds 1 --no-fastest "
+    "--settings 0.25,0.08:moments,0.25:int8,1:int8,0.15,0.08:centroids:int8,0.5": ON_A_GPU,
+    "python benchmarks/pipeline.py --modes eager --models wan-14b-720p --most 1 --seconds 1 --no-fastest "
+    "--settings 0.25,0.08:moments": ON_A_GPU,
     "python benchmarks/loop.py examples/tiny_wan examples/tiny_wan/sparse_plan --prompts "
     "examples/tiny_wan/prompts/heldout.txt --count 3": "whole clips again and again at full size, minutes on a CPU",
     "python benchmarks/quality.py examples/tiny_wan examples/tiny_wan/sparse_plan --prompts "
