@@ -51,16 +51,11 @@ COPY_BYTES = 512 << 20
 
 
 @gluon.jit
-def _fetch(
-    ring, full, empty, stage, phase, desc, moved, gathered, b, h, local, row,
-    STAGES: gl.constexpr, BYTES: gl.constexpr, GATHER: gl.constexpr,
-):  # fmt: skip
-    """Copy the box at ``row`` of a head into a slot, once the consumers are done with it. Returns the next slot.
+def _copy(ring, full, stage, desc, moved, gathered, b, h, local, row, GATHER: gl.constexpr):
+    """Copy the box at ``row`` of a head into a slot.
 
     From ``desc``, or, for a head in an order of its own, from ``moved``, which is in that order.
     """
-    mbarrier.wait(empty.index(stage), phase ^ 1)
-    mbarrier.expect(full.index(stage), BYTES)
     if GATHER:
         if gathered != 0:
             copy_tile(moved, [b, local, row, 0], full.index(stage), ring.index(stage))
@@ -68,6 +63,35 @@ def _fetch(
             copy_tile(desc, [b, h, row, 0], full.index(stage), ring.index(stage))
     else:
         copy_tile(desc, [b, h, row, 0], full.index(stage), ring.index(stage))
+
+
+@gluon.jit
+def _fetch(
+    ring, full, empty, stage, phase, desc, moved, gathered, b, h, local, row,
+    STAGES: gl.constexpr, BYTES: gl.constexpr, GATHER: gl.constexpr,
+):  # fmt: skip
+    """Copy the box at ``row`` of a head into a slot, once the consumers are done with it. Returns the next slot."""
+    mbarrier.wait(empty.index(stage), phase ^ 1)
+    mbarrier.expect(full.index(stage), BYTES)
+    _copy(ring, full, stage, desc, moved, gathered, b, h, local, row, GATHER)
+    return next_slot(stage, phase, STAGES)
+
+
+@gluon.jit
+def _fetch_both(
+    rings, bars, fetched, stage, phase, gathered, b, h, local, k_row, v_row,
+    KEYS: gl.constexpr, VALUES: gl.constexpr, STAGES: gl.constexpr, BYTES: gl.constexpr, GATHER: gl.constexpr,
+):  # fmt: skip
+    """The same for keys and values, or either, that share a slot and the barriers of keys."""
+    _q_ring, k_ring, v_ring = rings
+    _q_full, _q_empty, full, empty, _v_full, _v_empty, _turn = bars
+    _q_desc, k_desc, v_desc, _q_moved, k_moved, v_moved, _mean_k, _var_k, _mean_v = fetched
+    mbarrier.wait(empty.index(stage), phase ^ 1)
+    mbarrier.expect(full.index(stage), BYTES * (KEYS + VALUES))
+    if KEYS:
+        _copy(k_ring, full, stage, k_desc, k_moved, gathered, b, h, local, k_row, GATHER)
+    if VALUES:
+        _copy(v_ring, full, stage, v_desc, v_moved, gathered, b, h, local, v_row, GATHER)
     return next_slot(stage, phase, STAGES)
 
 
@@ -111,27 +135,44 @@ def _produce_sixteen(
                 _fetch_queries(q_ring, q_full, q_desc, b, h, row, CONSUMERS)
             used_q += 1
             if listed > 0:
-                # In the order in which consumers want them: a block's keys, then the values of the block before.
+                # In the order in which consumers want them: a block's keys with the values of the block before.
                 k_row = gl.load(start_row + gl.load(col_idx + entry_of(0, first, plain, TEXT_BEFORE)))
-                k_stage, k_phase = _fetch(
-                    k_ring, k_full, k_empty, k_stage, k_phase, k_desc, k_moved, gathered, b, h, local, k_row,
-                    STAGES, BYTES, GATHER,
-                )  # fmt: skip
-                for e in range(1, listed):
-                    v_row = k_row
-                    k_row = gl.load(start_row + gl.load(col_idx + entry_of(e, first, plain, TEXT_BEFORE)))
+                if BLOCK != 128 or HAS_TAIL:
                     k_stage, k_phase = _fetch(
                         k_ring, k_full, k_empty, k_stage, k_phase, k_desc, k_moved, gathered, b, h, local, k_row,
                         STAGES, BYTES, GATHER,
                     )  # fmt: skip
+                    for e in range(1, listed):
+                        v_row = k_row
+                        k_row = gl.load(start_row + gl.load(col_idx + entry_of(e, first, plain, TEXT_BEFORE)))
+                        k_stage, k_phase = _fetch(
+                            k_ring, k_full, k_empty, k_stage, k_phase, k_desc, k_moved, gathered, b, h, local, k_row,
+                            STAGES, BYTES, GATHER,
+                        )  # fmt: skip
+                        v_stage, v_phase = _fetch(
+                            v_ring, v_full, v_empty, v_stage, v_phase, v_desc, v_moved, gathered, b, h, local, v_row,
+                            STAGES, BYTES, GATHER,
+                        )  # fmt: skip
                     v_stage, v_phase = _fetch(
-                        v_ring, v_full, v_empty, v_stage, v_phase, v_desc, v_moved, gathered, b, h, local, v_row,
+                        v_ring, v_full, v_empty, v_stage, v_phase, v_desc, v_moved, gathered, b, h, local, k_row,
                         STAGES, BYTES, GATHER,
                     )  # fmt: skip
-                v_stage, v_phase = _fetch(
-                    v_ring, v_full, v_empty, v_stage, v_phase, v_desc, v_moved, gathered, b, h, local, k_row,
-                    STAGES, BYTES, GATHER,
-                )  # fmt: skip
+                else:
+                    k_stage, k_phase = _fetch_both(
+                        rings, bars, fetched, k_stage, k_phase, gathered, b, h, local, k_row, k_row,
+                        True, False, STAGES, BYTES, GATHER,
+                    )  # fmt: skip
+                    for e in range(1, listed):
+                        v_row = k_row
+                        k_row = gl.load(start_row + gl.load(col_idx + entry_of(e, first, plain, TEXT_BEFORE)))
+                        k_stage, k_phase = _fetch_both(
+                            rings, bars, fetched, k_stage, k_phase, gathered, b, h, local, k_row, v_row,
+                            True, True, STAGES, BYTES, GATHER,
+                        )  # fmt: skip
+                    k_stage, k_phase = _fetch_both(
+                        rings, bars, fetched, k_stage, k_phase, gathered, b, h, local, k_row, k_row,
+                        False, True, STAGES, BYTES, GATHER,
+                    )  # fmt: skip
             if HAS_TAIL:
                 if tail != 0:
                     bh = b * HEADS + h
@@ -175,11 +216,16 @@ def _consume_sixteen(
     D: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, HAS_MASK: gl.constexpr,
     HAS_TAIL: gl.constexpr, GATHER: gl.constexpr, RETURN_LSE: gl.constexpr, TAKE_TURNS: gl.constexpr,
 ):  # fmt: skip
-    """Attend the tiles of one program, 64 queries of each, in 16 bits."""
+    """Attend the tiles of one program, 64 queries of each, in 16 bits.
+
+    Blocks of 128 keys, without tails, share a slot, and so its two barriers, with the values of the block before. Tails
+    fetch keys and values ahead as each have room, and blocks of 64 take turns too quickly for so few slots.
+    """
     q_ring, k_ring, v_ring = rings
     q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = bars
     out_ptr, lse_ptr, gather_ptr, key_mask, bias_ptr, _q_scale, _k_scale, _v_scale, _v_mean = tensors
     work, col_idx, block_start = lists
+    SHARED: gl.constexpr = BLOCK == 128 and not HAS_TAIL
     DTYPE: gl.constexpr = v_ring.dtype
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -219,7 +265,10 @@ def _consume_sixteen(
                     if plain == 0:
                         logits = checked(logits, j, start_row, mask_row, text_before, visual_end, HAS_MASK, S)
                     p, total, top, keep = _probabilities(logits, total, top, factor, S, T, P, DTYPE)
-                    mbarrier.wait(k_full.index(k_stage), k_phase, pred=listed > 1)
+                    if SHARED:
+                        mbarrier.wait(k_full.index(k_stage), k_phase)
+                    else:
+                        mbarrier.wait(k_full.index(k_stage), k_phase, pred=listed > 1)
                     for e in range(1, listed):
                         if TAKE_TURNS:
                             # One consumer multiplies while the other works on its softmax. Consumer 0 begins.
@@ -227,34 +276,53 @@ def _consume_sixteen(
                         k = k_ring.index(k_stage).reshape([BLOCK, D])
                         zeros = gl.zeros([64, BLOCK], gl.float32, layout=S)
                         sums = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
-                        mbarrier.wait(v_full.index(v_stage), v_phase)
-                        products = warpgroup_mma(p, v_ring.index(v_stage).reshape([BLOCK, D]), acc, is_async=True)
+                        if SHARED:
+                            values = v_ring.index(k_stage).reshape([BLOCK, D])
+                        else:
+                            mbarrier.wait(v_full.index(v_stage), v_phase)
+                            values = v_ring.index(v_stage).reshape([BLOCK, D])
+                        products = warpgroup_mma(p, values, acc, is_async=True)
                         if TAKE_TURNS:
                             mbarrier.arrive(turn.index(1 - WHICH), count=1)
                             turns += 1
-                        logits = warpgroup_mma_wait(1, deps=(sums,))
-                        mbarrier.arrive(k_empty.index(k_stage), count=1)
-                        if e >= plain:
+                        if SHARED:
                             j = gl.load(col_idx + entry_of(e, first, plain, TEXT_BEFORE))
+                        logits = warpgroup_mma_wait(1, deps=(sums,))
+                        if not SHARED:
+                            mbarrier.arrive(k_empty.index(k_stage), count=1)
+                        if e >= plain:
+                            if not SHARED:
+                                j = gl.load(col_idx + entry_of(e, first, plain, TEXT_BEFORE))
                             logits = checked(logits, j, start_row, mask_row, text_before, visual_end, HAS_MASK, S)
                         next_p, total, top, keep = _probabilities(logits, total, top, factor, S, T, P, DTYPE)
-                        # Here, so that the assembler, which orders code between branches as it likes, cannot put the
-                        # softmax after the wait for the second product.
+                        done = k_stage
                         k_stage, k_phase = next_slot(k_stage, k_phase, STAGES)
-                        mbarrier.wait(k_full.index(k_stage), k_phase, pred=e + 1 < listed)
+                        # Here, so that the assembler, which orders code between branches as it likes, cannot put the
+                        # softmax after the wait for the second product. (Where there always is a next slot, a condition
+                        # that always holds, and that it cannot know of, makes it a branch.)
+                        more = j >= 0 if SHARED else e + 1 < listed
+                        mbarrier.wait(k_full.index(k_stage), k_phase, pred=more)
                         products = warpgroup_mma_wait(0, deps=(products,))
                         # Not before the wait: it would hold the products up, whose operand these registers are.
                         p = next_p
-                        mbarrier.arrive(v_empty.index(v_stage), count=1)
+                        if SHARED:
+                            mbarrier.arrive(k_empty.index(done), count=1)
+                        else:
+                            mbarrier.arrive(v_empty.index(v_stage), count=1)
+                            v_stage, v_phase = next_slot(v_stage, v_phase, STAGES)
                         shrink = gl.convert_layout(keep, gl.SliceLayout(1, O))[:, None]
                         acc = products * shrink
-                        v_stage, v_phase = next_slot(v_stage, v_phase, STAGES)
                     if not HAS_TAIL:
                         mbarrier.arrive(q_empty.index(0), count=1)
-                    mbarrier.wait(v_full.index(v_stage), v_phase)
-                    acc = warpgroup_mma(p, v_ring.index(v_stage).reshape([BLOCK, D]), acc)
-                    mbarrier.arrive(v_empty.index(v_stage), count=1)
-                    v_stage, v_phase = next_slot(v_stage, v_phase, STAGES)
+                    if SHARED:
+                        acc = warpgroup_mma(p, v_ring.index(k_stage).reshape([BLOCK, D]), acc)
+                        mbarrier.arrive(k_empty.index(k_stage), count=1)
+                        k_stage, k_phase = next_slot(k_stage, k_phase, STAGES)
+                    else:
+                        mbarrier.wait(v_full.index(v_stage), v_phase)
+                        acc = warpgroup_mma(p, v_ring.index(v_stage).reshape([BLOCK, D]), acc)
+                        mbarrier.arrive(v_empty.index(v_stage), count=1)
+                        v_stage, v_phase = next_slot(v_stage, v_phase, STAGES)
                 if HAS_TAIL:
                     if tail != 0:
                         columns = gl.arange(0, BLOCK, layout=gl.BlockedLayout([1], [32], [4], [0]))
@@ -448,7 +516,7 @@ class Config:
 def choose_config(block: int, head_dim: int, numerics: str = "auto") -> Config:
     """What fits into 227 KiB of shared memory and 64 Ki registers."""
     if block == 64:
-        return Config(stages=2, programs=2, take_turns=False, registers=(128, 208, 48))
+        return Config(stages=2 if numerics == "auto" else 4, programs=2, take_turns=False, registers=(128, 208, 48))
     wide = head_dim > 64
     if numerics != "auto":
         registers = (168, 240, 24) if wide else (168, 232, 40)
