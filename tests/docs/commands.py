@@ -62,7 +62,7 @@ EXCUSED = {
     "python benchmarks/pipeline.py --models wan-14b-720p --csv pipeline.csv --plot pipeline.png": ON_A_GPU,
     "python benchmarks/pipeline.py --modes compiled --models wan-1.3b-480p --settings 0.25,0.08:moments --most 2 "
     "--seconds 5": ON_A_GPU,
-    'python benchmarks/kernels.py --cases outliers-32k --dense cudnn_sdpa,diffsparse_int8,diffsparse_fp8 --peers "" '
+    "python benchmarks/kernels.py --cases outliers-32k --dense cudnn_sdpa,diffsparse_int8,diffsparse_fp8 --peers '' "
     "--backends gluon_sm90 --rounds 2 --csv outliers.csv": KERNELS,
     "python benchmarks/pipeline.py --modes compiled --models wan-1.3b-480p --most 5 --seconds 3 --no-fastest "
     "--settings 0.5,0.25,0.25:int8,0.15,0.08:moments,0.08:centroids:int8,1:int8": ON_A_GPU,
