@@ -9,7 +9,6 @@ the next tile's first blocks while the consumers still write the last one out.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +44,6 @@ from diffsparse.kernels.triton_prepare import summaries
 
 __all__ = ["Config", "choose_config", "launch", "run"]
 
-LOG2_E = math.log2(math.e)
 #: What copies of q, k and v in heads' own orders may take. As many heads as that is enough for run at a time.
 COPY_BYTES = 512 << 20
 
@@ -107,7 +105,7 @@ def _produce_sixteen(
     rings, bars, fetched, lists, total_tiles, tiles, num_blocks,
     HEADS: gl.constexpr, TEXT_BEFORE: gl.constexpr,
     D: gl.constexpr, BLOCK: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, HAS_TAIL: gl.constexpr,
-    GATHER: gl.constexpr,
+    GATHER: gl.constexpr, SHARED: gl.constexpr,
 ):  # fmt: skip
     """Fetch what the consumers of one program attend, in 16 bits."""
     q_ring, k_ring, v_ring = rings
@@ -137,7 +135,7 @@ def _produce_sixteen(
             if listed > 0:
                 # In the order in which consumers want them: a block's keys with the values of the block before.
                 k_row = gl.load(start_row + gl.load(col_idx + entry_of(0, first, plain, TEXT_BEFORE)))
-                if BLOCK != 128 or HAS_TAIL:
+                if not SHARED:
                     k_stage, k_phase = _fetch(
                         k_ring, k_full, k_empty, k_stage, k_phase, k_desc, k_moved, gathered, b, h, local, k_row,
                         STAGES, BYTES, GATHER,
@@ -215,6 +213,7 @@ def _consume_sixteen(
     WHICH: gl.constexpr, HEADS: gl.constexpr, TEXT_BEFORE: gl.constexpr,
     D: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, HAS_MASK: gl.constexpr,
     HAS_TAIL: gl.constexpr, GATHER: gl.constexpr, RETURN_LSE: gl.constexpr, TAKE_TURNS: gl.constexpr,
+    SHARED: gl.constexpr,
 ):  # fmt: skip
     """Attend the tiles of one program, 64 queries of each, in 16 bits.
 
@@ -225,7 +224,6 @@ def _consume_sixteen(
     q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = bars
     out_ptr, lse_ptr, gather_ptr, key_mask, bias_ptr, _q_scale, _k_scale, _v_scale, _v_mean = tensors
     work, col_idx, block_start = lists
-    SHARED: gl.constexpr = BLOCK == 128 and not HAS_TAIL
     DTYPE: gl.constexpr = v_ring.dtype
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -382,12 +380,13 @@ def _consumer(
     WHICH: gl.constexpr, HEADS: gl.constexpr, TEXT_BEFORE: gl.constexpr,
     D: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, HAS_MASK: gl.constexpr,
     HAS_TAIL: gl.constexpr, GATHER: gl.constexpr, RETURN_LSE: gl.constexpr, TAKE_TURNS: gl.constexpr,
-    NUMERICS: gl.constexpr,
+    SHARED: gl.constexpr, NUMERICS: gl.constexpr,
 ):  # fmt: skip
     if NUMERICS == 0:
         _consume_sixteen(
             rings, bars, tensors, lists, scale, seq, total_tiles, tiles, num_blocks, text_before, visual_end,
             WHICH, HEADS, TEXT_BEFORE, D, HEAD_DIM, BLOCK, STAGES, HAS_MASK, HAS_TAIL, GATHER, RETURN_LSE, TAKE_TURNS,
+            SHARED,
         )  # fmt: skip
     else:
         consume_eight(
@@ -401,12 +400,12 @@ def _producer(
     rings, bars, fetched, lists, total_tiles, tiles, num_blocks,
     HEADS: gl.constexpr, TEXT_BEFORE: gl.constexpr,
     D: gl.constexpr, BLOCK: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, HAS_TAIL: gl.constexpr,
-    GATHER: gl.constexpr, NUMERICS: gl.constexpr,
+    GATHER: gl.constexpr, SHARED: gl.constexpr, NUMERICS: gl.constexpr,
 ):  # fmt: skip
     if NUMERICS == 0:
         _produce_sixteen(
             rings, bars, fetched, lists, total_tiles, tiles, num_blocks,
-            HEADS, TEXT_BEFORE, D, BLOCK, CONSUMERS, STAGES, HAS_TAIL, GATHER,
+            HEADS, TEXT_BEFORE, D, BLOCK, CONSUMERS, STAGES, HAS_TAIL, GATHER, SHARED,
         )  # fmt: skip
     else:
         produce_eight(
@@ -423,8 +422,8 @@ def _forward_kernel(
     scale, seq, total_tiles, tiles, num_blocks, text_before, visual_end,
     HEADS: gl.constexpr, TEXT_BEFORE: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr,
     BLOCK: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, HAS_MASK: gl.constexpr, HAS_TAIL: gl.constexpr,
-    GATHER: gl.constexpr, RETURN_LSE: gl.constexpr, TAKE_TURNS: gl.constexpr, NUMERICS: gl.constexpr,
-    CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
+    GATHER: gl.constexpr, RETURN_LSE: gl.constexpr, TAKE_TURNS: gl.constexpr, SHARED: gl.constexpr,
+    NUMERICS: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
     V_ROWS: gl.constexpr = BLOCK if NUMERICS == 0 else D
     V_COLUMNS: gl.constexpr = D if NUMERICS == 0 else BLOCK
@@ -465,16 +464,16 @@ def _forward_kernel(
                 (_consumer, (
                     rings, bars, tensors, lists, scale, seq, total_tiles, tiles, num_blocks, text_before, visual_end,
                     0, HEADS, TEXT_BEFORE, D, HEAD_DIM, BLOCK, STAGES, HAS_MASK, HAS_TAIL, GATHER,
-                    RETURN_LSE, TAKE_TURNS, NUMERICS,
+                    RETURN_LSE, TAKE_TURNS, SHARED, NUMERICS,
                 )),
                 (_consumer, (
                     rings, bars, tensors, lists, scale, seq, total_tiles, tiles, num_blocks, text_before, visual_end,
                     1, HEADS, TEXT_BEFORE, D, HEAD_DIM, BLOCK, STAGES, HAS_MASK, HAS_TAIL, GATHER,
-                    RETURN_LSE, TAKE_TURNS, NUMERICS,
+                    RETURN_LSE, TAKE_TURNS, SHARED, NUMERICS,
                 )),
                 (_producer, (
                     rings, bars, fetched, lists, total_tiles, tiles, num_blocks,
-                    HEADS, TEXT_BEFORE, D, BLOCK, CONSUMERS, STAGES, HAS_TAIL, GATHER, NUMERICS,
+                    HEADS, TEXT_BEFORE, D, BLOCK, CONSUMERS, STAGES, HAS_TAIL, GATHER, SHARED, NUMERICS,
                 )),
             ],
             [4, 1],
@@ -486,11 +485,11 @@ def _forward_kernel(
                 (_consumer, (
                     rings, bars, tensors, lists, scale, seq, total_tiles, tiles, num_blocks, text_before, visual_end,
                     0, HEADS, TEXT_BEFORE, D, HEAD_DIM, BLOCK, STAGES, HAS_MASK, HAS_TAIL, GATHER,
-                    RETURN_LSE, TAKE_TURNS, NUMERICS,
+                    RETURN_LSE, TAKE_TURNS, SHARED, NUMERICS,
                 )),
                 (_producer, (
                     rings, bars, fetched, lists, total_tiles, tiles, num_blocks,
-                    HEADS, TEXT_BEFORE, D, BLOCK, CONSUMERS, STAGES, HAS_TAIL, GATHER, NUMERICS,
+                    HEADS, TEXT_BEFORE, D, BLOCK, CONSUMERS, STAGES, HAS_TAIL, GATHER, SHARED, NUMERICS,
                 )),
             ],
             [1],
@@ -608,6 +607,7 @@ def launch(
         GATHER=call.needs_gather,
         RETURN_LSE=call.return_lse,
         TAKE_TURNS=config.take_turns and consumers == 2,
+        SHARED=block == 128 and not call.has_tail,
         NUMERICS=NUMERICS.index(numerics),
         CONSUMER_REGS=consumer,
         PRODUCER_REGS=producer,
