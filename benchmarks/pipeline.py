@@ -35,13 +35,12 @@ import torch
 from diffsparse.entry import NUMERICS, Execution, HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.layout import build_layout
-from diffsparse.order import RasterOrder, TokenOrder
+from diffsparse.order import AxisOrder, RasterOrder, TokenOrder
 from diffsparse.pattern import Band, Pattern, Window
 from diffsparse.pipelines import architecture_of, sparse_attention, sparse_attention_summary
 from diffsparse.plan import SparsityPlan
 from diffsparse.presets import preset
 from diffsparse.schedule import Schedule
-from diffsparse.search.candidates import flat_tile
 from diffsparse.search.environment import stamp
 
 OK = "ok"
@@ -104,10 +103,11 @@ TINY = {
 class Row:
     """One step.
 
-    what: ``dense``, ``rest``, ``fastest`` (dense, on the fastest kernel that is installed) or ``sparse``. asked: the
-    density asked for. density: of a call as it ran, tails counted, mean over layers and heads. backend: what ran.
-    attention_share: of this step. speedup: the dense step of the same mode over this one; attention_speedup: the same
-    of what is not ``rest``. peak_gib: memory at the highest, the weights included.
+    what: ``dense``, ``unmasked`` (dense, without the padding mask of a model that has one), ``rest``, ``fastest``
+    (dense, on the fastest kernel that is installed) or ``sparse``. asked: the density asked for. density: of a call as
+    it ran, tails counted, mean over layers and heads. backend: what ran. attention_share: of this step. speedup: the
+    dense step of the same mode over this one; attention_speedup: the same of what is not ``rest``. peak_gib: memory at
+    the highest, the weights included.
     """
 
     model: str
@@ -188,21 +188,31 @@ def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tens
 
 
 @contextmanager
-def without_attention(transformer: Any, tokens: int) -> Iterator[None]:
-    """Self-attention copies its query: what a step costs beside it."""
+def self_attention(transformer: Any, tokens: int, instead: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Calls of self-attention go to ``instead``, after the function that they would have gone to."""
     module = sys.modules[type(transformer).__module__]
     own = module.dispatch_attention_fn
 
-    def pass_on(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def dispatch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if query.shape[1] == tokens and key.shape[1] == tokens:
-            return _pass_on(query, key, value)
+            return instead(own, query, key, value, *args, **kwargs)
         return own(query, key, value, *args, **kwargs)
 
-    module.dispatch_attention_fn = pass_on
+    module.dispatch_attention_fn = dispatch
     try:
         yield
     finally:
         module.dispatch_attention_fn = own
+
+
+def pass_on(own: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    """A copy of the query: what a step costs beside self-attention."""
+    return _pass_on(query, key, value)
+
+
+def without_mask(own: Any, *qkv: torch.Tensor, attn_mask: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
+    """Attention without the mask of a text's padding, of which there is none here: dense kernels are faster so."""
+    return own(*qkv, **kwargs)
 
 
 @contextmanager
@@ -248,11 +258,15 @@ def nearest(
 def plan_of(
     transformer: Any, grid: TokenGrid, density: float, tail: str, block_size: int, kind: str, numerics: str = "auto"
 ) -> SparsityPlan:
-    """All layers alike: windows on tiles (``window``), bands along the sequence (``band``), or in turn (``mixed``)."""
+    """All layers alike: windows over all frames (``window``), bands along the sequence (``band``), or in turn
+    (``mixed``).
+
+    A window's tokens are ordered by height, then width, then frame. So a block is a few sites through all frames, which
+    fills it on every grid, and a window of the same density reaches farther than on tiles of one frame.
+    """
     architecture = architecture_of(transformer)
-    tile = flat_tile(grid.visual_only(), block_size)  # as a search would begin
     families: dict[str, tuple[Callable[[float], Pattern], TokenOrder]] = {
-        "window": (lambda x: Window((None, x, x)), tile),
+        "window": (lambda x: Window((None, x, x)), AxisOrder("HWF")),
         "band": (Band, RasterOrder()),
     }
     execution = Execution(tail=tail, numerics=numerics)
@@ -380,7 +394,11 @@ def bench_model(
         return told(row, run_step(forward, device, seconds, most))
 
     def rest(row: Row) -> Row:
-        with without_attention(transformer, model.grid.seq_len):
+        with self_attention(transformer, model.grid.seq_len, pass_on):
+            return plain(row)
+
+    def unmasked(row: Row) -> Row:
+        with self_attention(transformer, model.grid.seq_len, without_mask):
             return plain(row)
 
     def sparse(row: Row) -> Row:
@@ -405,10 +423,14 @@ def bench_model(
         if mode == "compiled":
             transformer.compile_repeated_blocks(fullgraph=True)
         here: list[Row] = []
-        for what, run in (("rest", rest), ("dense", plain), ("fastest", fastest)):
-            if what != "fastest" or with_fastest:
-                here.append(attempt(replace(base, mode=mode, what=what), run))
-                say(ratios(here)[-1])
+        wanted = {"rest": rest, "dense": plain}
+        if "encoder_attention_mask" in arguments:
+            wanted["unmasked"] = unmasked
+        if with_fastest:
+            wanted["fastest"] = fastest
+        for what, run in wanted.items():
+            here.append(attempt(replace(base, mode=mode, what=what), run))
+            say(ratios(here)[-1])
         for density, tail, numerics in settings:
             row = replace(base, mode=mode, what="sparse", asked=density, tail=tail, numerics=numerics)
             here.append(attempt(row, sparse))
@@ -420,19 +442,22 @@ def bench_model(
 # -- what comes out ----------------------------------------------------------------------------------------------------
 
 
+_DENSE = {"dense": "dense", "fastest": "dense, fastest", "unmasked": "dense, no mask"}
+
+
 def _extras(row: Row) -> list[str]:
     return [word for word, usual in ((row.tail, "none"), (row.numerics, "auto")) if word != usual]
 
 
 def describe(row: Row) -> str:
-    what = {"fastest": "dense, fastest"}.get(row.what, row.what)
+    what = _DENSE.get(row.what, row.what)
     if row.what == "sparse":
         what = " ".join([f"sparse {row.asked:g}", *_extras(row)])
     head = f"{row.model:<15}{row.mode:<10}{what:<22}"
     if row.ms is None:
         return f"{head}not timed: {row.status}"
     share = "" if row.attention_share is None else f"  attention {row.attention_share:5.1%}"
-    speed = "" if row.what not in ("sparse", "fastest") or row.speedup is None else f"  {row.speedup:.2f}x"
+    speed = "" if row.what not in ("sparse", "fastest", "unmasked") or row.speedup is None else f"  {row.speedup:.2f}x"
     peak = "" if row.peak_gib is None else f"  peak {row.peak_gib:.1f} GiB"
     peak += "" if not row.backend else f"  {row.backend}"
     wrong = "" if row.status == OK else f"  NOT COUNTED: {row.status}"
@@ -474,8 +499,7 @@ def draw(rows: list[Row], machine: dict[str, str], path: Path) -> None:
             panel.bar(x, attention, bottom=row.ms / 1e3 - attention, color=color)
             if row.what != "dense" and row.speedup is not None:
                 panel.annotate(f"{row.speedup:.2f}x", (x, row.ms / 1e3), ha="center", va="bottom", fontsize="small")
-        words = {"dense": "dense", "fastest": "dense, fastest"}
-        labels = [f"{r.mode}\n" + words.get(r.what, " ".join([f"{r.density:.2f}", *_extras(r)])) for r in mine]
+        labels = [f"{r.mode}\n" + _DENSE.get(r.what, " ".join([f"{r.density:.2f}", *_extras(r)])) for r in mine]
         panel.set_xticks(range(len(mine)), labels, fontsize="x-small", rotation=60)
         panel.set_title(f"{name}, {mine[0].tokens:,} tokens" if mine else name, fontsize="medium")
         panel.set_ylabel("seconds a step (gray: not attention)")
