@@ -23,6 +23,7 @@ from typing import Any
 # This file's folder, first on the path, would have it stand in for Hugging Face's package `kernels`.
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
 
+import numpy as np
 import torch
 
 from diffsparse.entry import HeadEntry
@@ -129,6 +130,7 @@ def generations(
         found[name] = {"psnr_mean": statistics.mean(psnr), "psnr_worst": min(psnr)}
         if calls := errors.get(name):
             found[name] |= {"calls": len(calls), "error_median": statistics.median(calls), "error_worst": max(calls)}
+            found[name]["error_p99"] = float(np.quantile(calls, 0.99))
     return found
 
 

@@ -256,7 +256,7 @@ def consume_eight(
                         # softmax after the wait for the second product.
                         done = stage
                         stage, phase = next_slot(stage, phase, STAGES)
-                        mbarrier.wait(full.index(stage), phase, pred=j >= 0)
+                        mbarrier.wait(full.index(stage), phase)
                         products = warpgroup_mma_wait(0, deps=(products,))
                         # Not before the wait: it would hold the products up, whose operand these registers are.
                         p = _packed(probabilities)

@@ -26,8 +26,12 @@ __all__ = ["Quantized", "empty_quantized", "quantize", "rotation", "value_order"
 FP8_MAX = tl.constexpr(448.0)
 #: 1.5 * 2^23: from here on fp32 has the integers, and nothing between them.
 INTEGERS = tl.constexpr(12582912.0)
-#: Tokens whose keys and values one program of the first pass adds up.
-_CHUNK = 1024
+#: How the first pass runs: tokens that one program adds up, of which so many at a time, and how many times as many are
+#: under way.
+_FIRST = {"CHUNK": 1024, "ROWS": 8, "STAGES": 3, "num_warps": 4}
+#: How the second pass runs: blocks that one program rounds, and how many it has under way. So few registers that two
+#: programs share a multiprocessor.
+_SECOND = {"RUN": 16, "STAGES": 3, "num_warps": 8, "maxnreg": 128}
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,7 @@ def _part_kernel(
     D: tl.constexpr,
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Of ``CHUNK`` tokens: sum of the keys, sum, largest and smallest of the values, channel by channel."""
     chunk = tl.program_id(0)
@@ -107,7 +112,7 @@ def _part_kernel(
     v_sum = tl.zeros([ROWS, D], tl.float32)
     high = tl.full([ROWS, D], float("-inf"), tl.float32)
     low = tl.full([ROWS, D], float("inf"), tl.float32)
-    for n in range(0, CHUNK, ROWS):
+    for n in tl.range(0, CHUNK, ROWS, num_stages=STAGES):
         token = (chunk * CHUNK + n + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         live = token < seq
         k_sum += tl.load(k_row + token * stride_ks, mask=live, other=0.0).to(tl.float32)
@@ -150,10 +155,18 @@ def _whole_kernel(part, turn, k_mean, turned_mean, v_mean, v_scale, seq, chunks,
 
 
 @triton.jit
-def _turned(x, inside, turn, mean, D: tl.constexpr):
+def _rows(source, stride, starts, tokens, i, n, channel):
+    """Rows of one block in its head's order, and which of them it has."""
+    start = tl.load(starts + i)
+    live = n < tl.load(starts + i + 1) - start
+    token = tl.load(tokens + start + n, mask=live, other=0).to(tl.int64)
+    rows = tl.load(source + token[:, None] * stride + channel[None, :], mask=live[:, None], other=0.0)
+    return rows, live[:, None]
+
+
+@triton.jit
+def _turned(x, inside, matrix, mean):
     """Rows of queries or keys times the rotation, less ``mean``; zeros where there is none."""
-    channel = tl.arange(0, D)
-    matrix = tl.load(turn + channel[:, None] * D + channel[None, :])
     return tl.where(inside, tl.dot(x, matrix, input_precision="ieee") - mean[None, :], 0.0)
 
 
@@ -172,11 +185,9 @@ def _store_eight(x, x8, at, scale_at, D: tl.constexpr, FP8: tl.constexpr):
 
 
 @triton.jit
-def _store_values(v, inside, v8, row, scale_row, v_mean, v_scale, D: tl.constexpr, BLOCK: tl.constexpr):
+def _store_values(v, inside, v8, row, mean, inverse, D: tl.constexpr, BLOCK: tl.constexpr):
     """The values of one block, transposed."""
     channel = tl.arange(0, D)
-    mean = tl.load(v_mean + scale_row * D + channel)
-    inverse = 1.0 / tl.load(v_scale + scale_row * D + channel)
     v = tl.where(inside, (v.to(tl.float32) - mean[None, :]) * inverse[None, :], 0.0)
     to = (row * D + channel)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     tl.store(v8 + to, tl.trans(v).to(v8.dtype.element_ty))
@@ -221,13 +232,17 @@ def _quantize_means_kernel(
     count = tl.where(tail == 3, 2 * num_blocks, num_blocks)
     inside = (i * BLOCK + n < count)[:, None]
     at = (bh * 2 * num_blocks + i * BLOCK + n)[:, None] * D + channel[None, :]
-    k = _turned(tl.load(mean_k + at, mask=inside, other=0.0), inside, turn, tl.load(turned_mean + bh * D + channel), D)
+    matrix = tl.load(turn + channel[:, None] * D + channel[None, :])
+    mean = tl.load(turned_mean + bh * D + channel)
+    k = _turned(tl.load(mean_k + at, mask=inside, other=0.0), inside, matrix, mean)
     _store_eight(k, k8, (row * BLOCK + n)[:, None] * D + channel[None, :], k_scale + row, D, KIND == 2)
     n = _value_order(n)
     inside = (i * BLOCK + n < count)[:, None]
     at = (bh * 2 * num_blocks + i * BLOCK + n)[:, None] * D + channel[None, :]
     v = tl.load(mean_v + at, mask=inside, other=0.0)
-    _store_values(v, inside, v8, row, bh, v_mean, v_scale, D, BLOCK)
+    mean = tl.load(v_mean + bh * D + channel)
+    inverse = 1.0 / tl.load(v_scale + bh * D + channel)
+    _store_values(v, inside, v8, row, mean, inverse, D, BLOCK)
 
 
 @triton.jit
@@ -264,41 +279,49 @@ def _quantize_kernel(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     KIND: tl.constexpr,
+    RUN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """One block of the queries, of the keys or of the values: each its own program, so that many are under way."""
-    i = tl.program_id(0)
+    """``RUN`` blocks of the queries, of the keys or of the values, the next fetched while one is worked on."""
     h = tl.program_id(1)
     if tl.load(head_kind + h) != KIND:
         return
     which = tl.program_id(2) % 3
     b = (tl.program_id(2) // 3).to(tl.int64)
     h64 = h.to(tl.int64)
+    bh = b * HEADS + h
     order = tl.load(head_order + h)
-    start = tl.load(block_start + order * (num_blocks + 1) + i)
-    length = tl.load(block_start + order * (num_blocks + 1) + i + 1) - start
+    starts = block_start + order * (num_blocks + 1)
+    tokens = gather_ptr + order.to(tl.int64) * seq
+    first = tl.program_id(0) * RUN
+    end = tl.minimum(first + RUN, num_blocks)
     n = tl.arange(0, BLOCK)
     channel = tl.arange(0, D)
-    bh = b * HEADS + h
-    row = bh * blocks + i
-    if which == 2:
-        n = _value_order(n)
-    token = tl.load(gather_ptr + order.to(tl.int64) * seq + start + n, mask=n < length, other=0).to(tl.int64)
-    inside = (n < length)[:, None]
     at = n[:, None] * D + channel[None, :]
+    matrix = tl.load(turn + channel[:, None] * D + channel[None, :])
     if which == 0:
-        source = q_ptr + b * stride_qb + h64 * stride_qh + token[:, None] * stride_qs + channel[None, :]
-        q = _turned(tl.load(source, mask=inside, other=0.0), inside, turn, tl.zeros([D], tl.float32), D)
-        row = bh * num_blocks + i
-        _store_eight(q, q8, row * BLOCK * D + at, q_scale + row, D, KIND == 2)
+        source = q_ptr + b * stride_qb + h64 * stride_qh
+        for i in tl.range(first, end, num_stages=STAGES):
+            q, inside = _rows(source, stride_qs, starts, tokens, i, n, channel)
+            q = _turned(q, inside, matrix, tl.zeros([D], tl.float32))
+            row = bh * num_blocks + i
+            _store_eight(q, q8, row * BLOCK * D + at, q_scale + row, D, KIND == 2)
     elif which == 1:
-        source = k_ptr + b * stride_kb + h64 * stride_kh + token[:, None] * stride_ks + channel[None, :]
+        source = k_ptr + b * stride_kb + h64 * stride_kh
         mean = tl.load(turned_mean + bh * D + channel)
-        k = _turned(tl.load(source, mask=inside, other=0.0), inside, turn, mean, D)
-        _store_eight(k, k8, row * BLOCK * D + at, k_scale + row, D, KIND == 2)
+        for i in tl.range(first, end, num_stages=STAGES):
+            k, inside = _rows(source, stride_ks, starts, tokens, i, n, channel)
+            k = _turned(k, inside, matrix, mean)
+            row = bh * blocks + i
+            _store_eight(k, k8, row * BLOCK * D + at, k_scale + row, D, KIND == 2)
     else:
-        source = v_ptr + b * stride_vb + h64 * stride_vh + token[:, None] * stride_vs + channel[None, :]
-        v = tl.load(source, mask=inside, other=0.0)
-        _store_values(v, inside, v8, row, bh, v_mean, v_scale, D, BLOCK)
+        source = v_ptr + b * stride_vb + h64 * stride_vh
+        n = _value_order(n)
+        mean = tl.load(v_mean + bh * D + channel)
+        inverse = 1.0 / tl.load(v_scale + bh * D + channel)
+        for i in tl.range(first, end, num_stages=STAGES):
+            v, inside = _rows(source, stride_vs, starts, tokens, i, n, channel)
+            _store_values(v, inside, v8, bh * blocks + i, mean, inverse, D, BLOCK)
 
 
 def empty_quantized(call: AttentionCall, numerics: str) -> Quantized:
@@ -327,30 +350,29 @@ def quantize(
     out = empty_quantized(call, numerics)
     kinds, blocks = head_kinds(call), out.k_scale.shape[2]
     turn = rotation(dim, q.dtype, q.device)
-    chunks = -(-seq // _CHUNK)
+    chunks = -(-seq // _FIRST["CHUNK"])
     part = torch.empty((batch, heads, chunks, 4, dim), dtype=torch.float32, device=q.device)
     shape = dict(HEADS=heads, D=dim)
-    of_blocks = dict(
-        shape, BLOCK=call.block_size, KIND=NUMERICS.index(numerics), num_warps=4 if call.block_size * dim <= 8192 else 8
-    )
+    warps = _SECOND["num_warps"] // (2 if call.block_size * dim <= 8192 else 1)
+    of_blocks = dict(shape, BLOCK=call.block_size, KIND=NUMERICS.index(numerics), num_warps=warps)
     launches: list[tuple[Any, tuple[int, ...], list[Any], dict[str, Any]]] = [
         (
             _part_kernel, (chunks, heads, batch), [k, v, part, seq, *k.stride()[:3], *v.stride()[:3]],
-            dict(shape, CHUNK=_CHUNK, ROWS=16, num_warps=4),
+            dict(shape, **_FIRST),
         ),
         (
             _whole_kernel, (batch * heads,),
             [part, turn, out.k_mean, out.turned_mean, out.v_mean, out.v_scale, seq, chunks],
-            dict(D=dim, ROWS=16, num_warps=4),
+            dict(D=dim, ROWS=32, num_warps=8),
         ),
         (
-            _quantize_kernel, (call.num_blocks, heads, 3 * batch),
+            _quantize_kernel, (-(-call.num_blocks // _SECOND["RUN"]), heads, 3 * batch),
             [
                 q, k, v, out.q, out.k, out.v, out.q_scale, out.k_scale, out.v_scale, out.turned_mean, out.v_mean, turn,
                 call.gather, call.block_start, call.head_order, kinds, seq, call.num_blocks, blocks,
                 *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             ],
-            of_blocks,
+            {**_SECOND, **of_blocks},
         ),
     ]  # fmt: skip
     if means is not None:

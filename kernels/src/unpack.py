@@ -14,6 +14,23 @@ __all__ = ["unpack_lists"]
 
 
 @triton.jit
+def _kept(bit_row, start_row, j, num_blocks, text_before, visual_end, BLOCK: tl.constexpr):
+    """Of every block 16 times its kind, and 1 at that bit where it is kept, else 0.
+
+    Kinds are text before the video, its full blocks, its short ones, text after it: as in ``layout.block_kinds``.
+    """
+    exists = j < num_blocks
+    start = tl.load(start_row + j, mask=exists, other=0)
+    end = tl.load(start_row + j + 1, mask=exists, other=0)
+    kind = tl.where(end - start < BLOCK, 2, 1)
+    kind = tl.where(start < text_before, 0, kind)
+    kind = tl.where(start >= visual_end, 3, kind)
+    byte = tl.load(bit_row + j // 8, mask=exists, other=0).to(tl.int32)
+    shift = (16 * kind).to(tl.int64)
+    return shift, ((byte >> (j % 8)) & 1).to(tl.int64) << shift
+
+
+@triton.jit
 def _unpack_kernel(
     bits,
     row_ptr,
@@ -33,20 +50,19 @@ def _unpack_kernel(
         return
     start_row = block_start + tl.load(head_order + row // num_blocks) * (num_blocks + 1)
     bit_row = bits + row.to(tl.int64) * row_bytes
-    # Text before the video, its full blocks, its short ones, text after it: as in ``layout.block_kinds``.
-    for kind in range(4):
-        for first in range(0, num_blocks, WIDTH):
-            j = first + tl.arange(0, WIDTH)
-            exists = j < num_blocks
-            start = tl.load(start_row + j, mask=exists, other=0)
-            end = tl.load(start_row + j + 1, mask=exists, other=0)
-            own = tl.where(end - start < BLOCK, 2, 1)
-            own = tl.where(start < text_before, 0, own)
-            own = tl.where(start >= visual_end, 3, own)
-            byte = tl.load(bit_row + j // 8, mask=exists, other=0).to(tl.int32)
-            kept = ((byte >> (j % 8)) & 1) * (own == kind).to(tl.int32)
-            tl.store(col_idx + at + tl.cumsum(kept, 0) - 1, j, mask=kept != 0)
-            at += tl.sum(kept, 0)
+    # What is before the blocks of each kind in the list, 16 bits each.
+    total = tl.zeros([], tl.int64)
+    for first in range(0, num_blocks, WIDTH):
+        j = first + tl.arange(0, WIDTH)
+        _, one = _kept(bit_row, start_row, j, num_blocks, text_before, visual_end, BLOCK)
+        total += tl.sum(one, 0)
+    before = (total << 16) + (total << 32) + (total << 48)
+    for first in range(0, num_blocks, WIDTH):
+        j = first + tl.arange(0, WIDTH)
+        shift, one = _kept(bit_row, start_row, j, num_blocks, text_before, visual_end, BLOCK)
+        place = ((before + tl.cumsum(one, 0) - one) >> shift) & 0xFFFF
+        tl.store(col_idx + at + place.to(tl.int32), j, mask=one != 0)
+        before += tl.sum(one, 0)
 
 
 def unpack_lists(call: AttentionCall, bits: torch.Tensor, width: int = 1024, warmup: bool = False) -> Any:
@@ -56,6 +72,8 @@ def unpack_lists(call: AttentionCall, bits: torch.Tensor, width: int = 1024, war
     """
     rows, row_bytes = bits.shape
     n = call.num_blocks
+    if n >= 1 << 16:
+        raise ValueError(f"packed layouts hold up to 65,535 blocks a head, got {n:,}; take blocks of 128 tokens")
     col_idx = torch.empty(rows * n, dtype=torch.int32, device=bits.device)
     args = [bits, call.row_ptr, col_idx, call.block_start, call.head_order, n, row_bytes]
     args += [call.text_before, call.text_before + call.num_visual]

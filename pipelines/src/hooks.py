@@ -46,10 +46,12 @@ def attach(transformer: torch.nn.Module, state: ModelState) -> None:
     setattr(transformer, MODEL_STATE, state)
     _add_hooks(transformer, _before_model, _after_model)
     EPOCH.bump()
+    _forget_graphs(transformer, [layer.name for layer in state.layers])
 
 
 def detach(transformer: torch.nn.Module) -> None:
     """Take everything off again that ``attach`` put on."""
+    _forget_graphs(transformer, [name for name, x in transformer.named_modules() if LAYER_STATE in x.__dict__])
     for module in transformer.modules():
         _remove_hooks(module)
         for name in (LAYER_STATE, MODEL_STATE):
@@ -57,6 +59,27 @@ def detach(transformer: torch.nn.Module) -> None:
         if isinstance(processor := module.__dict__.get("processor"), StandIn):
             module.processor = processor.original
     EPOCH.bump()
+
+
+def _forget_graphs(transformer: torch.nn.Module, layers: list[str]) -> None:
+    """Have Dynamo forget what it made of the modules around attention.
+
+    Guards on ``EPOCH`` keep those graphs from ever being used again, but they would count: past so many of one function
+    (``recompile_limit``) Dynamo runs it uncompiled, or raises where ``fullgraph`` was asked for.
+    """
+    if "torch._dynamo" not in sys.modules:  # nothing has been compiled
+        return
+    from torch._dynamo.eval_frame import remove_from_cache
+
+    around = {""}
+    for layer in layers:
+        parts = layer.split(".")
+        around |= {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
+    modules = [module for name, module in transformer.named_modules() if name in around]
+    for forward in {type(x).forward for x in modules} | {
+        x.__dict__["forward"] for x in modules if "forward" in x.__dict__
+    }:
+        remove_from_cache(forward)
 
 
 def is_attached(transformer: torch.nn.Module) -> bool:

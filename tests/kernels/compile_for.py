@@ -131,8 +131,8 @@ def main() -> None:
         call = make_call(q, k, v, layout, return_lse=True)
         config = choose_config(block, dim, dtype, tail != "none", divmod(capability, 10), SHARED[capability])
         kernels = launch(call, config, warmup=True)
-        if tail == "centroids":
-            kernels.append(summaries(call, warmup=True))
+        if tail != "none":
+            kernels += summaries(call, warmup=True)
         for kernel in kernels:
             text = kernel.asm["ptx"]
             found = {

@@ -59,6 +59,7 @@ _EIGHT = "p = _packed(probabilities)" + _LINE
 _FREE = ("k_empty.index(done)", "v_empty.index(v_stage)", "empty.index(done)")
 _FREE_KEYS, _FREE_VALUES, _FREE_EIGHT = (f"mbarrier.arrive({slot}, count=1)" for slot in _FREE)
 _NEXT_KEYS = "mbarrier.wait(k_full.index(k_stage), k_phase, pred=more)"
+_NEXT_BLOCKS = "mbarrier.wait(full.index(stage), phase)"
 FAULTS = (
     ("auto", "none", "blocks are read early", _NEXT_KEYS, "pass"),
     ("auto", "none", "blocks are given back early", _TAKE + _TOGETHER + _FREE_KEYS,
@@ -69,7 +70,7 @@ FAULTS = (
     ("auto", "mean", "keys are read early", _NEXT_KEYS, "pass"),
     ("auto", "mean", "values are given back early", _TAKE + _APART + _FREE_VALUES,
      _FREE_VALUES + _LINE + _TAKE + _APART + "pass"),
-    ("int8", "none", "blocks in 8 bits are read early", "mbarrier.wait(full.index(stage), phase, pred=j >= 0)", "pass"),
+    ("int8", "none", "blocks in 8 bits are read early", _NEXT_BLOCKS + _LINE + _TAKE, _TAKE),
     ("int8", "none", "blocks in 8 bits are given back early", _TAKE + _EIGHT + _FREE_EIGHT,
      _FREE_EIGHT + _LINE + _TAKE + _EIGHT + "pass"),
 )  # fmt: skip

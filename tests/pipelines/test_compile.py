@@ -94,6 +94,26 @@ def _compile(pipe: Any, kind: str, backend: Any) -> None:
         pipe.transformer = torch.compile(pipe.transformer, fullgraph=True, backend=backend)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_compiled_model_takes_any_number_of_plans(kind: str) -> None:
+    """More than Dynamo keeps graphs of one function (``recompile_limit``), past which it would give up."""
+    pipe = wan_pipeline()
+    inputs = wan_inputs(3, 7, 9)
+    plans = [preset("window", size=(1, 0.1 * n, 0.5), tail="none") for n in range(1, 6)]
+    dense = run(pipe.transformer, inputs)
+    sparse = []
+    for plan in plans:
+        with sparse_attention(pipe.transformer, plan):
+            sparse.append(run(pipe.transformer, inputs))
+    _compile(pipe, kind, "eager")
+    model = pipe.transformer
+    for _ in range(2):
+        for plan, expected in zip(plans, sparse, strict=True):
+            with sparse_attention(model, plan):
+                torch.testing.assert_close(run(model, inputs), expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(run(model, inputs), dense, rtol=1e-4, atol=1e-5)
+
+
 @shows("whole model compiled", "WanTransformer3DModel")
 @pytest.mark.parametrize("first", ["plan first", "compiled first"])
 @pytest.mark.parametrize("kind", KINDS)
