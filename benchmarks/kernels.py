@@ -101,14 +101,14 @@ def draw(rows: list[Row], machine: dict[str, str], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     names = list(dict.fromkeys(row.case for row in rows))
-    colours: dict[tuple[str, str], str] = {}  # one for a kernel, in all panels
+    colours: dict[tuple[str, str], Any] = {}  # one for a kernel, in all panels
     figure, panels = plt.subplots(len(names), 1, figsize=(9, 3.6 * len(names)), squeeze=False, layout="constrained")
     for name, panel in zip(names, panels[:, 0]):
         mine = [row for row in rows if row.case == name and row.status == OK]
         settings = list(dict.fromkeys(row.setting for row in rows if row.case == name))
         kernels = list(dict.fromkeys((row.kind, row.name, row.numerics) for row in mine))
         for kind, kernel, numerics in kernels:
-            colour = colours.setdefault((kernel, numerics), f"C{len(colours)}")
+            colour = colours.setdefault((kernel, numerics), plt.get_cmap("tab20").colors[2 * len(colours) % 19])
             points = [r for r in mine if (r.kind, r.name, r.numerics) == (kind, kernel, numerics)]
             panel.plot(
                 [settings.index(r.setting) for r in points],

@@ -56,8 +56,12 @@ EXCUSED = {
     "python benchmarks/kernels.py --cases uniform-32k,shared-32k --rounds 2 --csv first.csv --peers "
     "flash_attention_4,fastvideo_vsa,fastvideo_triton": KERNELS,
     "python benchmarks/kernels.py --csv kernels.csv --plot kernels.png": KERNELS,
+    "python benchmarks/kernels.py --cases uniform-32k,head-dim-64 --rounds 2 --csv second.csv --dense cudnn_sdpa "
+    "--peers flash_attention_4": KERNELS,
     "python benchmarks/kernels.py --csv others.csv --dense cudnn_sdpa --peers flash_attention_4 --cases "
-    "tail,orders,radial,mixed,mixed-text,uniform-118k,head-dim-64": KERNELS,
+    "orders,radial,mixed,mixed-text,uniform-118k": KERNELS,
+    "python benchmarks/kernels.py --cases tail --dense cudnn_sdpa --peers '' --backends gluon_sm90,triton "
+    "--numerics auto --rounds 2 --csv tail.csv": KERNELS,
     "python benchmarks/numerics.py --json numerics.json": NUMERICS,
     "python benchmarks/pipeline.py --models wan-14b-720p --csv pipeline.csv --plot pipeline.png": ON_A_GPU,
     "python benchmarks/pipeline.py --modes compiled --models wan-1.3b-480p --settings 0.25,0.08:moments --most 2 "
@@ -65,14 +69,18 @@ EXCUSED = {
     "python benchmarks/kernels.py --cases outliers-32k --dense cudnn_sdpa,diffsparse_int8,diffsparse_fp8 --peers '' "
     "--backends gluon_sm90 --rounds 2 --csv outliers.csv": KERNELS,
     "python benchmarks/pipeline.py --modes compiled --models wan-1.3b-480p --most 5 --seconds 3 --no-fastest "
-    "--settings 0.5,0.25,0.25:int8,0.15,0.08:moments,0.08:centroids:int8,1:int8": ON_A_GPU,
+    "--settings 0.25,0.25:int8,0.25:fp8,0.08:moments,0.08:centroids:int8,0.15,0.5,1:int8": ON_A_GPU,
     "python benchmarks/pipeline.py --modes compiled --models wan-1.3b-720p --most 3 --seconds 2 --no-fastest "
-    "--settings 0.5,0.25,0.25:int8,0.15,0.08:moments,0.08:centroids:int8,1:int8": ON_A_GPU,
+    "--settings 0.25,0.25:int8,0.25:fp8,0.08:moments,0.08:centroids:int8,0.15,0.5,1:int8": ON_A_GPU,
     "python benchmarks/pipeline.py --modes compiled --models wan-14b-720p --most 1 --seconds 1 --no-fastest "
-    "--settings 0.25,0.08:moments,0.25:int8,1:int8,0.25:fp8,1:fp8,0.5,0.15,0.08:centroids:int8": ON_A_GPU,
+    "--settings 0.25,0.08:moments,0.25:int8,0.25:fp8,0.08:centroids:int8,1:int8,1:fp8,0.15,0.5": ON_A_GPU,
     "python benchmarks/pipeline.py --modes compiled --models hunyuan-720p --most 1 --seconds 1 --no-fastest "
-    "--settings 0.25,0.08:moments,0.25:int8,1:int8,0.15,0.08:centroids:int8,0.5": ON_A_GPU,
-    "python benchmarks/pipeline.py --modes eager --models wan-14b-720p --most 1 --seconds 1 --no-fastest "
+    "--settings 0.25,0.08:moments,0.25:int8,0.25:fp8,0.08:centroids:int8,0.15,0.5,1:int8": ON_A_GPU,
+    "python benchmarks/pipeline.py --modes eager --models wan-1.3b-480p --most 5 --seconds 3 --no-fastest "
+    "--settings 0.25,0.08:moments": ON_A_GPU,
+    "python benchmarks/pipeline.py --modes eager --models wan-1.3b-720p --most 3 --seconds 2 --no-fastest "
+    "--settings 0.25,0.08:moments": ON_A_GPU,
+    "python benchmarks/pipeline.py --modes eager --models wan-14b-720p,hunyuan-720p --most 1 --seconds 1 --no-fastest "
     "--settings 0.25,0.08:moments": ON_A_GPU,
     "python benchmarks/loop.py examples/tiny_wan examples/tiny_wan/sparse_plan --prompts "
     "examples/tiny_wan/prompts/heldout.txt --count 3": "whole clips again and again at full size, minutes on a CPU",
