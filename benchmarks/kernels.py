@@ -108,6 +108,7 @@ def draw(rows: list[Row], machine: dict[str, str], path: Path) -> None:
         settings = list(dict.fromkeys(row.setting for row in rows if row.case == name))
         kernels = list(dict.fromkeys((row.kind, row.name, row.numerics) for row in mine))
         for kind, kernel, numerics in kernels:
+            # The ten strong colours of the map, then the pale ones between them.
             colour = colours.setdefault((kernel, numerics), plt.get_cmap("tab20").colors[2 * len(colours) % 19])
             points = [r for r in mine if (r.kind, r.name, r.numerics) == (kind, kernel, numerics)]
             panel.plot(

@@ -56,121 +56,86 @@ def _summary_kernel(
     BLOCK: tl.constexpr,
     GATHER: tl.constexpr,
     RUN: tl.constexpr,
-):
-    """Means and variances of ``RUN`` blocks of one head, of one with the tail ``mean`` or ``moments``: of keys or of
-    values, each its own program, so that many are under way."""
-    h = tl.program_id(1)
-    which = tl.program_id(2) % 2
-    b = (tl.program_id(2) // 2).to(tl.int64)
-    tail = tl.load(head_mode + h * 4 + 1)
-    if (tail == 0) | (tail == 3):
-        return
-    order = tl.load(head_order + h)
-    offs_n = tl.arange(0, BLOCK)
-    offs_d = tl.arange(0, BLOCK_D)
-    there = offs_d < D
-    h64 = h.to(tl.int64)
-    first = tl.program_id(0) * RUN
-    if which == 0:
-        source = k_ptr + b * stride_kb + h64 * stride_kh
-        stride = stride_ks
-        to = mean_k
-    else:
-        source = v_ptr + b * stride_vb + h64 * stride_vh
-        stride = stride_vs
-        to = mean_v
-    for i in range(first, tl.minimum(first + RUN, num_blocks)):
-        token, length = _tokens(gather_ptr, block_start, order, i, seq, num_blocks, offs_n, GATHER)
-        live = (offs_n < length)[:, None]
-        at = source + token[:, None] * stride + offs_d[None, :]
-        x = tl.load(at, mask=live & there[None, :], other=0.0).to(tl.float32)
-        count = tl.maximum(length, 1).to(tl.float32)
-        mean = tl.sum(x, 0) / count
-        at = ((b * HEADS + h) * 2 * num_blocks + i) * D + offs_d
-        tl.store(to + at, mean.to(to.dtype.element_ty), mask=there)
-        # Fetched in boxes, so that what lies behind the first means is multiplied too, with weights of 0.
-        tl.store(to + at + num_blocks * D, tl.zeros([BLOCK_D], to.dtype.element_ty), mask=there)
-        if which == 0:
-            # Two passes: the mean of squares less the square of the mean cancels where a block's keys are nearly equal.
-            spread = tl.where(live, x - mean[None, :], 0.0)
-            variance = tl.sum(spread * spread, 0) / count
-            at = ((b * HEADS + h) * num_blocks + i) * D + offs_d
-            tl.store(var_k + at, variance.to(var_k.dtype.element_ty), mask=there)
-
-
-@triton.jit
-def _centroid_kernel(
-    k_ptr,
-    v_ptr,
-    mean_k,
-    mean_v,
-    var_k,
-    gather_ptr,
-    block_start,
-    head_order,
-    head_mode,
-    seq,
-    num_blocks,
-    stride_kb,
-    stride_ks,
-    stride_kh,
-    stride_vb,
-    stride_vs,
-    stride_vh,
-    HEADS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    GATHER: tl.constexpr,
-    RUN: tl.constexpr,
+    CENTROIDS: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """Two means of each of ``RUN`` blocks of one head, of one with the tail ``centroids``."""
+    """Summaries of ``RUN`` blocks of one head: two means of keys and values (``CENTROIDS``; heads with that tail), or
+    means and variances, of keys or of values, each its own program (heads with other tails)."""
     h = tl.program_id(1)
-    b = tl.program_id(2).to(tl.int64)
-    if tl.load(head_mode + h * 4 + 1) != 3:
+    tail = tl.load(head_mode + h * 4 + 1)
+    if (tail == 0) | ((tail == 3) != CENTROIDS):
         return
+    part = tl.program_id(2)
+    b = (part if CENTROIDS else part // 2).to(tl.int64)
     order = tl.load(head_order + h)
     offs_n = tl.arange(0, BLOCK)
     offs_d = tl.arange(0, BLOCK_D)
     there = offs_d < D
     h64 = h.to(tl.int64)
     begin = tl.program_id(0) * RUN
-    for i in range(begin, tl.minimum(begin + RUN, num_blocks)):
-        token, length = _tokens(gather_ptr, block_start, order, i, seq, num_blocks, offs_n, GATHER)
-        live = offs_n < length
-        inside = live[:, None] & there[None, :]
-        # Two rows of summaries for each block: all first ones, then all second ones.
-        at = ((b * HEADS + h) * 2 * num_blocks + i) * D + offs_d
+    end = tl.minimum(begin + RUN, num_blocks)
+    if CENTROIDS:
+        for i in range(begin, end):
+            token, length = _tokens(gather_ptr, block_start, order, i, seq, num_blocks, offs_n, GATHER)
+            live = offs_n < length
+            inside = live[:, None] & there[None, :]
+            # Two rows of summaries for each block: all first ones, then all second ones.
+            at = ((b * HEADS + h) * 2 * num_blocks + i) * D + offs_d
 
-        k_at = k_ptr + b * stride_kb + h64 * stride_kh + token[:, None] * stride_ks + offs_d[None, :]
-        k = tl.load(k_at, mask=inside, other=0.0).to(tl.float32)
-        v_at = v_ptr + b * stride_vb + h64 * stride_vh + token[:, None] * stride_vs + offs_d[None, :]
-        v = tl.load(v_at, mask=inside, other=0.0).to(tl.float32)
-        mean = tl.sum(k, 0) / tl.maximum(length, 1).to(tl.float32)
-        spread = tl.where(live[:, None], k - mean[None, :], 0.0)
-        # As summaries.in_first_half: rank the keys along the principal axis, cut at the median.
-        far = tl.argmax(tl.sum(spread * spread, 1), 0)
-        axis = tl.sum(tl.where((offs_n == far)[:, None], spread, 0.0), 0)
-        for _ in tl.static_range(STEPS):
-            axis = axis / tl.maximum(tl.sqrt(tl.sum(axis * axis, 0)), 1e-30)
-            axis = tl.sum(spread * tl.sum(spread * axis[None, :], 1)[:, None], 0)
-        along = tl.where(live, tl.sum(spread * axis[None, :], 1), float("inf"))
-        smaller = along[None, :] < along[:, None]
-        tie = (along[None, :] == along[:, None]) & (offs_n[None, :] < offs_n[:, None])
-        half = length // 2
-        first = tl.sum((smaller | tie).to(tl.int32), 1) < half
-        count = tl.maximum(half, 1).to(tl.float32)
-        low_k = tl.sum(tl.where(first[:, None], k, 0.0), 0)
-        low_v = tl.sum(tl.where(first[:, None], v, 0.0), 0)
-        tl.store(mean_k + at, (low_k / count).to(mean_k.dtype.element_ty), mask=there)
-        tl.store(mean_v + at, (low_v / count).to(mean_v.dtype.element_ty), mask=there)
-        count = tl.maximum(length - half, 1).to(tl.float32)
-        high = num_blocks * D
-        high_k = tl.sum(tl.where(first[:, None], 0.0, k), 0)
-        high_v = tl.sum(tl.where(first[:, None], 0.0, v), 0)
-        tl.store(mean_k + at + high, (high_k / count).to(mean_k.dtype.element_ty), mask=there)
-        tl.store(mean_v + at + high, (high_v / count).to(mean_v.dtype.element_ty), mask=there)
+            k_at = k_ptr + b * stride_kb + h64 * stride_kh + token[:, None] * stride_ks + offs_d[None, :]
+            k = tl.load(k_at, mask=inside, other=0.0).to(tl.float32)
+            v_at = v_ptr + b * stride_vb + h64 * stride_vh + token[:, None] * stride_vs + offs_d[None, :]
+            v = tl.load(v_at, mask=inside, other=0.0).to(tl.float32)
+            mean = tl.sum(k, 0) / tl.maximum(length, 1).to(tl.float32)
+            spread = tl.where(live[:, None], k - mean[None, :], 0.0)
+            # As summaries.in_first_half: rank the keys along the principal axis, cut at the median.
+            far = tl.argmax(tl.sum(spread * spread, 1), 0)
+            axis = tl.sum(tl.where((offs_n == far)[:, None], spread, 0.0), 0)
+            for _ in tl.static_range(STEPS):
+                axis = axis / tl.maximum(tl.sqrt(tl.sum(axis * axis, 0)), 1e-30)
+                axis = tl.sum(spread * tl.sum(spread * axis[None, :], 1)[:, None], 0)
+            along = tl.where(live, tl.sum(spread * axis[None, :], 1), float("inf"))
+            smaller = along[None, :] < along[:, None]
+            tie = (along[None, :] == along[:, None]) & (offs_n[None, :] < offs_n[:, None])
+            half = length // 2
+            first = tl.sum((smaller | tie).to(tl.int32), 1) < half
+            count = tl.maximum(half, 1).to(tl.float32)
+            low_k = tl.sum(tl.where(first[:, None], k, 0.0), 0)
+            low_v = tl.sum(tl.where(first[:, None], v, 0.0), 0)
+            tl.store(mean_k + at, (low_k / count).to(mean_k.dtype.element_ty), mask=there)
+            tl.store(mean_v + at, (low_v / count).to(mean_v.dtype.element_ty), mask=there)
+            count = tl.maximum(length - half, 1).to(tl.float32)
+            high = num_blocks * D
+            high_k = tl.sum(tl.where(first[:, None], 0.0, k), 0)
+            high_v = tl.sum(tl.where(first[:, None], 0.0, v), 0)
+            tl.store(mean_k + at + high, (high_k / count).to(mean_k.dtype.element_ty), mask=there)
+            tl.store(mean_v + at + high, (high_v / count).to(mean_v.dtype.element_ty), mask=there)
+    else:
+        if part % 2 == 0:
+            source = k_ptr + b * stride_kb + h64 * stride_kh
+            stride = stride_ks
+            to = mean_k
+        else:
+            source = v_ptr + b * stride_vb + h64 * stride_vh
+            stride = stride_vs
+            to = mean_v
+        for i in range(begin, end):
+            token, length = _tokens(gather_ptr, block_start, order, i, seq, num_blocks, offs_n, GATHER)
+            live = (offs_n < length)[:, None]
+            at = source + token[:, None] * stride + offs_d[None, :]
+            x = tl.load(at, mask=live & there[None, :], other=0.0).to(tl.float32)
+            count = tl.maximum(length, 1).to(tl.float32)
+            mean = tl.sum(x, 0) / count
+            at = ((b * HEADS + h) * 2 * num_blocks + i) * D + offs_d
+            tl.store(to + at, mean.to(to.dtype.element_ty), mask=there)
+            # Fetched in boxes, so that what lies behind the first means is multiplied too, with weights of 0.
+            tl.store(to + at + num_blocks * D, tl.zeros([BLOCK_D], to.dtype.element_ty), mask=there)
+            if part % 2 == 0:
+                # Two passes: the mean of squares less the square of the mean cancels where keys are nearly equal.
+                spread = tl.where(live, x - mean[None, :], 0.0)
+                variance = tl.sum(spread * spread, 0) / count
+                at = ((b * HEADS + h) * num_blocks + i) * D + offs_d
+                tl.store(var_k + at, variance.to(var_k.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -217,6 +182,7 @@ def summaries(call: AttentionCall, warmup: bool = False) -> Any:
         BLOCK=call.block_size,
         GATHER=call.needs_gather,
         RUN=_RUN,
+        STEPS=AXIS_STEPS,
         num_warps=warps,
     )
     few = {}
@@ -224,14 +190,14 @@ def summaries(call: AttentionCall, warmup: bool = False) -> Any:
         few["maxnreg"] = _REGISTERS
     runs = -(-call.num_blocks // _RUN)
     # Each leaves the other's heads alone: the host does not know which there are.
-    launches: list[tuple[Any, tuple[int, ...], dict[str, Any]]] = [
-        (_summary_kernel, (runs, heads, 2 * batch), {**constants, **few}),
-        (_centroid_kernel, (runs, heads, batch), dict(constants, STEPS=AXIS_STEPS)),
+    launches: list[tuple[tuple[int, ...], dict[str, Any]]] = [
+        ((runs, heads, 2 * batch), {**constants, **few, "CENTROIDS": False}),
+        ((runs, heads, batch), {**constants, "CENTROIDS": True}),
     ]
     if warmup:
-        return [kernel.warmup(*args, grid=grid, **options) for kernel, grid, options in launches]
-    for kernel, grid, options in launches:
-        kernel[grid](*args, **options)
+        return [_summary_kernel.warmup(*args, grid=grid, **options) for grid, options in launches]
+    for grid, options in launches:
+        _summary_kernel[grid](*args, **options)
     return mean_k, mean_v, var_k
 
 

@@ -73,7 +73,9 @@ def unpack_lists(call: AttentionCall, bits: torch.Tensor, width: int = 1024, war
     rows, row_bytes = bits.shape
     n = call.num_blocks
     if n >= 1 << 16:
-        raise ValueError(f"packed layouts hold up to 65,535 blocks a head, got {n:,}; take blocks of 128 tokens")
+        raise ValueError(
+            f"packed layouts hold up to 65,535 blocks a head, got {n:,}; take larger blocks or a smaller grid"
+        )
     col_idx = torch.empty(rows * n, dtype=torch.int32, device=bits.device)
     args = [bits, call.row_ptr, col_idx, call.block_start, call.head_order, n, row_bytes]
     args += [call.text_before, call.text_before + call.num_visual]

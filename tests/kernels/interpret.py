@@ -116,6 +116,13 @@ def check_unpacking() -> None:
         assert torch.equal(made[: len(layout.col_idx)], layout.col_idx)
         room = replace(call, row_ptr=call.row_ptr.clone(), col_idx=made, bits=packed.col_idx)
         assert torch.equal(work_list(room, 3), work_list(call, 3))
+    many = replace(call, block_start=call.block_start.new_zeros(1, (1 << 16) + 1))
+    try:
+        unpack_lists(many, packed.col_idx)
+    except ValueError as error:
+        assert "up to 65,535 blocks a head, got 65,536" in str(error)
+    else:
+        raise AssertionError("more blocks than 16 bits count")
     print("ok", "unpacking", flush=True)
 
 
