@@ -76,10 +76,12 @@ def _forget_graphs(transformer: torch.nn.Module, layers: list[str]) -> None:
         parts = layer.split(".")
         around |= {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
     modules = [module for name, module in transformer.named_modules() if name in around]
-    for forward in {type(x).forward for x in modules} | {
-        x.__dict__["forward"] for x in modules if "forward" in x.__dict__
-    }:
-        remove_from_cache(forward)
+    forwards = [type(x).forward for x in modules]
+    # Offloading puts a `functools.partial` in the place of a module's own.
+    own = (x.__dict__["forward"] for x in modules if "forward" in x.__dict__)
+    forwards += [getattr(forward, "func", forward) for forward in own]
+    for code in {forward.__code__ for forward in forwards if hasattr(forward, "__code__")}:
+        remove_from_cache(code)
 
 
 def is_attached(transformer: torch.nn.Module) -> bool:

@@ -114,6 +114,25 @@ def test_a_compiled_model_takes_any_number_of_plans(kind: str) -> None:
             torch.testing.assert_close(run(model, inputs), dense, rtol=1e-4, atol=1e-5)
 
 
+def test_plans_of_an_offloaded_model_leave_other_graphs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a hook of accelerate's stands for a module's forward, too."""
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    model = add_hook_to_module(wan(), ModelHook())
+    assert not hasattr(model.forward, "__code__")
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: pytest.fail("all graphs of the process were thrown away"))
+    counter = _counter("eager")
+    other = torch.compile(lambda x: x + 1, backend=counter)
+    inputs = wan_inputs(3, 7, 9)
+    model.compile_repeated_blocks(fullgraph=True, backend="eager")
+    for _ in range(2):
+        other(torch.ones(2))
+        with sparse_attention(model, preset("window", tail="none")):
+            run(model, inputs)
+    assert counter.frame_count == 1
+    monkeypatch.undo()
+
+
 @shows("whole model compiled", "WanTransformer3DModel")
 @pytest.mark.parametrize("first", ["plan first", "compiled first"])
 @pytest.mark.parametrize("kind", KINDS)
