@@ -12,6 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from diffsparse.entry import NUMERICS
 from diffsparse.kernels.call import AttentionCall
+from diffsparse.kernels.triton_prepare import store_summary, summary_warps, tokens_of
 from diffsparse.layout import unpack_bits
 
 __all__ = ["head_kinds", "reorder", "tail_bias", "text_blocks", "work_list"]
@@ -155,11 +156,16 @@ def _reorder_kernel(
     q_out,
     k_out,
     v_out,
+    mean_k,
+    mean_v,
+    var_k,
     gather_ptr,
+    block_start,
     head_order,
     head_mode,
     head_kind,
     seq,
+    num_blocks,
     stride_qb,
     stride_qs,
     stride_qh,
@@ -170,30 +176,58 @@ def _reorder_kernel(
     stride_vs,
     stride_vh,
     first_head,
+    HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SUMMED: tl.constexpr,
 ):
+    """A block of the queries, of the keys or of the values of a head that has an order of its own; with ``SUMMED``,
+    where the head has a tail, it is summed up too."""
+    i = tl.program_id(0)
     local = tl.program_id(1)
     h = first_head + local
     if (tl.load(head_mode + h * 4 + 3) == 0) | (tl.load(head_kind + h) != 0):
         return
-    b = tl.program_id(2).to(tl.int64)
+    tail = tl.load(head_mode + h * 4 + 1)
+    summed = (tail == 1) | (tail == 2)
+    which = tl.program_id(2) % 3
+    b = (tl.program_id(2) // 3).to(tl.int64)
     h64 = h.to(tl.int64)
-    position = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    live = position < seq
-    order = tl.load(head_order + h).to(tl.int64)
-    token = tl.load(gather_ptr + order * seq + position, mask=live, other=0).to(tl.int64)
+    order = tl.load(head_order + h)
+    offs_n = tl.arange(0, BLOCK)
     channel = tl.arange(0, BLOCK_D)
-    inside = live[:, None] & (channel[None, :] < D)
-    to = ((b * GROUP + local) * seq + position.to(tl.int64))[:, None] * D + channel[None, :]
-    at = token[:, None] * stride_qs + channel[None, :]
-    tl.store(q_out + to, tl.load(q_ptr + b * stride_qb + h64 * stride_qh + at, mask=inside), mask=inside)
-    at = token[:, None] * stride_ks + channel[None, :]
-    tl.store(k_out + to, tl.load(k_ptr + b * stride_kb + h64 * stride_kh + at, mask=inside), mask=inside)
-    at = token[:, None] * stride_vs + channel[None, :]
-    tl.store(v_out + to, tl.load(v_ptr + b * stride_vb + h64 * stride_vh + at, mask=inside), mask=inside)
+    there = channel < D
+    token, first, length = tokens_of(gather_ptr, block_start, order, i, seq, num_blocks, offs_n, True)
+    inside = there[None, :] & (length > 0)
+    live = there[None, :] & (offs_n < length)[:, None]
+    start = tl.load(block_start + order * (num_blocks + 1) + i)
+    to = ((b * GROUP + local) * seq + start + offs_n)[:, None] * D + channel[None, :]
+    if which == 0:
+        source = q_ptr + b * stride_qb + h64 * stride_qh + channel
+        x = tl.load(source[None, :] + token[:, None] * stride_qs, mask=inside, other=0.0)
+        tl.store(q_out + to, x, mask=live)
+    elif which == 1:
+        source = k_ptr + b * stride_kb + h64 * stride_kh + channel
+        x = tl.load(source[None, :] + token[:, None] * stride_ks, mask=inside, other=0.0)
+        tl.store(k_out + to, x, mask=live)
+        if SUMMED:
+            if summed:
+                first_row = tl.load(source + first * stride_ks, mask=there & (length > 0), other=0.0)
+                store_summary(
+                    x, first_row, length, there, mean_k, var_k, b * HEADS + h, i, num_blocks, D, BLOCK_D, True
+                )
+    else:
+        source = v_ptr + b * stride_vb + h64 * stride_vh + channel
+        x = tl.load(source[None, :] + token[:, None] * stride_vs, mask=inside, other=0.0)
+        tl.store(v_out + to, x, mask=live)
+        if SUMMED:
+            if summed:
+                first_row = tl.load(source + first * stride_vs, mask=there & (length > 0), other=0.0)
+                store_summary(
+                    x, first_row, length, there, mean_v, var_k, b * HEADS + h, i, num_blocks, D, BLOCK_D, False
+                )
 
 
 def tail_bias(call: AttentionCall, warmup: bool = False) -> Any:
@@ -217,18 +251,34 @@ def tail_bias(call: AttentionCall, warmup: bool = False) -> Any:
 
 
 def reorder(
-    call: AttentionCall, copies: Sequence[torch.Tensor], first_head: int, heads: int, warmup: bool = False
+    call: AttentionCall,
+    copies: Sequence[torch.Tensor],
+    first_head: int,
+    heads: int,
+    means: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    warmup: bool = False,
 ) -> Any:
-    """Put q, k and v of ``heads`` heads in their heads' orders, all three in one pass.
+    """Put q, k and v of ``heads`` heads in their heads' orders, all three in one pass, and sum up their blocks.
 
     ``copies``: three tensors ``[B, group, S, D]``, written from their first head on. Heads that read the sequence in
-    the model's order are left as they are, and so are those that run in 8 bits.
+    the model's order are left as they are, and so are those that run in 8 bits. ``means``: as
+    :func:`triton_prepare.summaries` makes them; those of the heads in question are written, but for centroids.
     """
-    batch, seq, _, dim = call.q.shape
-    args: list[Any] = [call.q, call.k, call.v, *copies, call.gather, call.head_order, call.head_mode]
-    args += [head_kinds(call), seq, *call.q.stride()[:3], *call.k.stride()[:3], *call.v.stride()[:3], first_head]
-    constants = dict(GROUP=copies[0].shape[1], D=dim, BLOCK_D=triton.next_power_of_2(dim), ROWS=32, num_warps=4)
-    grid = (-(-seq // 32), heads, batch)
+    batch, seq, num_heads, dim = call.q.shape
+    columns = triton.next_power_of_2(dim)
+    strides = [*call.q.stride()[:3], *call.k.stride()[:3], *call.v.stride()[:3]]
+    args: list[Any] = [call.q, call.k, call.v, *copies, *(means or [call.gather] * 3), call.gather, call.block_start]
+    args += [call.head_order, call.head_mode, head_kinds(call), seq, call.num_blocks, *strides, first_head]
+    constants = dict(
+        HEADS=num_heads,
+        GROUP=copies[0].shape[1],
+        D=dim,
+        BLOCK_D=columns,
+        BLOCK=call.block_size,
+        SUMMED=means is not None,
+        num_warps=summary_warps(call.block_size, columns, call.q.element_size()),
+    )
+    grid = (call.num_blocks, heads, 3 * batch)
     if warmup:
         return _reorder_kernel.warmup(*args, grid=grid, **constants)
     _reorder_kernel[grid](*args, **constants)

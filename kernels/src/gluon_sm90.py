@@ -208,6 +208,58 @@ def _probabilities(
 
 
 @gluon.jit
+def _attend_summaries(
+    q, acc, total, top, rings, bars, bias_ptr, k_stage, k_phase, v_stage, v_phase, h, i, num_blocks, count, scale,
+    MOMENTS: gl.constexpr, D: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Attend ``count`` summaries of a head's blocks; with ``MOMENTS`` by the mean and the variance of their keys."""
+    _q_ring, k_ring, v_ring = rings
+    _q_full, _q_empty, k_full, k_empty, v_full, v_empty, _turn = bars
+    DTYPE: gl.constexpr = v_ring.dtype
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    Q2: gl.constexpr = gl.DotOperandLayout(0, S, 2)
+    T: gl.constexpr = gl.DistributedLinearLayout(
+        [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4]
+    )
+    factor = scale * 1.4426950408889634
+    columns = gl.arange(0, BLOCK, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    bias_row = bias_ptr + (h * num_blocks + i).to(gl.int64) * (2 * num_blocks)
+    if MOMENTS:
+        # Half the variance of a block's logits, in units of the products with q.
+        half = q.load(Q2).to(gl.float32)
+        half = (half * half * (0.5 * scale)).to(gl.bfloat16)
+    for n in range(0, count, BLOCK):
+        # Asked for here, long before it is needed, one for a thread.
+        bias = gl.load(bias_row + n + columns, mask=n + columns < count, other=float("-inf"))
+        mbarrier.wait(k_full.index(k_stage), k_phase)
+        k = k_ring.index(k_stage).reshape([BLOCK, D])
+        zeros = gl.zeros([64, BLOCK], gl.float32, layout=S)
+        logits = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        means = k_stage
+        if MOMENTS:
+            k_stage, k_phase = next_slot(k_stage, k_phase, STAGES)
+            mbarrier.wait(k_full.index(k_stage), k_phase)
+            var = k_ring.index(k_stage)._reinterpret(gl.bfloat16, [1, 1, BLOCK, D], k_ring.type.layout)
+            logits = warpgroup_mma(half, var.reshape([BLOCK, D]).permute((1, 0)), logits, is_async=True)
+        logits = warpgroup_mma_wait(0, deps=(logits,))
+        mbarrier.arrive(k_empty.index(means), count=1)
+        if MOMENTS:
+            mbarrier.arrive(k_empty.index(k_stage), count=1)
+        k_stage, k_phase = next_slot(k_stage, k_phase, STAGES)
+        bias = gl.convert_layout(bias.to(gl.float32), gl.SliceLayout(0, S))
+        logits = logits * factor + bias[None, :]
+        p, total, top, keep = _probabilities(logits, total, top, 1.0, S, T, P, DTYPE)
+        acc = acc * gl.convert_layout(keep, gl.SliceLayout(1, O))[:, None]
+        mbarrier.wait(v_full.index(v_stage), v_phase)
+        acc = warpgroup_mma(p, v_ring.index(v_stage).reshape([BLOCK, D]), acc)
+        mbarrier.arrive(v_empty.index(v_stage), count=1)
+        v_stage, v_phase = next_slot(v_stage, v_phase, STAGES)
+    return acc, total, top, k_stage, k_phase, v_stage, v_phase
+
+
+@gluon.jit
 def _consume_sixteen(
     rings, bars, tensors, lists, scale, seq, total_tiles, tiles, num_blocks, text_before, visual_end,
     WHICH: gl.constexpr, HEADS: gl.constexpr, TEXT_BEFORE: gl.constexpr,
@@ -228,7 +280,6 @@ def _consume_sixteen(
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
-    Q2: gl.constexpr = gl.DotOperandLayout(0, S, 2)
     # What the four threads of a row of logits have each: see gluon_parts.partial_sums.
     T: gl.constexpr = gl.DistributedLinearLayout(
         [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4]
@@ -323,38 +374,17 @@ def _consume_sixteen(
                         v_stage, v_phase = next_slot(v_stage, v_phase, STAGES)
                 if HAS_TAIL:
                     if tail != 0:
-                        columns = gl.arange(0, BLOCK, layout=gl.BlockedLayout([1], [32], [4], [0]))
-                        count = gl.where(tail == 3, 2 * num_blocks, num_blocks)
-                        bias_row = bias_ptr + (h * num_blocks + i).to(gl.int64) * (2 * num_blocks)
-                        for n in range(0, count, BLOCK):
-                            # Asked for here, long before it is needed, one for a thread.
-                            bias = gl.load(bias_row + n + columns, mask=n + columns < count, other=float("-inf"))
-                            mbarrier.wait(k_full.index(k_stage), k_phase)
-                            k = k_ring.index(k_stage).reshape([BLOCK, D])
-                            logits = warpgroup_mma(
-                                q, k.permute((1, 0)), gl.zeros([64, BLOCK], gl.float32, layout=S), use_acc=False
-                            )
-                            mbarrier.arrive(k_empty.index(k_stage), count=1)
-                            k_stage, k_phase = next_slot(k_stage, k_phase, STAGES)
-                            if tail == 2:
-                                # Half the variance of a block's logits, in units of the products with q.
-                                half = q.load(Q2).to(gl.float32)
-                                half = (half * half * (0.5 * scale)).to(gl.bfloat16)
-                                mbarrier.wait(k_full.index(k_stage), k_phase)
-                                var = k_ring.index(k_stage)._reinterpret(
-                                    gl.bfloat16, [1, 1, BLOCK, D], k_ring.type.layout
-                                )
-                                logits = warpgroup_mma(half, var.reshape([BLOCK, D]).permute((1, 0)), logits)
-                                mbarrier.arrive(k_empty.index(k_stage), count=1)
-                                k_stage, k_phase = next_slot(k_stage, k_phase, STAGES)
-                            bias = gl.convert_layout(bias.to(gl.float32), gl.SliceLayout(0, S))
-                            logits = logits * factor + bias[None, :]
-                            p, total, top, keep = _probabilities(logits, total, top, 1.0, S, T, P, DTYPE)
-                            acc = acc * gl.convert_layout(keep, gl.SliceLayout(1, O))[:, None]
-                            mbarrier.wait(v_full.index(v_stage), v_phase)
-                            acc = warpgroup_mma(p, v_ring.index(v_stage).reshape([BLOCK, D]), acc)
-                            mbarrier.arrive(v_empty.index(v_stage), count=1)
-                            v_stage, v_phase = next_slot(v_stage, v_phase, STAGES)
+                        if tail == 2:
+                            acc, total, top, k_stage, k_phase, v_stage, v_phase = _attend_summaries(
+                                q, acc, total, top, rings, bars, bias_ptr, k_stage, k_phase, v_stage, v_phase, h, i,
+                                num_blocks, num_blocks, scale, True, D, BLOCK, STAGES,
+                            )  # fmt: skip
+                        else:
+                            acc, total, top, k_stage, k_phase, v_stage, v_phase = _attend_summaries(
+                                q, acc, total, top, rings, bars, bias_ptr, k_stage, k_phase, v_stage, v_phase, h, i,
+                                num_blocks, gl.where(tail == 3, 2 * num_blocks, num_blocks), scale, False, D, BLOCK,
+                                STAGES,
+                            )  # fmt: skip
                     mbarrier.arrive(q_empty.index(0), count=1)
 
             next_tile = tile_of(work, gl.minimum(t + gl.num_programs(0), total_tiles - 1), tiles)
@@ -542,7 +572,10 @@ def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     q = call.q
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3] if call.return_lse else (0,), dtype=torch.float32, device=q.device)
-    means = summaries(call) if call.has_tail else None
+    means = None
+    if call.has_tail:
+        # Heads in orders of their own are summed up as they are put in order.
+        means = summaries(call, head_kinds(call) if call.needs_gather else None)
     bias = tail_bias(call) if call.has_tail else call.gather
     for numerics in call.kinds:
         launch(call, numerics, choose_config(call.block_size, q.shape[3], numerics), out, lse, means, bias)
@@ -582,7 +615,9 @@ def launch(
     group = heads
     copies: list[torch.Tensor] = []
     if call.needs_gather and not eight:
-        group = max(1, min(heads, COPY_BYTES // (3 * batch * seq * dim * q.element_size())))
+        most = max(1, COPY_BYTES // (3 * batch * seq * dim * q.element_size()))
+        # As many groups as it takes, and all alike.
+        group = -(-heads // -(-heads // most))
         copies = [q.new_empty(batch, group, seq, dim) for _ in range(3)]
         moved = [_boxes(x.transpose(1, 2), r, columns) for x, r in zip(copies, (64, block, block))]
     if means is not None and not eight:
@@ -622,7 +657,7 @@ def launch(
         if warmup:
             return _forward_kernel.warmup(*args, *rest, grid=(1,), **constants)
         if copies:
-            reorder(call, copies, first_head, tiles // n)
+            reorder(call, copies, first_head, tiles // n, means)
         programs = min(batch * tiles, _multiprocessors(q.device) * config.programs)
         _forward_kernel[(programs,)](*args, *rest, **constants)
     if eight and call.return_lse:

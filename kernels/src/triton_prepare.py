@@ -11,24 +11,58 @@ import triton.language as tl
 from diffsparse.kernels.call import AttentionCall
 from diffsparse.kernels.summaries import AXIS_STEPS
 
-__all__ = ["kept_bits", "summaries", "variance_dtype"]
+__all__ = ["kept_bits", "store_summary", "summaries", "summary_warps", "tokens_of", "variance_dtype"]
 
 #: Blocks that one program sums up.
 _RUN = 8
-#: So few registers that three programs share a multiprocessor, where a thread has so many bytes of a block or fewer.
-_REGISTERS, _BYTES = 80, 128
 
 
 @triton.jit
-def _tokens(gather_ptr, block_start, order, i, seq, num_blocks, offs_n, GATHER: tl.constexpr):
-    """Tokens of block ``i`` in an order, and how many it has."""
+def tokens_of(gather_ptr, block_start, order, i, seq, num_blocks, offs_n, GATHER: tl.constexpr):
+    """Tokens of block ``i`` in an order, the first of them, and how many there are. A short block goes on with its
+    first token."""
     start = tl.load(block_start + order * (num_blocks + 1) + i)
     length = tl.load(block_start + order * (num_blocks + 1) + i + 1) - start
-    token = (start + offs_n).to(tl.int64)
+    first = start.to(tl.int64)
+    token = first + tl.where(offs_n < length, offs_n, 0)
     if GATHER:
-        at = gather_ptr + order.to(tl.int64) * seq + token
-        token = tl.load(at, mask=offs_n < length, other=0).to(tl.int64)
-    return token, length
+        at = gather_ptr + order.to(tl.int64) * seq
+        token = tl.load(at + token, mask=length > 0, other=0).to(tl.int64)
+        first = tl.load(at + first, mask=length > 0, other=0).to(tl.int64)
+    return token, first, length
+
+
+@triton.jit
+def store_summary(
+    x,
+    first,
+    length,
+    there,
+    mean_to,
+    variance_to,
+    bh,
+    i,
+    num_blocks,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    VARIANCE: tl.constexpr,
+):
+    """The mean of a block's ``length`` rows and, of keys, their variance. ``x``: the rows, and ``first`` over again."""
+    offs_d = tl.arange(0, BLOCK_D)
+    # In one pass, relative to a row of the block: the squares then cancel by a factor of at most its length, however
+    # far from zero, and near each other, the rows are. And those that repeat the first add nothing.
+    first = first.to(tl.float32)
+    x = x.to(tl.float32) - first[None, :]
+    count = tl.maximum(length, 1).to(tl.float32)
+    total = tl.sum(x, 0)
+    at = mean_to + (bh * 2 * num_blocks + i) * D + offs_d
+    tl.store(at, (first + total / count).to(mean_to.dtype.element_ty), mask=there)
+    # Fetched in boxes, so that what lies behind the first means is multiplied too, with weights of 0.
+    tl.store(at + num_blocks * D, tl.zeros([BLOCK_D], mean_to.dtype.element_ty), mask=there)
+    if VARIANCE:
+        variance = tl.maximum(tl.sum(x * x, 0) - total * total / count, 0.0) / count
+        at = variance_to + (bh * num_blocks + i) * D + offs_d
+        tl.store(at, variance.to(variance_to.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -42,6 +76,7 @@ def _summary_kernel(
     block_start,
     head_order,
     head_mode,
+    head_kind,
     seq,
     num_blocks,
     stride_kb,
@@ -58,12 +93,16 @@ def _summary_kernel(
     RUN: tl.constexpr,
     CENTROIDS: tl.constexpr,
     STEPS: tl.constexpr,
+    MOVED: tl.constexpr,
 ):
     """Summaries of ``RUN`` blocks of one head: two means of keys and values (``CENTROIDS``; heads with that tail), or
-    means and variances, of keys or of values, each its own program (heads with other tails)."""
+    means and variances, of keys or of values, each its own program (heads with other tails). Not of those that another
+    pass puts in order and sums up (``MOVED``)."""
     h = tl.program_id(1)
     tail = tl.load(head_mode + h * 4 + 1)
     if (tail == 0) | ((tail == 3) != CENTROIDS):
+        return
+    if MOVED & (tail != 3) & (tl.load(head_mode + h * 4 + 3) != 0) & (tl.load(head_kind + h) == 0):
         return
     part = tl.program_id(2)
     b = (part if CENTROIDS else part // 2).to(tl.int64)
@@ -76,7 +115,7 @@ def _summary_kernel(
     end = tl.minimum(begin + RUN, num_blocks)
     if CENTROIDS:
         for i in range(begin, end):
-            token, length = _tokens(gather_ptr, block_start, order, i, seq, num_blocks, offs_n, GATHER)
+            token, _first, length = tokens_of(gather_ptr, block_start, order, i, seq, num_blocks, offs_n, GATHER)
             live = offs_n < length
             inside = live[:, None] & there[None, :]
             # Two rows of summaries for each block: all first ones, then all second ones.
@@ -110,32 +149,22 @@ def _summary_kernel(
             high_v = tl.sum(tl.where(first[:, None], 0.0, v), 0)
             tl.store(mean_k + at + high, (high_k / count).to(mean_k.dtype.element_ty), mask=there)
             tl.store(mean_v + at + high, (high_v / count).to(mean_v.dtype.element_ty), mask=there)
-    else:
-        if part % 2 == 0:
-            source = k_ptr + b * stride_kb + h64 * stride_kh
-            stride = stride_ks
-            to = mean_k
-        else:
-            source = v_ptr + b * stride_vb + h64 * stride_vh
-            stride = stride_vs
-            to = mean_v
+    elif part % 2 == 0:
+        source = k_ptr + b * stride_kb + h64 * stride_kh + offs_d
         for i in range(begin, end):
-            token, length = _tokens(gather_ptr, block_start, order, i, seq, num_blocks, offs_n, GATHER)
-            live = (offs_n < length)[:, None]
-            at = source + token[:, None] * stride + offs_d[None, :]
-            x = tl.load(at, mask=live & there[None, :], other=0.0).to(tl.float32)
-            count = tl.maximum(length, 1).to(tl.float32)
-            mean = tl.sum(x, 0) / count
-            at = ((b * HEADS + h) * 2 * num_blocks + i) * D + offs_d
-            tl.store(to + at, mean.to(to.dtype.element_ty), mask=there)
-            # Fetched in boxes, so that what lies behind the first means is multiplied too, with weights of 0.
-            tl.store(to + at + num_blocks * D, tl.zeros([BLOCK_D], to.dtype.element_ty), mask=there)
-            if part % 2 == 0:
-                # Two passes: the mean of squares less the square of the mean cancels where keys are nearly equal.
-                spread = tl.where(live, x - mean[None, :], 0.0)
-                variance = tl.sum(spread * spread, 0) / count
-                at = ((b * HEADS + h) * num_blocks + i) * D + offs_d
-                tl.store(var_k + at, variance.to(var_k.dtype.element_ty), mask=there)
+            token, first, length = tokens_of(gather_ptr, block_start, order, i, seq, num_blocks, offs_n, GATHER)
+            inside = there & (length > 0)
+            x = tl.load(source[None, :] + token[:, None] * stride_ks, mask=inside[None, :], other=0.0)
+            first_row = tl.load(source + first * stride_ks, mask=inside, other=0.0)
+            store_summary(x, first_row, length, there, mean_k, var_k, b * HEADS + h, i, num_blocks, D, BLOCK_D, True)
+    else:
+        source = v_ptr + b * stride_vb + h64 * stride_vh + offs_d
+        for i in range(begin, end):
+            token, first, length = tokens_of(gather_ptr, block_start, order, i, seq, num_blocks, offs_n, GATHER)
+            inside = there & (length > 0)
+            x = tl.load(source[None, :] + token[:, None] * stride_vs, mask=inside[None, :], other=0.0)
+            first_row = tl.load(source + first * stride_vs, mask=inside, other=0.0)
+            store_summary(x, first_row, length, there, mean_v, var_k, b * HEADS + h, i, num_blocks, D, BLOCK_D, False)
 
 
 @triton.jit
@@ -158,23 +187,30 @@ def variance_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float32 else torch.bfloat16
 
 
-def summaries(call: AttentionCall, warmup: bool = False) -> Any:
+def summary_warps(block: int, columns: int, item_bytes: int) -> int:
+    """Of a program that sums up whole blocks: so few that each thread adds up many rows itself (512 bytes, of which it
+    asks for all at once), for what costs time is adding up the threads' sums."""
+    return max(1, min(8, block * columns * item_bytes // 16384))
+
+
+def summaries(call: AttentionCall, head_kinds: torch.Tensor | None = None, warmup: bool = False) -> Any:
     """Means of keys and values ``[B, H, 2, N, D]`` and variances of keys ``[B, H, N, D]``, worked out in fp32.
 
     Blocks of a head with the tail ``centroids`` have two means, those of other heads one, which comes first.
     Means are rounded to the inputs' dtype, as the keys and values they stand for have been: so the tail runs on the
     same matrix units, and a block of equal keys and values stays exact. Heads without a tail are left unwritten, and
-    never read; second means of blocks that have one are 0. With ``warmup`` only compile, and return the kernels.
+    never read; second means of blocks that have one are 0. So are heads that :func:`gluon_prepare.reorder` sums up,
+    where the call is given with its ``head_kinds``. With ``warmup`` only compile, and return the kernels.
     """
     k, v = call.k, call.v
     batch, seq, heads, dim = k.shape
     shape = (batch, heads, 2, call.num_blocks, dim)
     mean_k, mean_v = (torch.empty(shape, dtype=k.dtype, device=k.device) for _ in range(2))
     var_k = torch.empty((batch, heads, call.num_blocks, dim), dtype=variance_dtype(k.dtype), device=k.device)
-    args = [k, v, mean_k, mean_v, var_k, call.gather, call.block_start, call.head_order, call.head_mode, seq]
+    args: list[Any] = [k, v, mean_k, mean_v, var_k, call.gather, call.block_start, call.head_order, call.head_mode]
+    args += [call.head_order if head_kinds is None else head_kinds, seq]
     args += [call.num_blocks, *k.stride()[:3], *v.stride()[:3]]
     columns = triton.next_power_of_2(dim)
-    warps = 4 if call.block_size * dim <= 8192 else 8
     constants = dict(
         HEADS=heads,
         D=dim,
@@ -183,16 +219,17 @@ def summaries(call: AttentionCall, warmup: bool = False) -> Any:
         GATHER=call.needs_gather,
         RUN=_RUN,
         STEPS=AXIS_STEPS,
-        num_warps=warps,
+        MOVED=head_kinds is not None,
     )
-    few = {}
-    if torch.version.hip is None and call.block_size * columns * k.element_size() <= _BYTES * 32 * warps:
-        few["maxnreg"] = _REGISTERS
+    warps = summary_warps(call.block_size, columns, k.element_size())
     runs = -(-call.num_blocks // _RUN)
     # Each leaves the other's heads alone: the host does not know which there are.
     launches: list[tuple[tuple[int, ...], dict[str, Any]]] = [
-        ((runs, heads, 2 * batch), {**constants, **few, "CENTROIDS": False}),
-        ((runs, heads, batch), {**constants, "CENTROIDS": True}),
+        ((runs, heads, 2 * batch), {**constants, "CENTROIDS": False, "num_warps": warps}),
+        (
+            (runs, heads, batch),
+            {**constants, "CENTROIDS": True, "num_warps": 4 if call.block_size * dim <= 8192 else 8},
+        ),
     ]
     if warmup:
         return [_summary_kernel.warmup(*args, grid=grid, **options) for grid, options in launches]

@@ -67,7 +67,7 @@ def assembled(ptx: str) -> dict[str, int | bool]:
 def compile_gluon(slow: bool) -> None:
     import triton
 
-    from diffsparse.kernels import gluon_quantize, gluon_sm90
+    from diffsparse.kernels import gluon_prepare, gluon_quantize, gluon_sm90
 
     grid = TokenGrid(2, 16, 16, text_after=70)
     cases = [(128, 128, torch.bfloat16, "none", False, "auto")]
@@ -77,8 +77,8 @@ def compile_gluon(slow: bool) -> None:
         for numerics in ("int8", "fp8"):
             cases += [(d, 128, torch.bfloat16, "none", True, numerics) for d in (64, 128)]
             cases += [(128, b, torch.bfloat16, "centroids", True, numerics) for b in (64, 128)]
-    for dim, block, dtype, tail, moved, numerics in cases:
-        entries = [head(tail=tail), head(TileOrder(1, 8, 8) if moved else None)]
+    for dim, block, dtype, tail, own_order, numerics in cases:
+        entries = [head(tail=tail), head(TileOrder(1, 8, 8) if own_order else None)]
         layout = random_layout(grid, entries, block, 0.5)
         call = make_call(*inputs(grid, 2, dim, dtype=dtype), layout, return_lse=True, numerics=numerics)
         batch, seq, heads, _ = call.q.shape
@@ -97,6 +97,11 @@ def compile_gluon(slow: bool) -> None:
             **assembled(kernel.asm["ptx"]),
         }
         print(json.dumps(found), flush=True)
+        if call.needs_gather and numerics == "auto":
+            copies = [torch.empty(batch, heads, seq, dim, dtype=dtype)] * 3
+            for summed in (None, means) if means else (None,):
+                moved = gluon_prepare.reorder(call, copies, 0, heads, summed, warmup=True)
+                assert moved.metadata.shared <= 49152 and assembled(moved.asm["ptx"])["spill_bytes"] < 256
         if numerics != "auto":
             # Only whether they compile, and use the matrix units for the rotation.
             small = gluon_quantize.quantize(call, numerics, means and means[:2], warmup=True)

@@ -60,6 +60,9 @@ _FREE = ("k_empty.index(done)", "v_empty.index(v_stage)", "empty.index(done)")
 _FREE_KEYS, _FREE_VALUES, _FREE_EIGHT = (f"mbarrier.arrive({slot}, count=1)" for slot in _FREE)
 _NEXT_KEYS = "mbarrier.wait(k_full.index(k_stage), k_phase, pred=more)"
 _NEXT_BLOCKS = "mbarrier.wait(full.index(stage), phase)"
+_SUMS = "logits = warpgroup_mma_wait(0, deps=(logits,))\n" + " " * 8
+_FREE_MEANS = "mbarrier.arrive(k_empty.index(means), count=1)"
+_VARIANCES = "\n" + " " * 12 + "var = k_ring"
 FAULTS = (
     ("auto", "none", "blocks are read early", _NEXT_KEYS, "pass"),
     ("auto", "none", "blocks are given back early", _TAKE + _TOGETHER + _FREE_KEYS,
@@ -70,6 +73,9 @@ FAULTS = (
     ("auto", "mean", "keys are read early", _NEXT_KEYS, "pass"),
     ("auto", "mean", "values are given back early", _TAKE + _APART + _FREE_VALUES,
      _FREE_VALUES + _LINE + _TAKE + _APART + "pass"),
+    ("auto", "moments", "means are given back early", _SUMS + _FREE_MEANS, _FREE_MEANS + "\n" + " " * 8 + _SUMS),
+    ("auto", "moments", "variances are read early", "mbarrier.wait(k_full.index(k_stage), k_phase)" + _VARIANCES,
+     _VARIANCES.strip()),
     ("int8", "none", "blocks in 8 bits are read early", _NEXT_BLOCKS + _LINE + _TAKE, _TAKE),
     ("int8", "none", "blocks in 8 bits are given back early", _TAKE + _EIGHT + _FREE_EIGHT,
      _FREE_EIGHT + _LINE + _TAKE + _EIGHT + "pass"),

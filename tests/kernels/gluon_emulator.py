@@ -142,9 +142,16 @@ def _operand(x: Any) -> torch.Tensor:
     return (x.value if isinstance(x, Shared) else x).float()
 
 
+def _summand(acc: Any, use_acc: bool) -> Any:
+    if not use_acc:
+        return 0.0
+    return acc.value if isinstance(acc, Product) else acc
+
+
 def warpgroup_mma(a: Any, b: Shared, acc: torch.Tensor, *, use_acc: bool = True, is_async: bool = False) -> Any:
-    assert not isinstance(acc, Product), "the accumulator of a product under way was used"
-    product = Product(lambda: _operand(a) @ _operand(b) + (acc if use_acc else 0.0))
+    # Products follow one another, so that one may add to the result of another that is under way.
+    assert not isinstance(acc, Product) or acc in _local.under_way, "a product was added to without being waited for"
+    product = Product(lambda: _operand(a) @ _operand(b) + _summand(acc, use_acc))
     _local.under_way.append(product)
     return product if is_async else warpgroup_mma_wait(0, deps=(product,))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 
@@ -66,24 +67,51 @@ def check_work_list(call: AttentionCall, layout: BlockLayout, group: int) -> Non
 
 def check_preparations() -> None:
     """What the Hopper kernel is given beside q, k and v, against plain torch."""
-    from diffsparse.kernels.gluon_prepare import reorder, tail_bias
+    from diffsparse.kernels.gluon_prepare import head_kinds, reorder, tail_bias
+    from diffsparse.kernels.triton_prepare import summaries
 
     grid, block = TokenGrid(2, 9, 15, text_before=70, text_after=20), 64
-    entries = [head(), *(head(TileOrder(1, 8, 8), tail) for tail in ("mean", "centroids")), head(mode="skip")]
+    entries = [
+        head(tail="moments"),
+        *(head(TileOrder(1, 8, 8), tail) for tail in ("moments", "centroids", "mean", "none")),
+        head(mode="skip"),
+    ]
     layout = random_layout(grid, entries, block, 0.4)
-    call = make_call(*inputs(grid, len(entries), 24, batch=2), layout)
-    for first, heads in ((0, len(entries)), (1, 2)):
+    q, k, v = inputs(grid, len(entries), 24, batch=2)
+    # Far from zero, and near each other.
+    call = make_call(q, 1e-2 * k + 30, v, layout)
+    whole = summaries(call)
+    for first, heads in ((0, len(entries)), (1, 3)):
         copies = [torch.zeros(2, len(entries), grid.seq_len, 24) for _ in range(3)]
-        reorder(call, copies, first, heads)
+        parts = summaries(call, head_kinds(call))
+        for part in parts:  # what was left unwritten
+            part[:, [1, 3, 4, 5]] = torch.nan
+        reorder(call, copies, first, heads, parts)
         for copy, x in zip(copies, (call.q, call.k, call.v)):
-            for h in (1, 2):
+            for h in range(max(first, 1), min(first + heads, 5)):
                 want = x[:, layout.gather[int(layout.head_order[h])].long(), h]
                 assert torch.equal(copy[:, h - first], want)
             assert not copy[:, heads:].any()
+        for part, one in zip(parts, whole):
+            assert torch.equal(part[:, [0, 1, 3]], one[:, [0, 1, 3]])
+            assert part[:, [4, 5]].isnan().all()
+        for part, one in zip(parts[:2], whole):
+            assert torch.equal(part[:, 2], one[:, 2])
+
+    for h in (0, 1, 3):
+        start = layout.block_start[int(layout.head_order[h])].tolist()
+        token = layout.gather[int(layout.head_order[h])].long()
+        for i, (begin, end) in enumerate(pairwise(start)):
+            if begin < end:
+                for x, mean in zip((call.k, call.v), whole):
+                    want = x[:, token[begin:end], h].double().mean(1)
+                    torch.testing.assert_close(mean[:, h, 0, i].double(), want, atol=1e-6, rtol=1e-6)
+                want = call.k[:, token[begin:end], h].double().var(1, unbiased=False)
+                torch.testing.assert_close(whole[2][:, h, i].double(), want, atol=1e-10, rtol=1e-4)
 
     n = layout.max_blocks
     bias = tail_bias(call).view(len(entries), n, 2, n)
-    for h, halves in ((1, 1), (2, 2)):
+    for h, halves in ((1, 1), (2, 2), (3, 1)):
         start = layout.block_start[int(layout.head_order[h])]
         length = start.diff()
         first = length // 2 if halves == 2 else length
