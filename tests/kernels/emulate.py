@@ -17,6 +17,8 @@ from diffsparse.order import AxisOrder, TileOrder
 from tests.kernels import gluon_emulator
 from tests.kernels.cases import MIXED, head, inputs, random_layout
 
+#: So many blocks of 64 that their summaries fill two slots, and those of halves three.
+_MANY_BLOCKS = TokenGrid(17, 16, 16)
 #: (grid, entries, block size, head_dim, dtype, valid text or None)
 FAST = [
     (TokenGrid(2, 9, 15, text_before=5, text_after=20), [head(), head(TileOrder(1, 8, 8), "moments")], 64, 64,
@@ -25,6 +27,7 @@ FAST = [
      torch.float16, None),
     (TokenGrid(2, 11, 13, text_after=140), [head(), head(TileOrder(1, 8, 8)), head(mode="skip")], 128, 96,
      torch.bfloat16, 3),
+    (_MANY_BLOCKS, [head(tail="moments"), head(tail="centroids")], 64, 64, torch.bfloat16, None),
 ]  # fmt: skip
 SLOW = [
     (TokenGrid(3, 11, 13, text_after=140), list(MIXED), 128, 96, torch.bfloat16, 3),
@@ -205,10 +208,14 @@ def check_faults() -> None:
     """The emulation is worth something: it notices each fault."""
     gluon_emulator.DEADLOCK_SECONDS = 2.0
     grid = TokenGrid(4, 16, 16)
-    q, k, v = inputs(grid, 2, 128, dtype=torch.bfloat16)
+    qkv = inputs(grid, 2, 128, dtype=torch.bfloat16)
 
     def runs_right(numerics: str, tail: str, edit: tuple[str, str] | None) -> bool:
         layout = random_layout(grid, [head(tail=tail), head(tail=tail)], 128, 0.6)
+        q, k, v = qkv
+        if tail == "moments":  # summaries that fill more than one slot
+            layout = random_layout(_MANY_BLOCKS, [head(tail=tail)], 64, 0.02)
+            q, k, v = inputs(_MANY_BLOCKS, 1, 64, dtype=torch.bfloat16)
         want, _ = reference_attention(q, k, v, layout)
         kernel = gluon_emulator.load_emulated(1, edit)
         kernel.quantize = quantized
@@ -239,7 +246,7 @@ def main() -> None:
     kernel = gluon_emulator.load_emulated(multiprocessors=3)
     for grid, entries, block, dim, dtype, text in SLOW if parser.parse_args().slow else FAST:
         torch.manual_seed(0)
-        for density in (0.0, 0.4):
+        for density in (0.0, 0.02 if grid is _MANY_BLOCKS else 0.4):
             # With lists: two heads at a time.
             kernel.COPY_BYTES = 1 << 30 if not density else 2 * 3 * 2 * grid.seq_len * dim * dtype.itemsize
             layout = random_layout(grid, entries, block, density)

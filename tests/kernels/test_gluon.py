@@ -33,7 +33,7 @@ def test_emulated_in_eight_bits(repo_root: Path) -> None:
 
 @pytest.mark.slow
 def test_emulation_notices_faults(repo_root: Path) -> None:
-    assert run(repo_root, "tests.kernels.emulate", "--faults", TRITON_INTERPRET="1").count("noticed") == 8
+    assert run(repo_root, "tests.kernels.emulate", "--faults", TRITON_INTERPRET="1").count("noticed") == 10
 
 
 def compiled(root: Path, *flags: str, **environment: str) -> list[dict]:
