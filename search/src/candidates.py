@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 from diffsparse.grid import TokenGrid
@@ -23,6 +25,7 @@ _FLAT = {64: ((1, 8, 8), (1, 4, 16), (1, 16, 4)), 128: ((1, 8, 16), (1, 16, 8))}
 _CUBE = {64: (4, 4, 4), 128: (2, 8, 8)}
 
 
+@lru_cache(maxsize=256)
 def fill(order: TokenOrder, grid: TokenGrid, block_size: int) -> float:
     """Tokens of a grid over what its blocks have room for; 1 where all are full."""
     return grid.num_visual / (order.partition(grid, block_size).num_blocks * block_size)

@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,7 +17,7 @@ from diffsparse.order import TokenOrder
 from diffsparse.plan import Architecture, SparsityPlan
 from diffsparse.schedule import Schedule
 from diffsparse.search.assign import Assignment, InfeasibleBudget, assign, lagrangian
-from diffsparse.search.candidates import orders_for
+from diffsparse.search.candidates import fill, orders_for
 from diffsparse.search.cost import CostModel
 from diffsparse.search.errors import BadInput
 from diffsparse.search.options import (
@@ -166,17 +167,18 @@ class Composer:
         """What is left of the budget, in dense head calls, after the dense steps."""
         return self.wanted * self.total - dense * len(self.layers) * self.heads
 
-    def cost(self, option: Option) -> float:
+    def cost(self, option: Option, order: TokenOrder) -> float:
         """Of one head call, over a dense one: in time, or in work where a density is wanted."""
         if option.kind == "dense":
             return 1.0
         if self.config.density is not None:
             return work_density(option, self.grid, self.blocks)
-        return self._time(option)
+        return self._time(option, order)
 
-    def _time(self, option: Option) -> float:
+    def _time(self, option: Option, order: TokenOrder) -> float:
         known = {"dense": 1.0, "skip": 0.0}.get(option.kind)
-        return self.costs.relative(option.density, option.tail) if known is None else known
+        full = fill(order, self.grid, self.config.block_size)
+        return self.costs.relative(option.density, option.tail, full) if known is None else known
 
     def items(self, trial: _Trial) -> _Items:
         found = _Items([], [], [], [], set())
@@ -194,7 +196,8 @@ class Composer:
                     stable = is_stable(scores, table.weight, STABILITY_BOUND)
                     if not stable:
                         found.unstable.add((layer, head))
-                    options, errors, prices = prune(head_options(scores, table, bitmaps=stable), self.cost)
+                    options = head_options(scores, table, bitmaps=stable)
+                    options, errors, prices = prune(options, partial(self.cost, order=table.order))
                     found.options.append(options)
                     found.errors.append(errors)
                     found.prices.append(prices * len(members))
@@ -302,5 +305,7 @@ class Composer:
         members = np.bincount(trial.phase_of, minlength=trial.phases)
         spent = float(trial.dense * len(self.layers) * self.heads)
         for i, (options, choice) in enumerate(zip(items.options, result.choice, strict=True)):
-            spent += self._time(options[choice]) * int(members[i % trial.phases])
+            layer, head = divmod(i // trial.phases, self.heads)
+            order = self.orders[self.layers[layer], head]
+            spent += self._time(options[choice], order) * int(members[i % trial.phases])
         return spent / self.total

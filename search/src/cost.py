@@ -18,6 +18,7 @@ from diffsparse.kernels import sparse_attention
 from diffsparse.layout import build_layout
 from diffsparse.order import TokenOrder
 from diffsparse.pattern import Full
+from diffsparse.search.candidates import fill
 
 __all__ = ["CostModel", "measure_costs"]
 
@@ -29,15 +30,24 @@ class CostModel:
     """Time of one layer's attention call as a share of the dense call, by tail and density.
 
     ``dense_seconds``: the fastest dense call. ``share``: per tail, the relative time at each of ``densities``.
+    ``fill``: how full the blocks were that were timed (:func:`diffsparse.search.candidates.fill`), or None where a plan
+    does not say.
     """
 
     device: str
     dense_seconds: float
     densities: tuple[float, ...]
     share: dict[str, tuple[float, ...]]
+    fill: float | None = None
 
-    def relative(self, density: float, tail: str) -> float:
-        """Cost of a head at a density of kept blocks (tail not counted in it), 1 = dense. Never above dense."""
+    def relative(self, density: float, tail: str, fill: float | None = None) -> float:
+        """Cost of a head at a density of kept pairs (tail not counted in it), 1 = dense. Never above dense.
+
+        ``fill``: how full the blocks of its order are. Kernels multiply whole blocks, so that the same pairs take
+        ``1 / fill ** 2`` times as many. None: as full as those that were timed.
+        """
+        if density < 1 and fill is not None and self.fill is not None:
+            density *= (self.fill / fill) ** 2
         times = float(np.interp(density, (*self.densities, 1.0), (*self.share[tail], max(1.0, self.share[tail][-1]))))
         low, high = self.densities[:2]
         if density < low:  # extend the first segment's line downwards
@@ -51,7 +61,7 @@ class CostModel:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> CostModel:
         share = {k: tuple(v) for k, v in data["share"].items()}
-        return cls(data["device"], data["dense_seconds"], tuple(data["densities"]), share)
+        return cls(data["device"], data["dense_seconds"], tuple(data["densities"]), share, data.get("fill"))
 
 
 def _median_seconds(fn: Callable[[], object], device: torch.device, seconds: float) -> float:
@@ -106,4 +116,4 @@ def measure_costs(
             times.append(_median_seconds(partial(sparse_attention, q, k, v, layout), device, seconds))
         share[tail] = tuple(t / dense for t in times)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    return CostModel(name, dense, DENSITIES, share)
+    return CostModel(name, dense, DENSITIES, share, fill(order, grid, block_size))

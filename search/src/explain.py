@@ -21,6 +21,7 @@ from diffsparse.pattern import uses_fallback
 from diffsparse.pipelines.family import Family, UnsupportedModelError, family_by_class
 from diffsparse.pipelines.state import FULL, SLOWER, is_full, sparse_entries
 from diffsparse.plan import Architecture, SparsityPlan
+from diffsparse.search.candidates import fill
 from diffsparse.search.cost import CostModel
 from diffsparse.search.density import kept_density
 from diffsparse.search.environment import environment
@@ -297,7 +298,8 @@ class HeadForecaster:
         density = min(1.0, kept + TAIL_COST[tail] * rows / grid.seq_len)
         time = None
         if self.costs is not None:
-            time = 0.0 if skipped else 1.0 if entry.is_dense else self.costs.relative(kept, tail)
+            full = fill(entry.order, grid, size)
+            time = 0.0 if skipped else 1.0 if entry.is_dense else self.costs.relative(kept, tail, full)
         fallback = not skipped and uses_fallback(entry.pattern, grid, entry.order, size)
         return HeadForecast(kept, density, time, fallback)
 

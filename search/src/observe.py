@@ -75,6 +75,13 @@ def _output_projection(transformer: torch.nn.Module, layer: str) -> torch.Tensor
     return weight if isinstance(weight, torch.Tensor) and weight.ndim == 2 else None
 
 
+def error_left(error: torch.Tensor, pairs: int) -> torch.Tensor:
+    """Of block scores ``[tails, H, NB, NB]``, what the best ``pairs`` of a head leave, with its best tail: ``[H]``."""
+    flat = error.flatten(2)
+    kept = flat.topk(min(pairs, flat.shape[2]), dim=2).values.sum(2)
+    return (flat.sum(2) - kept).amin(0)
+
+
 @dataclass
 class Tracer:
     """Scores one branch of every step of a generation.
@@ -82,7 +89,8 @@ class Tracer:
     ``orders``: the order to score each ``(layer, head)`` in; layers not in it are scored in ``default_order``.
     ``screen``: at these steps every order of ``screen_orders`` is scored as well, for choosing among them.
     Results: ``steps[s][layer]`` holds every head's part of :class:`CallScores` as arrays (``error0``, ``error1``, ...),
-    and ``screened[layer]`` the summed error ``[orders, H]`` at ``screen_density`` kept.
+    and ``screened[layer]`` the summed error ``[orders, H]`` with so many block pairs kept as ``screen_density`` of the
+    grid would be in full blocks.
     """
 
     pipe: Any
@@ -151,11 +159,11 @@ class Tracer:
                 result[f"true{head}"] = scores.true[:, i].cpu().numpy()
         self.steps.setdefault(step, {})[call.layer] = result
         if step in self.screen_steps:
-            rows = []
-            for order in self.screen_orders:
-                error = self._score(call, order, list(range(heads))).error.flatten(2)
-                kept = error.topk(int(self.screen_density * error.shape[2]), dim=2).values.sum(2)
-                rows.append((error.sum(2) - kept).amin(0).cpu().numpy())
+            # The same number of block pairs in each order, for that is what takes the same time: an order whose blocks
+            # are less full has more of them.
+            pairs = round(self.screen_density * (call.grid.num_visual / self.block_size) ** 2)
+            scores = (self._score(call, order, list(range(heads))).error for order in self.screen_orders)
+            rows = [error_left(error, pairs).cpu().numpy() for error in scores]
             self.screened[call.layer] = self.screened.get(call.layer, 0) + np.stack(rows)
 
 

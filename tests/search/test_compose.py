@@ -10,11 +10,13 @@ import pytest
 
 from diffsparse.entry import TAILS
 from diffsparse.grid import TokenGrid
-from diffsparse.order import TileOrder, TokenOrder
+from diffsparse.order import RasterOrder, TileOrder, TokenOrder
+from diffsparse.pattern import Band
 from diffsparse.plan import Architecture
+from diffsparse.search.candidates import fill
 from diffsparse.search.compose import Candidate, Composer
 from diffsparse.search.cost import CostModel
-from diffsparse.search.options import FamilyTable, HeadScores, head_entry, head_options
+from diffsparse.search.options import FamilyTable, HeadScores, Option, head_entry, head_options
 from diffsparse.search.score import LADDER
 from diffsparse.search.search import SearchConfig
 
@@ -97,6 +99,27 @@ def test_a_heads_error_is_that_of_the_option_that_was_chosen(changes: dict[str, 
             wanted = 0.0 if scores.energy == 0 else min(option.error for option in same) / scores.energy
             assert error[phase, j, head] == pytest.approx(wanted, rel=1e-6, abs=1e-12)
     assert len(kinds) > 1, "the budget leaves too little choice to tell anything"
+
+
+def test_orders_that_fill_their_blocks_less_cost_more() -> None:
+    grid, orders = TokenGrid(2, 15, 26), (RasterOrder(), TILE)
+    full = [fill(order, grid, 64) for order in orders]
+    assert full[0] > full[1]
+    share = {tail: (0.1, 0.2, 0.4, 0.7) for tail in TAILS}
+    costs = CostModel("cpu", 1.0, (0.02, 0.1, 0.3, 0.6), share, full[0])
+    rest: Any = (np.full((len(TRACED), 2), 1.0), np.array([4.0, 2.0, 1.0, 1.0]), TRACED)
+    of_heads = {(layer, head): orders[head] for layer in LAYERS for head in range(2)}
+    for config in ({"budget": 0.5}, {"budget": None, "density": 0.5}):
+        search = Scores(SearchConfig(steps=6, validation_prompts=0, **config))
+        composer = Composer(search, Scheduler(), grid, of_heads, costs, *rest)  # type: ignore[arg-type]
+        option = Option(0.0, 0.2, "mean", "family", Band(0.1))
+        first, second = (composer.cost(option, order) for order in orders)
+        if "density" in config:
+            assert first == second, "work is counted in real pairs"
+        else:
+            assert first == pytest.approx(costs.relative(0.2, "mean"))
+            assert second == pytest.approx(costs.relative(0.2 * (full[0] / full[1]) ** 2, "mean")) and second > first
+        assert composer.cost(Option(0.0, 1.0, "none", "dense"), TILE) == 1.0
 
 
 def test_heads_that_compute_all_or_nothing() -> None:

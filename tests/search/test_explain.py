@@ -24,6 +24,7 @@ from diffsparse.plan import Architecture, SparsityPlan
 from diffsparse.presets import preset
 from diffsparse.schedule import Schedule
 from diffsparse.search import load
+from diffsparse.search.candidates import fill
 from diffsparse.search.density import call_density, kept_density
 from diffsparse.search.errors import BadInput
 from diffsparse.search.explain import Explanation, explain, explain_table, recorded_costs, shape_for
@@ -179,7 +180,7 @@ def test_layers_that_a_break_even_table_speaks_against(tmp_path: Path, monkeypat
 
 def test_densities_and_times_of_layers() -> None:
     plan = make_plan()
-    plan.record["costs"] = COSTS
+    plan.record["costs"] = {**COSTS, "fill": 0.9}
     found = told(plan)
     costs = recorded_costs(plan)
     assert costs is not None
@@ -192,7 +193,8 @@ def test_densities_and_times_of_layers() -> None:
                 skipped = entry.execution.mode == "skip"
                 kept = kept_density(entry, GRID, 64)
                 tail = "none" if kept == 1 else entry.execution.tail
-                times.append(0.0 if skipped else costs.relative(kept, tail))
+                full = fill(entry.order, GRID, 64)
+                times.append(0.0 if skipped else costs.relative(kept, tail, full))
             assert phase.time == pytest.approx(np.mean(times))
     assert found.time == pytest.approx([np.mean([x.phases[p].time for x in found.layers]) for p in range(2)])
     assert found.break_even["none"] == 0.99 and found.break_even["centroids"] < found.break_even["moments"]

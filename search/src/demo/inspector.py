@@ -17,6 +17,7 @@ from diffsparse.grid import TokenGrid
 from diffsparse.layout import build_layout
 from diffsparse.pattern import uses_fallback
 from diffsparse.plan import SparsityPlan
+from diffsparse.search.candidates import fill
 from diffsparse.search.cost import CostModel
 from diffsparse.search.demo.upload import MAX_TOKENS, write_plan_zip
 from diffsparse.search.errors import BadInput
@@ -239,7 +240,8 @@ class PlanView:
                 relative = 1.0
             else:
                 kept = float(kept_share(entry, self.grid, self.plan.block_size).mean())
-                relative = model.relative(kept, entry.execution.tail)
+                full = fill(entry.order, self.grid, self.plan.block_size)
+                relative = model.relative(kept, entry.execution.tail, full)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             return f"recorded in a form that cannot be read ({type(error).__name__})"
         return f"{relative:.2f} of a dense head, by the times measured on {model.device}"
