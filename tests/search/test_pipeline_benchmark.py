@@ -34,7 +34,7 @@ def script() -> ModuleType:
 
 def run(tmp_path: Path, *options: str) -> list[dict[str, str]]:
     out, plot = tmp_path / "rows.csv", tmp_path / "plot.png"
-    command = [sys.executable, str(SCRIPT), "--tiny", "--seconds", "0.01", "--csv", str(out), "--plot", str(plot)]
+    command = [sys.executable, str(SCRIPT), "--tiny", "--seconds", "0.4", "--csv", str(out), "--plot", str(plot)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=600, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -43,14 +43,16 @@ def run(tmp_path: Path, *options: str) -> list[dict[str, str]]:
 
 
 def check(rows: list[dict[str, str]], layers: int = 2) -> None:
+    """What is faster than what, by the fastest of several steps: on a busy machine a single one tells nothing."""
     rest, dense, *others = rows
+    assert all(int(row["samples"]) >= 2 for row in rows)
     if dense["model"] == "hunyuan-720p":  # whose text may be padded
         unmasked = others.pop(0)
-        assert unmasked["what"] == "unmasked" and float(unmasked["ms"]) > float(rest["ms"])
+        assert unmasked["what"] == "unmasked" and float(unmasked["ms_low"]) > float(rest["ms_low"])
     fastest, *sparse = others
     assert fastest["what"] == "fastest" and fastest["backend"] and float(fastest["speedup"]) > 0
     assert [dense["what"], rest["what"]] == ["dense", "rest"] and len(sparse) == 2
-    assert float(rest["ms"]) < float(dense["ms"])
+    assert float(rest["ms_low"]) < float(dense["ms_low"])
     share = 1 - float(rest["ms"]) / float(dense["ms"])
     assert float(dense["attention_share"]) == pytest.approx(share, rel=1e-4)
     for row, asked in zip(sparse, (0.4, 0.15)):
