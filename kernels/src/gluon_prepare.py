@@ -148,6 +148,14 @@ def _bias_kernel(
             tl.store(out + num_blocks + j, none, mask=entry < end)
 
 
+@triton.jit
+def _move(source, stride, token, inside, to, live):
+    """Copy the rows of these tokens, and return them: all that are ``inside``, of which ``live`` ones are written."""
+    x = tl.load(source[None, :] + token[:, None] * stride, mask=inside, other=0.0)
+    tl.store(to, x, mask=live)
+    return x
+
+
 @triton.jit(do_not_specialize=["first_head"])
 def _reorder_kernel(
     q_ptr,
@@ -206,28 +214,21 @@ def _reorder_kernel(
     to = ((b * GROUP + local) * seq + start + offs_n)[:, None] * D + channel[None, :]
     if which == 0:
         source = q_ptr + b * stride_qb + h64 * stride_qh + channel
-        x = tl.load(source[None, :] + token[:, None] * stride_qs, mask=inside, other=0.0)
-        tl.store(q_out + to, x, mask=live)
+        _move(source, stride_qs, token, inside, q_out + to, live)
     elif which == 1:
         source = k_ptr + b * stride_kb + h64 * stride_kh + channel
-        x = tl.load(source[None, :] + token[:, None] * stride_ks, mask=inside, other=0.0)
-        tl.store(k_out + to, x, mask=live)
+        x = _move(source, stride_ks, token, inside, k_out + to, live)
         if SUMMED:
             if summed:
-                first_row = tl.load(source + first * stride_ks, mask=there & (length > 0), other=0.0)
-                store_summary(
-                    x, first_row, length, there, mean_k, var_k, b * HEADS + h, i, num_blocks, D, BLOCK_D, True
-                )
+                at = source + first * stride_ks
+                store_summary(x, at, length, there, mean_k, var_k, b * HEADS + h, i, num_blocks, D, BLOCK_D, True)
     else:
         source = v_ptr + b * stride_vb + h64 * stride_vh + channel
-        x = tl.load(source[None, :] + token[:, None] * stride_vs, mask=inside, other=0.0)
-        tl.store(v_out + to, x, mask=live)
+        x = _move(source, stride_vs, token, inside, v_out + to, live)
         if SUMMED:
             if summed:
-                first_row = tl.load(source + first * stride_vs, mask=there & (length > 0), other=0.0)
-                store_summary(
-                    x, first_row, length, there, mean_v, var_k, b * HEADS + h, i, num_blocks, D, BLOCK_D, False
-                )
+                at = source + first * stride_vs
+                store_summary(x, at, length, there, mean_v, var_k, b * HEADS + h, i, num_blocks, D, BLOCK_D, False)
 
 
 def tail_bias(call: AttentionCall, warmup: bool = False) -> Any:

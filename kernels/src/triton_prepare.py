@@ -35,7 +35,7 @@ def tokens_of(gather_ptr, block_start, order, i, seq, num_blocks, offs_n, GATHER
 @triton.jit
 def store_summary(
     x,
-    first,
+    first_at,
     length,
     there,
     mean_to,
@@ -47,11 +47,14 @@ def store_summary(
     BLOCK_D: tl.constexpr,
     VARIANCE: tl.constexpr,
 ):
-    """The mean of a block's ``length`` rows and, of keys, their variance. ``x``: the rows, and ``first`` over again."""
+    """The mean of a block's ``length`` rows and, of keys, their variance.
+
+    ``x``: the rows ``[BLOCK, BLOCK_D]``, then the first of them, which stands at ``first_at``, over again.
+    """
     offs_d = tl.arange(0, BLOCK_D)
     # In one pass, relative to a row of the block: the squares then cancel by a factor of at most its length, however
     # far from zero, and near each other, the rows are. And those that repeat the first add nothing.
-    first = first.to(tl.float32)
+    first = tl.load(first_at, mask=there & (length > 0), other=0.0).to(tl.float32)
     x = x.to(tl.float32) - first[None, :]
     count = tl.maximum(length, 1).to(tl.float32)
     total = tl.sum(x, 0)
@@ -63,6 +66,21 @@ def store_summary(
         variance = tl.maximum(tl.sum(x * x, 0) - total * total / count, 0.0) / count
         at = variance_to + (bh * num_blocks + i) * D + offs_d
         tl.store(at, variance.to(variance_to.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _sum_up(
+    source, stride, mean_to, variance_to, gather_ptr, block_start, order, i, seq, num_blocks, bh,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, GATHER: tl.constexpr, VARIANCE: tl.constexpr,
+):  # fmt: skip
+    """Fetch block ``i`` of a head's keys or values, and store its summary."""
+    there = tl.arange(0, BLOCK_D) < D
+    offs_n = tl.arange(0, BLOCK)
+    token, first, length = tokens_of(gather_ptr, block_start, order, i, seq, num_blocks, offs_n, GATHER)
+    inside = there & (length > 0)
+    x = tl.load(source[None, :] + token[:, None] * stride, mask=inside[None, :], other=0.0)
+    first_at = source + first * stride
+    store_summary(x, first_at, length, there, mean_to, variance_to, bh, i, num_blocks, D, BLOCK_D, VARIANCE)
 
 
 @triton.jit
@@ -152,19 +170,17 @@ def _summary_kernel(
     elif part % 2 == 0:
         source = k_ptr + b * stride_kb + h64 * stride_kh + offs_d
         for i in range(begin, end):
-            token, first, length = tokens_of(gather_ptr, block_start, order, i, seq, num_blocks, offs_n, GATHER)
-            inside = there & (length > 0)
-            x = tl.load(source[None, :] + token[:, None] * stride_ks, mask=inside[None, :], other=0.0)
-            first_row = tl.load(source + first * stride_ks, mask=inside, other=0.0)
-            store_summary(x, first_row, length, there, mean_k, var_k, b * HEADS + h, i, num_blocks, D, BLOCK_D, True)
+            _sum_up(
+                source, stride_ks, mean_k, var_k, gather_ptr, block_start, order, i, seq, num_blocks, b * HEADS + h,
+                D, BLOCK_D, BLOCK, GATHER, True,
+            )  # fmt: skip
     else:
         source = v_ptr + b * stride_vb + h64 * stride_vh + offs_d
         for i in range(begin, end):
-            token, first, length = tokens_of(gather_ptr, block_start, order, i, seq, num_blocks, offs_n, GATHER)
-            inside = there & (length > 0)
-            x = tl.load(source[None, :] + token[:, None] * stride_vs, mask=inside[None, :], other=0.0)
-            first_row = tl.load(source + first * stride_vs, mask=inside, other=0.0)
-            store_summary(x, first_row, length, there, mean_v, var_k, b * HEADS + h, i, num_blocks, D, BLOCK_D, False)
+            _sum_up(
+                source, stride_vs, mean_v, var_k, gather_ptr, block_start, order, i, seq, num_blocks, b * HEADS + h,
+                D, BLOCK_D, BLOCK, GATHER, False,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -208,6 +224,7 @@ def summaries(call: AttentionCall, head_kinds: torch.Tensor | None = None, warmu
     mean_k, mean_v = (torch.empty(shape, dtype=k.dtype, device=k.device) for _ in range(2))
     var_k = torch.empty((batch, heads, call.num_blocks, dim), dtype=variance_dtype(k.dtype), device=k.device)
     args: list[Any] = [k, v, mean_k, mean_v, var_k, call.gather, call.block_start, call.head_order, call.head_mode]
+    # Without kinds something stands in that decides nothing.
     args += [call.head_order if head_kinds is None else head_kinds, seq]
     args += [call.num_blocks, *k.stride()[:3], *v.stride()[:3]]
     columns = triton.next_power_of_2(dim)

@@ -61,7 +61,10 @@ class CostModel:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> CostModel:
         share = {k: tuple(v) for k, v in data["share"].items()}
-        return cls(data["device"], data["dense_seconds"], tuple(data["densities"]), share, data.get("fill"))
+        full = None if data.get("fill") is None else float(data["fill"])
+        if full is not None and not 0 < full <= 1:
+            raise ValueError(f"blocks are filled by a share above 0 and of 1 at most, not {full}")
+        return cls(data["device"], data["dense_seconds"], tuple(data["densities"]), share, full)
 
 
 def _median_seconds(fn: Callable[[], object], device: torch.device, seconds: float) -> float:

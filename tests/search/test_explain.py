@@ -296,7 +296,18 @@ def test_costs_of_elsewhere_are_said_to_be() -> None:
 
 @pytest.mark.parametrize(
     "damage",
-    [{"share": {}}, {"densities": [0.1]}, {"densities": [0.6, 0.3, 0.1, 0.0]}, {"share": 3}, {"densities": ["a"] * 4}],
+    [
+        {"share": {}},
+        {"densities": [0.1]},
+        {"densities": [0.6, 0.3, 0.1, 0.0]},
+        {"share": 3},
+        {"densities": ["a"] * 4},
+        {"fill": 0},
+        {"fill": 1.5},
+        {"fill": float("nan")},
+        {"fill": "all"},
+        {"fill": [1]},
+    ],
 )
 def test_damaged_costs_are_named(damage: dict[str, Any]) -> None:
     plan = make_plan()
