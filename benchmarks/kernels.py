@@ -24,6 +24,8 @@ sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__)
 
 import torch
 
+from diffsparse.entry import NUMERICS
+from diffsparse.kernels import BACKENDS
 from diffsparse.kernels.bench import OK, TIMED_BACKENDS, Row, bench_case, describe
 from diffsparse.kernels.bench_cases import CASES, cases, uniform_case
 from diffsparse.kernels.dense import DENSE_KERNELS
@@ -47,10 +49,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, help="one uniform case of your own instead: its number of tokens")
     parser.add_argument("--heads", type=int, default=24, help="with --tokens")
     parser.add_argument("--head-dim", type=int, default=128, help="with --tokens")
-    parser.add_argument("--densities", default="1.0,0.5,0.25,0.1", help="with --tokens")
+    parser.add_argument("--densities", type=densities, default="1.0,0.5,0.25,0.1", help="with --tokens")
     parser.add_argument("--block-size", type=int, default=128, choices=(64, 128), help="with --tokens")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--dtype", default="", help="bfloat16 on a GPU, float32 on a CPU, or float16")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="bfloat16; on a CPU float32")
     parser.add_argument(
         "--tiny", action=argparse.BooleanOptionalAction, help="cases cut to a few hundred tokens (default: on a CPU)"
     )
@@ -63,7 +65,19 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--csv", type=Path, help="write the rows here, after every case")
     parser.add_argument("--json", type=Path, help="write the rows here, after every case")
     parser.add_argument("--plot", type=Path, help="draw TF/s here (needs matplotlib)")
-    return parser.parse_args()
+    a = parser.parse_args()
+    known = {"cases": CASES, "backends": BACKENDS, "numerics": NUMERICS, "dense": DENSE_KERNELS, "peers": PEERS}
+    for option, names in known.items():
+        if unknown := [name for name in split(getattr(a, option)) if name not in names]:
+            raise SystemExit(f"error: --{option}: no {', '.join(map(repr, unknown))}; there are {', '.join(names)}")
+    return a
+
+
+def densities(text: str) -> list[float]:
+    found = [float(part) for part in split(text)]
+    if not found or not all(0 < density <= 1 for density in found):
+        raise argparse.ArgumentTypeError(f"a list of densities above 0 and at most at 1, got {text!r}")
+    return found
 
 
 def split(text: str) -> list[str]:
@@ -139,13 +153,9 @@ def main() -> int:
     tiny = device.type == "cpu" if a.tiny is None else a.tiny
     dtype = getattr(torch, a.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     if a.tokens:
-        densities = [float(d) for d in split(a.densities)]
-        wanted = [uniform_case("own", "", a.tokens, a.heads, a.head_dim, densities, block_size=a.block_size)]
+        wanted = [uniform_case("own", "", a.tokens, a.heads, a.head_dim, a.densities, block_size=a.block_size)]
     else:
-        try:
-            wanted = cases(split(a.cases), tiny=tiny)
-        except ValueError as error:
-            raise SystemExit(f"error: {error}") from None
+        wanted = cases(split(a.cases), tiny=tiny)
     machine = stamp(device)
     print(", ".join(f"{k} {v}" for k, v in machine.items() if v), flush=True)
     rows: list[Row] = []

@@ -15,8 +15,7 @@ from diffsparse.search import load
 from diffsparse.search.generate import GenerationSettings, generate_clip
 
 
-def main() -> None:
-    """Read the command line, generate, print."""
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a diffusers pipeline: a local folder or a Hub id")
     parser.add_argument("plan", help="a plan's folder or Hub id")
@@ -24,7 +23,12 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=3, help="clips, one of each of the first prompts")
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--device", default="auto")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Read the command line, generate, print."""
+    args = arguments()
     load.quiet_libraries()
     device = load.choose_device(args.device)
     plan = load.load_plan(args.plan)

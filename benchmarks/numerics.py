@@ -134,7 +134,7 @@ def generations(
     return found
 
 
-def main() -> int:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(ROOT / "examples" / "tiny_wan"))
     parser.add_argument("--plan", default=str(ROOT / "examples" / "tiny_wan" / "sparse_plan"))
@@ -143,24 +143,29 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=8192, help="of the data from a generator")
     parser.add_argument("--json", type=Path, help="write what is printed here")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Read the command line, measure, write. The exit status."""
+    a = arguments()
     if (reason := available_backends()["gluon_sm90"]) is not None:
         print(f"error: 8 bits need the backend gluon_sm90: {reason}", file=sys.stderr)
         return 2
     about = stamp(torch.device("cuda"))
     print(", ".join(f"{k} {v}" for k, v in about.items()))
-    made = {str(dim): made_data(arguments.tokens, dim, 0.25) for dim in (64, 128)}
+    made = {str(dim): made_data(a.tokens, dim, 0.25) for dim in (64, 128)}
     for dim, kinds in made.items():
         for kind, row in kinds.items():
             print(f"head_dim {dim:3}  {kind:22}  " + "  ".join(f"{n} {e:.1e}" for n, e in row.items()), flush=True)
     load.quiet_libraries()
-    prompts = load.read_prompts(arguments.prompts)[: arguments.count]
-    plan = load.load_plan(arguments.plan)
-    found = generations(arguments.model, plan, prompts, settings_of(plan, arguments.steps))
+    prompts = load.read_prompts(a.prompts)[: a.count]
+    plan = load.load_plan(a.plan)
+    found = generations(a.model, plan, prompts, settings_of(plan, a.steps))
     for name, row in found.items():
         print(f"{name:12}  " + "  ".join(f"{key} {value:.3g}" for key, value in row.items()))
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"about": about, "made": made, "generations": found}, indent=1) + "\n")
+    if a.json:
+        a.json.write_text(json.dumps({"about": about, "made": made, "generations": found}, indent=1) + "\n")
     return 0
 
 

@@ -563,6 +563,7 @@ def arguments() -> argparse.Namespace:
     for given, known in ((a.models, MODELS), (a.modes, ("eager", "compiled"))):
         if unknown := [name for name in given.split(",") if name not in known]:
             raise SystemExit(f"error: unknown {', '.join(unknown)}; there are {', '.join(known)}")
+    a.settings = parse_settings(a.settings)
     return a
 
 
@@ -590,7 +591,7 @@ def main() -> int:
                 device=device,
                 dtype=dtype,
                 modes=a.modes.split(","),
-                settings=parse_settings(a.settings),
+                settings=a.settings,
                 block_size=a.block_size or (64 if a.tiny else 128),
                 kind=a.plan,
                 backend=a.backend,

@@ -90,7 +90,7 @@ def line(found: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("plan")
@@ -104,8 +104,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="rows whose name begins with one of these words")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path, help="write the rows and the machine here, after every row")
-    a = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    """Read the command line, generate, print and write."""
+    a = arguments()
     load.quiet_libraries()
     device = load.choose_device(a.device)
     pipe = load.load_pipeline(a.model, device=device, dtype=load.choose_dtype("auto", device))

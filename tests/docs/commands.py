@@ -20,15 +20,22 @@ QUICK = ("env", "explain", "models", "show")
 
 TRAINED = "trains for minutes on two GPUs; tests/examples/test_tiny_wan.py runs the script with --smoke"
 TRAINED_PICTURES = "trains for minutes on a GPU; tests/examples/test_tiny_flux.py runs the script with --smoke"
-NUMERICS = "needs a Hopper GPU; tests/kernels/test_numerics_benchmark.py runs its parts on the CPU"
-ON_A_GPU = "times steps of large models on a GPU; tests/search/test_pipeline_benchmark.py runs the script with --tiny"
-KERNELS = "times the kernels of a GPU; tests/kernels/test_bench.py runs the script on the CPU"
 MANY_CLIPS = (
     "a dozen plans, each on several whole clips; tests/search/test_quality_benchmark.py runs the script on a tiny model"
 )
 INSTALLS = "installs packages from the network; tests/house/test_wheel.py builds the wheel and installs it without one"
 IS_A_TEST = "runs the tests, this one too"
-#: The lines that are not run, each with its reason. Everything else is.
+#: Scripts that time a GPU: their lines are not run, but each script reads its options (tests/docs/test_commands.py).
+GPU_BENCHMARKS = {
+    "benchmarks/kernels.py": "times the kernels of a GPU; tests/kernels/test_bench.py runs the script on the CPU",
+    "benchmarks/numerics.py": (
+        "needs a Hopper GPU; tests/kernels/test_numerics_benchmark.py runs its parts on the CPU"
+    ),
+    "benchmarks/pipeline.py": (
+        "times steps of large models on a GPU; tests/search/test_pipeline_benchmark.py runs the script with --tiny"
+    ),
+}
+#: The other lines that are not run, each with its reason. Everything else is.
 EXCUSED = {
     "accelerate launch --multi_gpu --num_processes 2 --mixed_precision bf16 examples/train_tiny_wan.py "
     "--out out/tiny_wan --vae-minutes 3.2 --vae-batch 8 --vae-lr 0.0012 --ema 0.998 --pool-minutes 0.25 "
@@ -53,35 +60,6 @@ EXCUSED = {
     "python benchmarks/kernels.py --backends cpu --densities 0.3,0.7 --tokens 5120 --heads 4 --head-dim 64": (
         "a minute of dense attention on a CPU; tests/kernels/test_bench.py runs the script on less"
     ),
-    "python benchmarks/kernels.py --cases uniform-32k,shared-32k --rounds 2 --csv first.csv --peers "
-    "flash_attention_4,fastvideo_vsa,fastvideo_triton": KERNELS,
-    "python benchmarks/kernels.py --csv kernels.csv --plot kernels.png": KERNELS,
-    "python benchmarks/kernels.py --cases uniform-32k,head-dim-64 --rounds 2 --csv second.csv --dense cudnn_sdpa "
-    "--peers flash_attention_4": KERNELS,
-    "python benchmarks/kernels.py --csv others.csv --dense cudnn_sdpa --peers flash_attention_4 --cases "
-    "orders,radial,mixed,mixed-text,uniform-118k": KERNELS,
-    "python benchmarks/kernels.py --cases tail --dense cudnn_sdpa --peers '' --backends gluon_sm90,triton "
-    "--numerics auto --rounds 2 --csv tail.csv": KERNELS,
-    "python benchmarks/numerics.py --json numerics.json": NUMERICS,
-    "python benchmarks/pipeline.py --models wan-14b-720p --csv pipeline.csv --plot pipeline.png": ON_A_GPU,
-    "python benchmarks/pipeline.py --modes compiled --models wan-1.3b-480p --settings 0.25,0.08:moments --most 2 "
-    "--seconds 5": ON_A_GPU,
-    "python benchmarks/kernels.py --cases outliers-32k --dense cudnn_sdpa,diffsparse_int8,diffsparse_fp8 --peers '' "
-    "--backends gluon_sm90 --rounds 2 --csv outliers.csv": KERNELS,
-    "python benchmarks/pipeline.py --modes compiled --models wan-1.3b-480p --most 5 --seconds 3 --no-fastest "
-    "--settings 0.25,0.25:int8,0.25:fp8,0.08:moments,0.08:centroids:int8,0.15,0.5,1:int8": ON_A_GPU,
-    "python benchmarks/pipeline.py --modes compiled --models wan-1.3b-720p --most 3 --seconds 2 --no-fastest "
-    "--settings 0.25,0.25:int8,0.25:fp8,0.08:moments,0.08:centroids:int8,0.15,0.5,1:int8": ON_A_GPU,
-    "python benchmarks/pipeline.py --modes compiled --models wan-14b-720p --most 1 --seconds 1 --no-fastest "
-    "--settings 0.25,0.08:moments,0.25:int8,0.25:fp8,0.08:centroids:int8,1:int8,1:fp8,0.15,0.5": ON_A_GPU,
-    "python benchmarks/pipeline.py --modes compiled --models hunyuan-720p --most 1 --seconds 1 --no-fastest "
-    "--settings 0.25,0.08:moments,0.25:int8,0.25:fp8,0.08:centroids:int8,0.15,0.5,1:int8": ON_A_GPU,
-    "python benchmarks/pipeline.py --modes eager --models wan-1.3b-480p --most 5 --seconds 3 --no-fastest "
-    "--settings 0.25,0.08:moments": ON_A_GPU,
-    "python benchmarks/pipeline.py --modes eager --models wan-1.3b-720p --most 3 --seconds 2 --no-fastest "
-    "--settings 0.25,0.08:moments": ON_A_GPU,
-    "python benchmarks/pipeline.py --modes eager --models wan-14b-720p,hunyuan-720p --most 1 --seconds 1 --no-fastest "
-    "--settings 0.25,0.08:moments": ON_A_GPU,
     "python benchmarks/loop.py examples/tiny_wan examples/tiny_wan/sparse_plan --prompts "
     "examples/tiny_wan/prompts/heldout.txt --count 3": "whole clips again and again at full size, minutes on a CPU",
     "python benchmarks/quality.py examples/tiny_wan examples/tiny_wan/sparse_plan --prompts "
@@ -184,6 +162,15 @@ def commands_in(text: str) -> list[str]:
 def all_commands() -> list[str]:
     """Every distinct line of every document, in order."""
     return list(dict.fromkeys(line for path in written() for line in commands_in(path.read_text("utf-8"))))
+
+
+def excuse(line: str) -> str | None:
+    """Why a line is not run, if it is not."""
+    words = shlex.split(line)
+    for script, reason in GPU_BENCHMARKS.items():
+        if words[:2] == ["python", script] and not {"--tiny", "cpu"} & set(words):
+            return reason
+    return EXCUSED.get(line)
 
 
 def is_quick(line: str) -> bool:

@@ -18,20 +18,24 @@ import pytest
 
 from tests.docs.commands import (
     EXCUSED,
+    GPU_BENCHMARKS,
     PICTURES,
     PLAN_FOLDERS,
     PROGRAMS,
     PROMPT_FILES,
     all_commands,
     commands_in,
+    excuse,
     is_quick,
     outputs,
     small,
 )
 from tests.docs.pages import ROOT
 from tests.house.process import heed_ctrl_c
+from tests.house.scripts import load_script
 
-RUN = [line for line in all_commands() if line not in EXCUSED]
+RUN = [line for line in all_commands() if excuse(line) is None]
+BENCHMARKS = [line for line in all_commands() if line.startswith("python benchmarks/")]
 SERVED = ("diffsparse demo", "python examples/gradio_demo.py")
 #: What a command may read or write below the root.
 COPIED = ("benchmarks", "diffsparse", "docs", "examples", "kernels", "pipelines", "search")
@@ -91,6 +95,19 @@ def test_quick_lines_run(
     check_outputs(words, place)
     if into is not None:
         assert (ROOT / into).read_text("utf-8") == printed.out, f"{line} no longer makes the page that is kept"
+
+
+@pytest.mark.parametrize("line", BENCHMARKS)
+def test_benchmarks_understand_their_options(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of lines that are run nowhere but on a GPU, too."""
+    words = shlex.split(line)
+    module = load_script(ROOT / words[1])
+    monkeypatch.setattr(sys, "argv", words[1:])
+    module.arguments()
+    monkeypatch.setattr(sys, "argv", [*words[1:], "--nope"])
+    with pytest.raises(SystemExit) as end:
+        module.arguments()
+    assert end.value.code == 2
 
 
 def program_of(words: list[str], place: Path) -> list[str]:
@@ -175,7 +192,11 @@ def test_lines_that_serve_a_page_run(line: str, place: Path) -> None:
 
 def test_every_excuse_is_of_a_line_that_is_there() -> None:
     assert not [line for line in EXCUSED if line not in all_commands()]
-    assert all(len(reason) > 10 for reason in EXCUSED.values())
+    assert all(len(reason) > 10 for reason in (*EXCUSED.values(), *GPU_BENCHMARKS.values()))
+    for script in GPU_BENCHMARKS:
+        assert any(line.startswith(f"python {script} ") and excuse(line) for line in BENCHMARKS)
+    assert excuse("python benchmarks/pipeline.py --models wan-14b-720p --settings 0.9") is not None
+    assert excuse("python benchmarks/pipeline.py --tiny") is None
 
 
 def test_every_line_is_run_or_excused() -> None:

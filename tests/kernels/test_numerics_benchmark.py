@@ -3,7 +3,6 @@ Hopper GPU."""
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,19 +18,15 @@ from diffsparse.plan import SparsityPlan
 from diffsparse.presets import preset
 from diffsparse.search import load
 from diffsparse.search.generate import GenerationSettings
+from tests.house.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "numerics.py"
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("numerics_benchmark", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script() -> ModuleType:
+    return load_script(SCRIPT)
 
 
 def test_without_a_hopper_gpu_it_says_so() -> None:

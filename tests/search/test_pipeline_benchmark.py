@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ import torch
 
 from diffsparse.layout import build_layout
 from diffsparse.order import AxisOrder, RasterOrder
+from tests.house.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "pipeline.py"
@@ -24,12 +24,7 @@ SCRIPT = ROOT / "benchmarks" / "pipeline.py"
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("diffsparse_benchmark_pipeline", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 def run(tmp_path: Path, *options: str) -> list[dict[str, str]]:
