@@ -30,7 +30,9 @@ from diffsparse.kernels.bench import OK, TIMED_BACKENDS, Row, bench_case, descri
 from diffsparse.kernels.bench_cases import CASES, cases, uniform_case
 from diffsparse.kernels.dense import DENSE_KERNELS
 from diffsparse.kernels.peers import PEERS
+from diffsparse.search import script
 from diffsparse.search.environment import stamp
+from diffsparse.search.errors import BadInput
 
 #: The package on PyPI that a kernel comes from, where it is not torch or this one.
 DISTRIBUTIONS = {
@@ -43,15 +45,16 @@ DISTRIBUTIONS = {
 
 
 def arguments() -> argparse.Namespace:
-    cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default=",".join(CASES), help=f"a list; {', '.join(CASES)}")
-    parser.add_argument("--tokens", type=int, help="one uniform case of your own instead: its number of tokens")
-    parser.add_argument("--heads", type=int, default=24, help="with --tokens")
-    parser.add_argument("--head-dim", type=int, default=128, help="with --tokens")
+    parser.add_argument(
+        "--tokens", type=script.at_least_one, help="one uniform case of your own instead: its number of tokens"
+    )
+    parser.add_argument("--heads", type=script.at_least_one, default=24, help="with --tokens")
+    parser.add_argument("--head-dim", type=script.at_least_one, default=128, help="with --tokens")
     parser.add_argument("--densities", type=densities, default="1.0,0.5,0.25,0.1", help="with --tokens")
     parser.add_argument("--block-size", type=int, default=128, choices=(64, 128), help="with --tokens")
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--device", type=script.device, default="auto", help="cuda where there is a GPU, else cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="bfloat16; on a CPU float32")
     parser.add_argument(
         "--tiny", action=argparse.BooleanOptionalAction, help="cases cut to a few hundred tokens (default: on a CPU)"
@@ -60,16 +63,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--numerics", default="auto,int8,fp8")
     parser.add_argument("--dense", default=",".join(DENSE_KERNELS))
     parser.add_argument("--peers", default=",".join(PEERS), help="a list, or nothing at all: ''")
-    parser.add_argument("--seconds", type=float, default=0.3, help="to time one kernel in one round")
-    parser.add_argument("--rounds", type=int, default=1, help="how often all kernels of a setting are timed in turn")
-    parser.add_argument("--csv", type=Path, help="write the rows here, after every case")
-    parser.add_argument("--json", type=Path, help="write the rows here, after every case")
-    parser.add_argument("--plot", type=Path, help="draw TF/s here (needs matplotlib)")
+    parser.add_argument("--seconds", type=script.seconds, default=0.3, help="to time one kernel in one round")
+    parser.add_argument(
+        "--rounds", type=script.at_least_one, default=1, help="how often all kernels of a setting are timed in turn"
+    )
+    parser.add_argument("--csv", type=script.out_file, help="write the rows here, after every case")
+    parser.add_argument("--json", type=script.out_file, help="write the rows here, after every case")
+    parser.add_argument("--plot", type=script.out_file, help="draw TF/s here (needs matplotlib)")
     a = parser.parse_args()
     known = {"cases": CASES, "backends": BACKENDS, "numerics": NUMERICS, "dense": DENSE_KERNELS, "peers": PEERS}
     for option, names in known.items():
         if unknown := [name for name in split(getattr(a, option)) if name not in names]:
-            raise SystemExit(f"error: --{option}: no {', '.join(map(repr, unknown))}; there are {', '.join(names)}")
+            raise BadInput(f"--{option}: no {', '.join(map(repr, unknown))}; there are {', '.join(names)}")
     return a
 
 
@@ -95,9 +100,6 @@ def origin(row: Row) -> str:
 
 def write(rows: list[Row], machine: dict[str, str], as_csv: Path | None, as_json: Path | None) -> None:
     table: list[dict[str, Any]] = [{**asdict(row), "package": origin(row), **machine} for row in rows]
-    for path in (as_csv, as_json):
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
     if as_json is not None:
         as_json.write_text(json.dumps(table, indent=1) + "\n")
     if as_csv is not None:
@@ -141,7 +143,6 @@ def draw(rows: list[Row], machine: dict[str, str], path: Path) -> None:
         if kernels:
             panel.legend(fontsize="x-small", ncols=2)
     figure.suptitle(f"{machine['gpu']}, torch {machine['torch']}, {machine['date']}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -149,7 +150,7 @@ def draw(rows: list[Row], machine: dict[str, str], path: Path) -> None:
 def main() -> int:
     """Read the command line, time, write. The exit status."""
     a = arguments()
-    device = torch.device(a.device)
+    device = a.device
     tiny = device.type == "cpu" if a.tiny is None else a.tiny
     dtype = getattr(torch, a.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     if a.tokens:
@@ -192,4 +193,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    script.exit_with(main)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from diffsparse.search import load
+from diffsparse.search import load, script
 from diffsparse.search.generate import GenerationSettings, generate_clip
 
 
@@ -20,9 +20,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("model", help="a diffusers pipeline: a local folder or a Hub id")
     parser.add_argument("plan", help="a plan's folder or Hub id")
     parser.add_argument("--prompts", type=Path, required=True, help="a text file with one prompt a line")
-    parser.add_argument("--count", type=int, default=3, help="clips, one of each of the first prompts")
+    parser.add_argument("--count", type=script.at_least_one, default=3, help="clips, one of each of the first prompts")
     parser.add_argument("--seed", type=int, default=1000)
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", type=script.device, default="auto")
     return parser.parse_args()
 
 
@@ -30,7 +30,7 @@ def main() -> None:
     """Read the command line, generate, print."""
     args = arguments()
     load.quiet_libraries()
-    device = load.choose_device(args.device)
+    device = args.device
     plan = load.load_plan(args.plan)
     pipe = load.load_pipeline(args.model, device=device, dtype=load.choose_dtype("auto", device))
     load.check_plan_fits(plan, pipe)
@@ -52,7 +52,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except load.BadInput as error:
-        raise SystemExit(f"error: {error}") from None
+    script.exit_with(main)

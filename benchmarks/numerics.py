@@ -33,8 +33,9 @@ from diffsparse.kernels.bench_cases import random_rows, with_outliers
 from diffsparse.layout import BlockLayout, build_layout
 from diffsparse.pipelines import tap_attention
 from diffsparse.plan import SparsityPlan
-from diffsparse.search import load, metrics
+from diffsparse.search import load, metrics, script
 from diffsparse.search.environment import stamp
+from diffsparse.search.errors import BadInput
 from diffsparse.search.generate import GenerationSettings, generate_clip
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,7 +100,7 @@ def settings_of(plan: SparsityPlan, steps: int) -> GenerationSettings:
     searched = plan.record.get("calibration", {})
     size = {name: searched.get(name) for name in ("height", "width", "num_frames")}
     if size["height"] is None or size["width"] is None:
-        raise SystemExit("error: the plan does not say at which size it was searched; take one that was (--plan)")
+        raise BadInput("the plan does not say at which size it was searched; take one that was (--plan)")
     return GenerationSettings(steps, searched.get("guidance_scale", 5.0), **size)
 
 
@@ -139,10 +140,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default=str(ROOT / "examples" / "tiny_wan"))
     parser.add_argument("--plan", default=str(ROOT / "examples" / "tiny_wan" / "sparse_plan"))
     parser.add_argument("--prompts", default=str(ROOT / "examples" / "tiny_wan" / "prompts" / "heldout.txt"))
-    parser.add_argument("--count", type=int, default=4, help="prompts to generate")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--tokens", type=int, default=8192, help="of the data from a generator")
-    parser.add_argument("--json", type=Path, help="write what is printed here")
+    parser.add_argument("--count", type=script.at_least_one, default=4, help="prompts to generate")
+    parser.add_argument("--steps", type=script.at_least_one, default=20)
+    parser.add_argument("--tokens", type=script.at_least_one, default=8192, help="of the data from a generator")
+    parser.add_argument("--json", type=script.out_file, help="write what is printed here")
     return parser.parse_args()
 
 
@@ -150,8 +151,7 @@ def main() -> int:
     """Read the command line, measure, write. The exit status."""
     a = arguments()
     if (reason := available_backends()["gluon_sm90"]) is not None:
-        print(f"error: 8 bits need the backend gluon_sm90: {reason}", file=sys.stderr)
-        return 2
+        raise BadInput(f"8 bits need the backend gluon_sm90: {reason}")
     about = stamp(torch.device("cuda"))
     print(", ".join(f"{k} {v}" for k, v in about.items()))
     made = {str(dim): made_data(a.tokens, dim, 0.25) for dim in (64, 128)}
@@ -170,4 +170,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script.exit_with(main)

@@ -34,6 +34,7 @@ import torch
 
 from diffsparse.entry import NUMERICS, Execution, HeadEntry
 from diffsparse.grid import TokenGrid
+from diffsparse.kernels import BACKENDS
 from diffsparse.layout import build_layout
 from diffsparse.order import AxisOrder, RasterOrder, TokenOrder
 from diffsparse.pattern import Band, Pattern, Window
@@ -41,7 +42,9 @@ from diffsparse.pipelines import architecture_of, sparse_attention, sparse_atten
 from diffsparse.plan import SparsityPlan
 from diffsparse.presets import preset
 from diffsparse.schedule import Schedule
+from diffsparse.search import script
 from diffsparse.search.environment import stamp
+from diffsparse.search.errors import BadInput
 
 OK = "ok"
 
@@ -466,9 +469,6 @@ def describe(row: Row) -> str:
 
 def write(rows: list[Row], machine: dict[str, str], as_csv: Path | None, as_json: Path | None) -> None:
     table: list[dict[str, Any]] = [{**asdict(row), **machine} for row in rows]
-    for path in (as_csv, as_json):
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
     if as_json is not None:
         as_json.write_text(json.dumps(table, indent=1) + "\n")
     if as_csv is not None:
@@ -512,7 +512,6 @@ def draw(rows: list[Row], machine: dict[str, str], path: Path) -> None:
         panel.set_title(f"{name}, {mine[0].tokens:,} tokens" if mine else name, fontsize="medium")
     panels[-1, 0].set_xlabel("seconds a step; gray: not attention, light gray: not told apart")
     figure.suptitle(f"{machine['gpu']}, torch {machine['torch']}, {machine['date']}", fontsize="medium")
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -531,9 +530,9 @@ def parse_settings(text: str) -> list[tuple[float, str, str]]:
             how = Execution(tail=(tails or ["none"])[0], numerics=(numerics or ["auto"])[0])
         except ValueError as error:
             message = f"{error}; write 0.25, 0.08:moments, 0.25:int8 or 0.08:centroids:int8"
-            raise SystemExit(f"error: --settings {part!r}: {message}") from None
+            raise BadInput(f"--settings {part!r}: {message}") from None
         if not 0 < value <= 1:
-            raise SystemExit(f"error: --settings {part!r}: a density lies above 0 and at most at 1")
+            raise BadInput(f"--settings {part!r}: a density lies above 0 and at most at 1")
         found.append((value, how.tail, how.numerics))
     return found
 
@@ -547,22 +546,22 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--plan", choices=("mixed", "window", "band"), default="mixed")
     parser.add_argument("--block-size", type=int, default=0, choices=(0, 64, 128), help="128, with --tiny 64")
-    parser.add_argument("--backend", default="auto", help="of the sparse kernel")
+    parser.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="of the sparse kernel")
     parser.add_argument("--dense", choices=("cudnn", "default"), default="cudnn", help="dense attention on a GPU")
     parser.add_argument(
         "--fastest", action=argparse.BooleanOptionalAction, default=True, help="time the fastest dense kernel too"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=script.device, help="cuda where there is a GPU, else cpu")
     parser.add_argument("--tiny", action="store_true", help="tiny models in float32, on the CPU unless told otherwise")
-    parser.add_argument("--seconds", type=float, default=3.0, help="to time one step, warming up not counted")
-    parser.add_argument("--most", type=int, default=10, help="forwards timed of one step at most")
-    parser.add_argument("--csv", type=Path, help="write the rows here, as they come")
-    parser.add_argument("--json", type=Path, help="write the rows here, as they come")
-    parser.add_argument("--plot", type=Path, help="draw the steps here (needs matplotlib)")
+    parser.add_argument("--seconds", type=script.seconds, default=3.0, help="to time one step, warming up not counted")
+    parser.add_argument("--most", type=script.at_least_one, default=10, help="forwards timed of one step at most")
+    parser.add_argument("--csv", type=script.out_file, help="write the rows here, as they come")
+    parser.add_argument("--json", type=script.out_file, help="write the rows here, as they come")
+    parser.add_argument("--plot", type=script.out_file, help="draw the steps here (needs matplotlib)")
     a = parser.parse_args()
     for given, known in ((a.models, MODELS), (a.modes, ("eager", "compiled"))):
         if unknown := [name for name in given.split(",") if name not in known]:
-            raise SystemExit(f"error: unknown {', '.join(unknown)}; there are {', '.join(known)}")
+            raise BadInput(f"unknown {', '.join(unknown)}; there are {', '.join(known)}")
     a.settings = parse_settings(a.settings)
     return a
 
@@ -570,7 +569,7 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     """Read the command line, time, write. The exit status."""
     a = arguments()
-    device = torch.device("cpu" if a.tiny and "--device" not in " ".join(sys.argv) else a.device)
+    device = a.device or script.device("cpu" if a.tiny else "auto")
     dtype = torch.float32 if a.tiny else torch.bfloat16
     machine = stamp(device)
     print(", ".join(f"{k} {v}" for k, v in machine.items() if v), flush=True)
@@ -610,4 +609,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    script.exit_with(main)

@@ -27,7 +27,8 @@ from diffsparse.order import RasterOrder, TileOrder, TokenOrder
 from diffsparse.pattern import Pattern, Radial, Window
 from diffsparse.plan import SparsityPlan
 from diffsparse.schedule import Schedule
-from diffsparse.search import load
+from diffsparse.search import load, script
+from diffsparse.search.errors import BadInput
 from diffsparse.search.evaluate import EvalReport, compare, generate_dense
 from diffsparse.search.generate import GenerationSettings
 from diffsparse.search.search import SearchConfig, run_search, thoroughness
@@ -95,15 +96,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("model")
     parser.add_argument("plan")
     parser.add_argument("--prompts", type=Path, required=True, help="held-out prompts, one a line")
-    parser.add_argument("--count", type=int, default=12, help="prompts to use")
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--count", type=script.at_least_one, default=12, help="prompts to use")
+    parser.add_argument("--seeds", type=script.at_least_one, default=2)
+    parser.add_argument("--steps", type=script.at_least_one, default=20)
     parser.add_argument("--guidance-scale", type=float, default=5.0)
     parser.add_argument("--calibration", type=Path, help="prompts for a search at radial's density")
     parser.add_argument("--search-out", type=Path, default=Path("out/quality"), help="where that search goes")
     parser.add_argument("--only", nargs="*", help="rows whose name begins with one of these words")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--json", type=Path, help="write the rows and the machine here, after every row")
+    parser.add_argument("--device", type=script.device, default="auto")
+    parser.add_argument("--json", type=script.out_file, help="write the rows and the machine here, after every row")
     return parser.parse_args()
 
 
@@ -111,12 +112,12 @@ def main() -> None:
     """Read the command line, generate, print and write."""
     a = arguments()
     load.quiet_libraries()
-    device = load.choose_device(a.device)
+    device = a.device
     pipe = load.load_pipeline(a.model, device=device, dtype=load.choose_dtype("auto", device))
-    plan = SparsityPlan.from_pretrained(a.plan)
+    plan = load.load_plan(a.plan)
     grid = grid_of(plan, a.plan)
     if grid is None:
-        raise SystemExit(f"{a.plan} does not say which grid it was searched on")
+        raise BadInput(f"{a.plan} does not say which grid it was searched on")
     size = {k: plan.record["calibration"].get(k) for k in ("height", "width", "num_frames")}
     settings = GenerationSettings(a.steps, a.guidance_scale, **size)
     prompts = load.read_prompts(a.prompts)[: a.count]
@@ -143,7 +144,6 @@ def main() -> None:
                 "psnr_of_another_dense_kernel": floor,
                 "rows": rows,
             }
-            a.json.parent.mkdir(parents=True, exist_ok=True)
             a.json.write_text(json.dumps(result, indent=1) + "\n")
 
     measure("searched", plan)
@@ -168,4 +168,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script.exit_with(main)

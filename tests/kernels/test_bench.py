@@ -25,7 +25,6 @@ from diffsparse.kernels.peers import PEERS, BlockLists, Inputs, Peer, Prepared, 
 from diffsparse.kernels.sampled import sampled_error
 from diffsparse.layout import BlockLayout
 from diffsparse.order import CurveOrder, TileOrder
-from tests.house.scripts import load_script
 from tests.kernels.cases import MIXED, head, inputs, random_layout
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -328,30 +327,6 @@ def test_the_script_runs_as_it_stands(tmp_path: Path) -> None:
     assert {row["name"] for row in rows} - {row["name"] for row in timed} >= {"triton", "cudnn_sdpa", "xformers"}
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert "not timed: it runs on a GPU" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("option", "reason"),
-    [
-        (("--cases", "uniform-32k,nope"), "--cases: no 'nope'; there are uniform-32k, "),
-        (("--backends", "gluon"), "--backends: no 'gluon'; there are gluon_sm90, triton, cpu, reference"),
-        (("--numerics", "auto,int4"), "--numerics: no 'int4'; there are auto, int8, fp8"),
-        (("--dense", "cudnn"), "--dense: no 'cudnn'; there are "),
-        (("--peers", "sage"), "--peers: no 'sage'; there are flash_attention_4, "),
-        (("--tokens", "300", "--densities", "0.5,2"), "a list of densities above 0 and at most at 1, got '0.5,2'"),
-        (("--tokens", "300", "--densities", "half"), "--densities: invalid densities value: 'half'"),
-        (("--dtype", "half"), "--dtype: invalid choice: 'half'"),
-    ],
-)
-def test_the_script_names_what_it_does_not_know(
-    option: tuple[str, ...], reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Before anything is timed."""
-    script = load_script(ROOT / "benchmarks" / "kernels.py")
-    monkeypatch.setattr(sys, "argv", ["kernels.py", *option])
-    with pytest.raises(SystemExit) as end:
-        script.arguments()
-    assert end.value.code != 0 and reason in f"{capsys.readouterr().err}{end.value.code}"
 
 
 @pytest.mark.gpu

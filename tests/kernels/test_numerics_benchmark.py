@@ -17,6 +17,7 @@ from diffsparse.kernels import sparse_attention
 from diffsparse.plan import SparsityPlan
 from diffsparse.presets import preset
 from diffsparse.search import load
+from diffsparse.search.errors import BadInput
 from diffsparse.search.generate import GenerationSettings
 from tests.house.scripts import load_script
 
@@ -67,5 +68,5 @@ def test_clips_have_the_size_of_the_plan(script: ModuleType) -> None:
     plan = SparsityPlan.from_pretrained(ROOT / "examples" / "tiny_wan" / "sparse_plan")
     settings = script.settings_of(plan, 7)
     assert (settings.num_inference_steps, settings.height, settings.width, settings.num_frames) == (7, 128, 128, 17)
-    with pytest.raises(SystemExit, match="does not say at which size"):
+    with pytest.raises(BadInput, match="does not say at which size"):
         script.settings_of(replace(plan, record={}), 7)

@@ -16,6 +16,7 @@ import torch
 
 from diffsparse.layout import build_layout
 from diffsparse.order import AxisOrder, RasterOrder
+from diffsparse.search.errors import BadInput
 from tests.house.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -223,5 +224,5 @@ def test_settings(script: ModuleType, text: str, reason: str) -> None:
         "0.08:fp8:mean": (0.08, "mean", "fp8"),
     }
     assert script.parse_settings(",".join(known)) == list(known.values())
-    with pytest.raises(SystemExit, match=reason):
+    with pytest.raises(BadInput, match=reason):
         script.parse_settings(text)
