@@ -66,7 +66,9 @@ def produce_eight(
     stage = 0
     phase = 0
     for t in range(gl.program_id(0), total_tiles, gl.num_programs(0)):
-        b, h, _local, i, _order, row, end, first, listed, plain, tail, _gathered = tile_of(work, t, tiles)
+        b, h, _local, i, _order, row, end, first, listed, plain, tail, _gathered = tile_of(
+            work, t, tiles, total_tiles, 0
+        )
         if (row < end) & ((listed > 0) | (tail != 0)):
             mbarrier.wait(q_empty.index(0), (used_q & 1) ^ 1)
             mbarrier.expect(q_full.index(0), CONSUMERS * 64 * D)
@@ -204,7 +206,9 @@ def consume_eight(
     used_q = 0
     stage = 0
     phase = 0
-    b, h, _local, i, order, row, end, first, listed, plain, tail, gathered = tile_of(work, gl.program_id(0), tiles)
+    b, h, _local, i, order, row, end, first, listed, plain, tail, gathered = tile_of(
+        work, gl.program_id(0), tiles, total_tiles, 0
+    )
     for t in range(gl.program_id(0), total_tiles, gl.num_programs(0)):
         start_row = block_start + order * (num_blocks + 1)
         if row < end:
@@ -295,7 +299,7 @@ def consume_eight(
                             stage, phase = next_slot(stage, phase, STAGES)
                     mbarrier.arrive(q_empty.index(0), count=1)
 
-            next_tile = tile_of(work, gl.minimum(t + gl.num_programs(0), total_tiles - 1), tiles)
+            next_tile = tile_of(work, gl.minimum(t + gl.num_programs(0), total_tiles - 1), tiles, total_tiles, 0)
             total = gl.sum(total, 1)
             sums = gl.convert_layout(total, gl.SliceLayout(1, O))
             out = acc / gl.where(sums > 0, sums, 1.0)[:, None]
@@ -314,5 +318,5 @@ def consume_eight(
                     HEADS, GATHER, S,
                 )  # fmt: skip
         else:
-            next_tile = tile_of(work, gl.minimum(t + gl.num_programs(0), total_tiles - 1), tiles)
+            next_tile = tile_of(work, gl.minimum(t + gl.num_programs(0), total_tiles - 1), tiles, total_tiles, 0)
         b, h, _local, i, order, row, end, first, listed, plain, tail, gathered = next_tile

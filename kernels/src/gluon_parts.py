@@ -9,6 +9,7 @@ from triton.experimental.gluon import language as gl
 __all__ = [
     "checked",
     "entry_of",
+    "mark",
     "next_slot",
     "partial_sums",
     "row_max",
@@ -16,16 +17,26 @@ __all__ = [
     "store_lse",
     "store_rows",
     "tile_of",
+    "within_range",
 ]
 
 
 @gluon.jit
-def tile_of(work, t, tiles):
+def tile_of(work, t, tiles, total_tiles, PASS: gl.constexpr):
     """What tile ``t`` of the work list is: item, head, head in its group, query block, its order, its borders, its
-    list, how much of it is plain, its head's tail and how its tokens are reached. See `gluon_prepare.work_list`."""
-    record = work + (t % tiles) * 8
+    list, how much of it is plain, its head's tail and how its tokens are reached. See `gluon_prepare.work_list`.
+
+    In the first ``PASS`` a tile that is marked (see `mark`) is empty; in the second it is the ``t``-th that is marked.
+    """
+    records, marked = work
+    skipped = 0
+    if PASS == 1:
+        skipped = gl.load(marked + 1 + total_tiles + t)
+    if PASS == 2:
+        t = gl.load(marked + 1 + t)
+    record = records + (t % tiles) * 8
     row = gl.load(record)
-    end = gl.load(record + 1)
+    end = gl.where(skipped == 0, gl.load(record + 1), row)
     first = gl.load(record + 2)
     listed = gl.load(record + 3)
     plain = gl.load(record + 4)
@@ -57,6 +68,27 @@ def running_shift(top):
     """What logits are taken relative to, given the largest so far."""
     # Nothing attended yet: -inf - -inf is NaN.
     return gl.where(top == float("-inf"), 0.0, top)
+
+
+@gluon.jit
+def within_range(total):
+    """Of sums of exponentials that were not taken relative to the largest: whether nothing of weight was lost.
+
+    From 2^-80 on, what fell below 2^-126 is less than 2^-29 of the sum, whatever the number of keys; up to 2^80,
+    nothing was infinite, nor is its product with values.
+    """
+    return (total > 8.271806125530277e-25) & (total < 1.2089258196146292e24)
+
+
+@gluon.jit
+def mark(work, t, total_tiles):
+    """Have tile ``t`` attended again: once, whether one consumer of it asks or both.
+
+    What is kept: how many there are, which, and of every tile whether it is one of them.
+    """
+    _records, marked = work
+    if gl.atomic_xchg(marked + 1 + total_tiles + t, 1) == 0:
+        gl.store(marked + 1 + gl.atomic_add(marked, 1), t)
 
 
 @gluon.jit

@@ -30,6 +30,7 @@ from diffsparse.kernels.gluon_eight import consume_eight, produce_eight
 from diffsparse.kernels.gluon_parts import (
     checked,
     entry_of,
+    mark,
     next_slot,
     partial_sums,
     row_max,
@@ -37,9 +38,11 @@ from diffsparse.kernels.gluon_parts import (
     store_lse,
     store_rows,
     tile_of,
+    within_range,
 )
 from diffsparse.kernels.gluon_prepare import head_kinds, reorder, tail_bias, text_blocks, work_list
 from diffsparse.kernels.gluon_quantize import empty_quantized, quantize
+from diffsparse.kernels.gluon_range import mark_wide_heads
 from diffsparse.kernels.triton_prepare import summaries
 
 __all__ = ["Config", "choose_config", "launch", "run"]
@@ -105,7 +108,7 @@ def _produce_sixteen(
     rings, bars, fetched, lists, total_tiles, tiles, num_blocks,
     HEADS: gl.constexpr, TEXT_BEFORE: gl.constexpr,
     D: gl.constexpr, BLOCK: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, HAS_TAIL: gl.constexpr,
-    GATHER: gl.constexpr, SHARED: gl.constexpr,
+    GATHER: gl.constexpr, SHARED: gl.constexpr, PASS: gl.constexpr,
 ):  # fmt: skip
     """Fetch what the consumers of one program attend, in 16 bits."""
     q_ring, k_ring, v_ring = rings
@@ -118,8 +121,11 @@ def _produce_sixteen(
     k_phase = 0
     v_stage = 0
     v_phase = 0
-    for t in range(gl.program_id(0), total_tiles, gl.num_programs(0)):
-        b, h, local, _i, order, row, end, first, listed, plain, tail, gathered = tile_of(work, t, tiles)
+    count = gl.load(work[1]) if PASS == 2 else total_tiles
+    for t in range(gl.program_id(0), count, gl.num_programs(0)):
+        b, h, local, _i, order, row, end, first, listed, plain, tail, gathered = tile_of(
+            work, t, tiles, total_tiles, PASS
+        )
         start_row = block_start + order * (num_blocks + 1)
         if (row < end) & ((listed > 0) | (tail != 0)):
             mbarrier.wait(q_empty.index(0), (used_q & 1) ^ 1)
@@ -195,9 +201,17 @@ def _produce_sixteen(
 
 @gluon.jit
 def _probabilities(
-    logits, total, top, factor, S: gl.constexpr, T: gl.constexpr, P: gl.constexpr, DTYPE: gl.constexpr
+    logits, total, top, factor,
+    PASS: gl.constexpr, S: gl.constexpr, T: gl.constexpr, P: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
-    """One step of the running softmax: probabilities, and by how much what came before shrinks."""
+    """One step of the running softmax: probabilities, and by how much what came before shrinks.
+
+    In the first of two passes exponentials of the logits as they are, which as a rule neither overflow nor vanish in
+    fp32 and bf16. Then there is no largest one to find, and nothing shrinks; whether it was so, sums say in the end.
+    """
+    if PASS == 1:
+        p = gl.exp2(logits * factor)
+        return gl.convert_layout(p.to(DTYPE), P), total + partial_sums(p, T), top, top
     new_top = gl.maximum(top, row_max(logits, S) * factor)
     shift = running_shift(new_top)
     keep = gl.exp2(top - shift)
@@ -210,7 +224,7 @@ def _probabilities(
 @gluon.jit
 def _attend_summaries(
     q, acc, total, top, rings, bars, bias_ptr, k_stage, k_phase, v_stage, v_phase, h, i, num_blocks, count, scale,
-    MOMENTS: gl.constexpr, D: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
+    MOMENTS: gl.constexpr, D: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, PASS: gl.constexpr,
 ):  # fmt: skip
     """Attend ``count`` summaries of a head's blocks; with ``MOMENTS`` by the mean and the variance of their keys."""
     _q_ring, k_ring, v_ring = rings
@@ -250,8 +264,9 @@ def _attend_summaries(
         k_stage, k_phase = next_slot(k_stage, k_phase, STAGES)
         bias = gl.convert_layout(bias.to(gl.float32), gl.SliceLayout(0, S))
         logits = logits * factor + bias[None, :]
-        p, total, top, keep = _probabilities(logits, total, top, 1.0, S, T, P, DTYPE)
-        acc = acc * gl.convert_layout(keep, gl.SliceLayout(1, O))[:, None]
+        p, total, top, keep = _probabilities(logits, total, top, 1.0, PASS, S, T, P, DTYPE)
+        if PASS != 1:
+            acc = acc * gl.convert_layout(keep, gl.SliceLayout(1, O))[:, None]
         mbarrier.wait(v_full.index(v_stage), v_phase)
         acc = warpgroup_mma(p, v_ring.index(v_stage).reshape([BLOCK, D]), acc)
         mbarrier.arrive(v_empty.index(v_stage), count=1)
@@ -265,7 +280,7 @@ def _consume_sixteen(
     WHICH: gl.constexpr, HEADS: gl.constexpr, TEXT_BEFORE: gl.constexpr,
     D: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, HAS_MASK: gl.constexpr,
     HAS_TAIL: gl.constexpr, GATHER: gl.constexpr, RETURN_LSE: gl.constexpr, TAKE_TURNS: gl.constexpr,
-    SHARED: gl.constexpr,
+    SHARED: gl.constexpr, PASS: gl.constexpr,
 ):  # fmt: skip
     """Attend the tiles of one program, 64 queries of each, in 16 bits.
 
@@ -291,13 +306,16 @@ def _consume_sixteen(
     v_stage = 0
     v_phase = 0
     turns = 0
-    b, h, _local, i, order, row, end, first, listed, plain, tail, gathered = tile_of(work, gl.program_id(0), tiles)
-    for t in range(gl.program_id(0), total_tiles, gl.num_programs(0)):
+    b, h, _local, i, order, row, end, first, listed, plain, tail, gathered = tile_of(
+        work, gl.program_id(0), tiles, total_tiles, PASS
+    )
+    count = gl.load(work[1]) if PASS == 2 else total_tiles
+    for t in range(gl.program_id(0), count, gl.num_programs(0)):
         start_row = block_start + order * (num_blocks + 1)
         if row < end:
             acc = gl.zeros([64, D], gl.float32, layout=O)
             total = gl.zeros([64, 4], gl.float32, layout=T)
-            top = gl.full([64], float("-inf"), gl.float32, layout=gl.SliceLayout(1, S))
+            top = gl.full([64], float("-inf") if PASS != 1 else 0.0, gl.float32, layout=gl.SliceLayout(1, S))
             if (listed > 0) | (tail != 0):
                 q = q_ring.index(WHICH).reshape([64, D])
                 mbarrier.wait(q_full.index(0), used_q & 1)
@@ -313,7 +331,7 @@ def _consume_sixteen(
                     k_stage, k_phase = next_slot(k_stage, k_phase, STAGES)
                     if plain == 0:
                         logits = checked(logits, j, start_row, mask_row, text_before, visual_end, HAS_MASK, S)
-                    p, total, top, keep = _probabilities(logits, total, top, factor, S, T, P, DTYPE)
+                    p, total, top, keep = _probabilities(logits, total, top, factor, PASS, S, T, P, DTYPE)
                     if SHARED:
                         mbarrier.wait(k_full.index(k_stage), k_phase)
                     else:
@@ -343,7 +361,7 @@ def _consume_sixteen(
                             if not SHARED:
                                 j = gl.load(col_idx + entry_of(e, first, plain, TEXT_BEFORE))
                             logits = checked(logits, j, start_row, mask_row, text_before, visual_end, HAS_MASK, S)
-                        next_p, total, top, keep = _probabilities(logits, total, top, factor, S, T, P, DTYPE)
+                        next_p, total, top, keep = _probabilities(logits, total, top, factor, PASS, S, T, P, DTYPE)
                         done = k_stage
                         k_stage, k_phase = next_slot(k_stage, k_phase, STAGES)
                         # Here, so that the assembler, which orders code between branches as it likes, cannot put the
@@ -359,8 +377,9 @@ def _consume_sixteen(
                         else:
                             mbarrier.arrive(v_empty.index(v_stage), count=1)
                             v_stage, v_phase = next_slot(v_stage, v_phase, STAGES)
-                        shrink = gl.convert_layout(keep, gl.SliceLayout(1, O))[:, None]
-                        acc = products * shrink
+                        acc = products
+                        if PASS != 1:
+                            acc = acc * gl.convert_layout(keep, gl.SliceLayout(1, O))[:, None]
                     if not HAS_TAIL:
                         mbarrier.arrive(q_empty.index(0), count=1)
                     if SHARED:
@@ -377,18 +396,22 @@ def _consume_sixteen(
                         if tail == 2:
                             acc, total, top, k_stage, k_phase, v_stage, v_phase = _attend_summaries(
                                 q, acc, total, top, rings, bars, bias_ptr, k_stage, k_phase, v_stage, v_phase, h, i,
-                                num_blocks, num_blocks, scale, True, D, BLOCK, STAGES,
+                                num_blocks, num_blocks, scale, True, D, BLOCK, STAGES, PASS,
                             )  # fmt: skip
                         else:
                             acc, total, top, k_stage, k_phase, v_stage, v_phase = _attend_summaries(
                                 q, acc, total, top, rings, bars, bias_ptr, k_stage, k_phase, v_stage, v_phase, h, i,
                                 num_blocks, gl.where(tail == 3, 2 * num_blocks, num_blocks), scale, False, D, BLOCK,
-                                STAGES,
+                                STAGES, PASS,
                             )  # fmt: skip
                     mbarrier.arrive(q_empty.index(0), count=1)
 
-            next_tile = tile_of(work, gl.minimum(t + gl.num_programs(0), total_tiles - 1), tiles)
+            next_tile = tile_of(work, gl.minimum(t + gl.num_programs(0), count - 1), tiles, total_tiles, PASS)
             total = gl.sum(total, 1)
+            if PASS == 1:
+                if (listed > 0) | (tail != 0):
+                    if gl.min(within_range(total).to(gl.int32), 0) == 0:
+                        mark(work, t, total_tiles)
             sums = gl.convert_layout(total, gl.SliceLayout(1, O))
             out = acc / gl.where(sums > 0, sums, 1.0)[:, None]
             store_rows(
@@ -400,7 +423,7 @@ def _consume_sixteen(
                     HEADS, GATHER, S,
                 )  # fmt: skip
         else:
-            next_tile = tile_of(work, gl.minimum(t + gl.num_programs(0), total_tiles - 1), tiles)
+            next_tile = tile_of(work, gl.minimum(t + gl.num_programs(0), count - 1), tiles, total_tiles, PASS)
         b, h, _local, i, order, row, end, first, listed, plain, tail, gathered = next_tile
 
 
@@ -410,13 +433,13 @@ def _consumer(
     WHICH: gl.constexpr, HEADS: gl.constexpr, TEXT_BEFORE: gl.constexpr,
     D: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, HAS_MASK: gl.constexpr,
     HAS_TAIL: gl.constexpr, GATHER: gl.constexpr, RETURN_LSE: gl.constexpr, TAKE_TURNS: gl.constexpr,
-    SHARED: gl.constexpr, NUMERICS: gl.constexpr,
+    SHARED: gl.constexpr, PASS: gl.constexpr, NUMERICS: gl.constexpr,
 ):  # fmt: skip
     if NUMERICS == 0:
         _consume_sixteen(
             rings, bars, tensors, lists, scale, seq, total_tiles, tiles, num_blocks, text_before, visual_end,
             WHICH, HEADS, TEXT_BEFORE, D, HEAD_DIM, BLOCK, STAGES, HAS_MASK, HAS_TAIL, GATHER, RETURN_LSE, TAKE_TURNS,
-            SHARED,
+            SHARED, PASS,
         )  # fmt: skip
     else:
         consume_eight(
@@ -430,12 +453,12 @@ def _producer(
     rings, bars, fetched, lists, total_tiles, tiles, num_blocks,
     HEADS: gl.constexpr, TEXT_BEFORE: gl.constexpr,
     D: gl.constexpr, BLOCK: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, HAS_TAIL: gl.constexpr,
-    GATHER: gl.constexpr, SHARED: gl.constexpr, NUMERICS: gl.constexpr,
+    GATHER: gl.constexpr, SHARED: gl.constexpr, PASS: gl.constexpr, NUMERICS: gl.constexpr,
 ):  # fmt: skip
     if NUMERICS == 0:
         _produce_sixteen(
             rings, bars, fetched, lists, total_tiles, tiles, num_blocks,
-            HEADS, TEXT_BEFORE, D, BLOCK, CONSUMERS, STAGES, HAS_TAIL, GATHER, SHARED,
+            HEADS, TEXT_BEFORE, D, BLOCK, CONSUMERS, STAGES, HAS_TAIL, GATHER, SHARED, PASS,
         )  # fmt: skip
     else:
         produce_eight(
@@ -448,12 +471,13 @@ def _producer(
 def _forward_kernel(
     q_desc, k_desc, v_desc, q_moved, k_moved, v_moved, mean_k, var_k, mean_v,
     out_ptr, lse_ptr, gather_ptr, key_mask, bias_ptr, q_scale, k_scale, v_scale, v_mean,
-    work, col_idx, block_start,
+    records, again, col_idx, block_start,
     scale, seq, total_tiles, tiles, num_blocks, text_before, visual_end,
     HEADS: gl.constexpr, TEXT_BEFORE: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr,
     BLOCK: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, HAS_MASK: gl.constexpr, HAS_TAIL: gl.constexpr,
     GATHER: gl.constexpr, RETURN_LSE: gl.constexpr, TAKE_TURNS: gl.constexpr, SHARED: gl.constexpr,
-    NUMERICS: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
+    PASS: gl.constexpr, NUMERICS: gl.constexpr,
+    CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
     V_ROWS: gl.constexpr = BLOCK if NUMERICS == 0 else D
     V_COLUMNS: gl.constexpr = D if NUMERICS == 0 else BLOCK
@@ -486,7 +510,7 @@ def _forward_kernel(
         mean_k, var_k, mean_v = k_desc, k_desc, v_desc
     fetched = (q_desc, k_desc, v_desc, q_moved, k_moved, v_moved, mean_k, var_k, mean_v)
     tensors = (out_ptr, lse_ptr, gather_ptr, key_mask, bias_ptr, q_scale, k_scale, v_scale, v_mean)
-    lists = (work, col_idx, block_start)
+    lists = ((records, again), col_idx, block_start)
     # Constants stay constant only where they are written into the call.
     if CONSUMERS == 2:
         gl.warp_specialize(
@@ -494,16 +518,16 @@ def _forward_kernel(
                 (_consumer, (
                     rings, bars, tensors, lists, scale, seq, total_tiles, tiles, num_blocks, text_before, visual_end,
                     0, HEADS, TEXT_BEFORE, D, HEAD_DIM, BLOCK, STAGES, HAS_MASK, HAS_TAIL, GATHER,
-                    RETURN_LSE, TAKE_TURNS, SHARED, NUMERICS,
+                    RETURN_LSE, TAKE_TURNS, SHARED, PASS, NUMERICS,
                 )),
                 (_consumer, (
                     rings, bars, tensors, lists, scale, seq, total_tiles, tiles, num_blocks, text_before, visual_end,
                     1, HEADS, TEXT_BEFORE, D, HEAD_DIM, BLOCK, STAGES, HAS_MASK, HAS_TAIL, GATHER,
-                    RETURN_LSE, TAKE_TURNS, SHARED, NUMERICS,
+                    RETURN_LSE, TAKE_TURNS, SHARED, PASS, NUMERICS,
                 )),
                 (_producer, (
                     rings, bars, fetched, lists, total_tiles, tiles, num_blocks,
-                    HEADS, TEXT_BEFORE, D, BLOCK, CONSUMERS, STAGES, HAS_TAIL, GATHER, SHARED, NUMERICS,
+                    HEADS, TEXT_BEFORE, D, BLOCK, CONSUMERS, STAGES, HAS_TAIL, GATHER, SHARED, PASS, NUMERICS,
                 )),
             ],
             [4, 1],
@@ -515,11 +539,11 @@ def _forward_kernel(
                 (_consumer, (
                     rings, bars, tensors, lists, scale, seq, total_tiles, tiles, num_blocks, text_before, visual_end,
                     0, HEADS, TEXT_BEFORE, D, HEAD_DIM, BLOCK, STAGES, HAS_MASK, HAS_TAIL, GATHER,
-                    RETURN_LSE, TAKE_TURNS, SHARED, NUMERICS,
+                    RETURN_LSE, TAKE_TURNS, SHARED, PASS, NUMERICS,
                 )),
                 (_producer, (
                     rings, bars, fetched, lists, total_tiles, tiles, num_blocks,
-                    HEADS, TEXT_BEFORE, D, BLOCK, CONSUMERS, STAGES, HAS_TAIL, GATHER, SHARED, NUMERICS,
+                    HEADS, TEXT_BEFORE, D, BLOCK, CONSUMERS, STAGES, HAS_TAIL, GATHER, SHARED, PASS, NUMERICS,
                 )),
             ],
             [1],
@@ -595,7 +619,7 @@ def launch(
     """Run the heads that are in ``numerics``, with a given configuration, into ``out`` and ``lse``.
 
     ``means``: block summaries, where heads have tails, and ``bias`` their weights. With ``warmup`` only compile, and
-    return the compiled kernel.
+    return what was compiled.
     """
     q, k, v = call.q, call.k, call.v
     batch, seq, heads, dim = q.shape
@@ -649,17 +673,23 @@ def launch(
         num_warps=4,
         maxnreg=entry,
     )
+    # Exponentials of logits as they are need the range of bf16, and are made again where they went out of it.
+    passes = (1, 2) if q.dtype == torch.bfloat16 and not eight else (0,)
     for first_head in range(0, heads, group):
         tiles = min(group, heads - first_head) * n
         ours = work[first_head * n : first_head * n + tiles]
-        rest = [ours, call.col_idx, call.block_start, call.scale, seq, batch * tiles, tiles, n]
+        marked = torch.zeros(1 + 2 * batch * tiles, dtype=torch.int32, device=q.device) if len(passes) > 1 else ours
+        rest = [ours, marked, call.col_idx, call.block_start, call.scale, seq, batch * tiles, tiles, n]
         rest += [call.text_before, call.text_before + call.num_visual]
         if warmup:
-            return _forward_kernel.warmup(*args, *rest, grid=(1,), **constants)
+            return [_forward_kernel.warmup(*args, *rest, grid=(1,), **constants, PASS=each) for each in passes]
         if copies:
             reorder(call, copies, first_head, tiles // n, means)
+        if len(passes) > 1:
+            mark_wide_heads(call, ours, marked, tiles)
         programs = min(batch * tiles, _multiprocessors(q.device) * config.programs)
-        _forward_kernel[(programs,)](*args, *rest, **constants)
+        for each in passes:
+            _forward_kernel[(programs,)](*args, *rest, **constants, PASS=each)
     if eight and call.return_lse:
         # The mean key that was taken off shifts all logits of a row.
         shift = torch.einsum("bshd,bhd->bsh", q.float(), small.k_mean) * call.scale

@@ -122,3 +122,16 @@ def cannot_compile() -> str | None:
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return "compiled code is for AVX-512"
     return None if compiled_library(cpu_compiled._SOURCE) is not None else "no C compiler"
+
+
+def with_wide_queries(q: torch.Tensor) -> torch.Tensor:
+    """Some queries so long that their exponentials overflow, and, where no key is on their side, vanish.
+
+    None of them is in the sample from which heads are told.
+    """
+    from diffsparse.kernels import gluon_range  # needs Triton
+
+    q, seq = q.clone(), q.shape[1]
+    sampled = {i * seq // gluon_range.SAMPLE for i in range(gluon_range.SAMPLE)}
+    q[:, [t for t in range(300, seq, 61) if t not in sampled]] *= 200
+    return q

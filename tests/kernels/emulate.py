@@ -15,7 +15,7 @@ from diffsparse.kernels import gluon_quantize, reference_attention
 from diffsparse.kernels.call import TAIL, AttentionCall, make_call
 from diffsparse.order import AxisOrder, TileOrder
 from tests.kernels import gluon_emulator
-from tests.kernels.cases import MIXED, head, inputs, random_layout
+from tests.kernels.cases import MIXED, head, inputs, random_layout, with_wide_queries
 
 #: So many blocks of 64 that their summaries fill two slots, and those of halves three.
 _MANY_BLOCKS = TokenGrid(17, 16, 16)
@@ -66,6 +66,7 @@ _NEXT_BLOCKS = "mbarrier.wait(full.index(stage), phase)"
 _SUMS = "logits = warpgroup_mma_wait(0, deps=(logits,))\n" + " " * 8
 _FREE_MEANS = "mbarrier.arrive(k_empty.index(means), count=1)"
 _VARIANCES = "\n" + " " * 12 + "var = k_ring"
+_LOST = "  mark(work, t, total_tiles)"
 FAULTS = (
     ("auto", "none", "blocks are read early", _NEXT_KEYS, "pass"),
     ("auto", "none", "blocks are given back early", _TAKE + _TOGETHER + _FREE_KEYS,
@@ -79,6 +80,7 @@ FAULTS = (
     ("auto", "moments", "means are given back early", _SUMS + _FREE_MEANS, _FREE_MEANS + "\n" + " " * 8 + _SUMS),
     ("auto", "moments", "variances are read early", "mbarrier.wait(k_full.index(k_stage), k_phase)" + _VARIANCES,
      _VARIANCES.strip()),
+    ("auto", "wide", "what went out of range is left so", _LOST, "  pass"),
     ("int8", "none", "blocks in 8 bits are read early", _NEXT_BLOCKS + _LINE + _TAKE, _TAKE),
     ("int8", "none", "blocks in 8 bits are given back early", _TAKE + _EIGHT + _FREE_EIGHT,
      _FREE_EIGHT + _LINE + _TAKE + _EIGHT + "pass"),
@@ -150,6 +152,30 @@ def dequantized(call: AttentionCall, numerics: str) -> list[torch.Tensor]:
     return found
 
 
+def check_range() -> None:
+    """Tiles whose exponentials, taken as they are, go out of range, among others in which they do not; and a head all
+    of whose do."""
+    grid = TokenGrid(4, 11, 13, text_after=140)
+    entries = [head(), head(TileOrder(1, 8, 8)), head(tail="mean")]
+    for block, valid in ((128, None), (64, grid.seq_len - 100)):
+        torch.manual_seed(0)
+        layout = random_layout(grid, entries, block, 0.4)
+        q, k, v = inputs(grid, len(entries), 64, batch=2, dtype=torch.bfloat16)
+        q = with_wide_queries(q)
+        q[1, :, 0] *= 100
+        kv_len = None if valid is None else torch.tensor([valid, grid.seq_len])
+        call = make_call(q, k, v, layout, kv_len=kv_len, return_lse=True)
+        out, lse = gluon_emulator.load_emulated(multiprocessors=3).run(call)
+        want, want_lse = reference_attention(q, k, v, layout, kv_len=kv_len)
+        assert float(want_lse.abs().max()) > 200
+        error = float((out.double() - want)[:, :, :2].norm() / want[:, :, :2].norm())
+        assert error < 6e-3, error
+        torch.testing.assert_close(lse.double()[:, :, :2], want_lse[:, :, :2], atol=1e-2, rtol=1e-3)
+        # Wide queries take the rounding of summaries with them.
+        assert bool(out.isfinite().all()) and bool(lse.isfinite().all())
+        print("ok", "out of range", block, f"{error:.1e}", flush=True)
+
+
 def check_eight_bits() -> None:
     kernel = gluon_emulator.load_emulated(multiprocessors=3)
     kernel.quantize = quantized
@@ -211,8 +237,11 @@ def check_faults() -> None:
     qkv = inputs(grid, 2, 128, dtype=torch.bfloat16)
 
     def runs_right(numerics: str, tail: str, edit: tuple[str, str] | None) -> bool:
-        layout = random_layout(grid, [head(tail=tail), head(tail=tail)], 128, 0.6)
+        entry = head(tail="none" if tail == "wide" else tail)
+        layout = random_layout(grid, [entry, entry], 128, 0.6)
         q, k, v = qkv
+        if tail == "wide":
+            q = with_wide_queries(q)
         if tail == "moments":  # summaries that fill more than one slot
             layout = random_layout(_MANY_BLOCKS, [head(tail=tail)], 64, 0.02)
             q, k, v = inputs(_MANY_BLOCKS, 1, 64, dtype=torch.bfloat16)
@@ -243,6 +272,7 @@ def main() -> None:
     if parser.parse_args().eight:
         check_quantize_kernel()
         return check_eight_bits()
+    check_range()
     kernel = gluon_emulator.load_emulated(multiprocessors=3)
     for grid, entries, block, dim, dtype, text in SLOW if parser.parse_args().slow else FAST:
         torch.manual_seed(0)

@@ -211,10 +211,25 @@ def _load(p: Pointer, mask: Any = None, other: Any = 0) -> torch.Tensor:
     return torch.where(mask, p.memory[torch.where(mask, offset, 0)], other)
 
 
-def _store(p: Pointer, value: torch.Tensor, mask: torch.Tensor) -> None:
+def _store(p: Pointer, value: torch.Tensor, mask: Any = True) -> None:
+    value, mask = torch.as_tensor(value), torch.as_tensor(mask)
     offset, mask = torch.broadcast_tensors(torch.as_tensor(p.offset), mask)
     assert bool(((offset >= 0) & (offset < p.memory.numel()) | ~mask).all()), "a store outside of the tensor"
-    p.memory[offset[mask]] = value.expand(mask.shape)[mask]
+    p.memory[offset[mask]] = value.expand(mask.shape)[mask].to(p.memory.dtype)
+
+
+_ATOMIC = threading.Lock()
+
+
+def _atomic(change: Callable[[torch.Tensor, Any], Any]) -> Callable[[Pointer, Any], torch.Tensor]:
+    def run(p: Pointer, value: Any) -> torch.Tensor:
+        at = int(p.offset)
+        with _ATOMIC:
+            before = p.memory[at].clone()
+            p.memory[at] = change(before, value)
+        return before
+
+    return run
 
 
 def _allocate(dtype: torch.dtype, shape: list[int], layout: Any) -> Shared:
@@ -289,7 +304,10 @@ def _language() -> types.ModuleType:
         where=lambda c, a, b: torch.where(torch.as_tensor(c), a, b),
         maximum=lambda a, b: torch.maximum(torch.as_tensor(a), torch.as_tensor(b)),
         max=lambda x, axis: x.amax(axis),
+        min=lambda x, axis: x.amin(axis),
         sum=lambda x, axis: x.sum(axis),
+        atomic_add=_atomic(lambda before, value: before + value),
+        atomic_xchg=_atomic(lambda before, value: value),
         exp2=torch.exp2,
         log2=torch.log2,
         zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),

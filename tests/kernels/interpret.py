@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import replace
 from itertools import pairwise
 
@@ -127,6 +128,36 @@ def check_preparations() -> None:
     print("ok", "preparations", flush=True)
 
 
+def check_sample() -> None:
+    """Of heads that have wide logits every tile is marked, item by item, and of the others none."""
+    from diffsparse.kernels.gluon_prepare import work_list
+    from diffsparse.kernels.gluon_range import SAMPLE, WIDE, mark_wide_heads
+
+    for grid, dim, heads, block in ((TokenGrid(2, 9, 15, text_after=20), 24, 4, 64), (TokenGrid(1, 5, 9), 64, 3, 128)):
+        layout = random_layout(grid, [head()] * heads, block, 0.3)
+        q, k, v = inputs(grid, heads, dim, batch=2)
+        q = q.transpose(1, 2).contiguous().transpose(1, 2)
+        q[1, :, 0] *= 20
+        k[0, :, heads - 1] *= 20
+        call = make_call(q, k, v, layout)
+        token = torch.arange(SAMPLE) * grid.seq_len // SAMPLE
+        logits = torch.einsum("bihd,bjhd->bhij", call.q[:, token], call.k[:, token]) * call.scale / math.log(2)
+        wide = logits.abs().amax((2, 3)) > WIDE
+        assert wide.tolist() == [[h == (heads - 1, 0)[b] for h in range(heads)] for b in range(2)]
+        n = call.num_blocks
+        for group in (heads, 2):
+            for first in range(0, heads, group):
+                ours = work_list(call, group)[first * n : (first + group) * n]
+                total = 2 * len(ours)
+                marked = torch.zeros(1 + 2 * total, dtype=torch.int32)
+                mark_wide_heads(call, ours, marked, len(ours))
+                want = wide[:, ours[:, 6].long()].flatten()  # of tiles, item by item
+                assert int(marked[0]) == int(want.sum())
+                assert torch.equal(marked[1 : 1 + marked[0]].sort().values.long(), want.nonzero().flatten())
+                assert torch.equal(marked[1 + total :].bool(), want)
+    print("ok", "sample", flush=True)
+
+
 def check_unpacking() -> None:
     """Lists made from bits, against those that the layout was built with."""
     from diffsparse.kernels.gluon_prepare import work_list
@@ -171,6 +202,7 @@ def main() -> None:
             print("ok", grid, block, dim, density, flush=True)
     check_preparations()
     check_unpacking()
+    check_sample()
 
 
 if __name__ == "__main__":

@@ -19,12 +19,12 @@ pytest.importorskip("triton")
 
 
 def test_emulated(repo_root: Path) -> None:
-    assert run(repo_root, "tests.kernels.emulate", TRITON_INTERPRET="1").count("ok") == 8
+    assert run(repo_root, "tests.kernels.emulate", TRITON_INTERPRET="1").count("ok") == 10
 
 
 @pytest.mark.slow
 def test_emulated_more(repo_root: Path) -> None:
-    assert run(repo_root, "tests.kernels.emulate", "--slow", TRITON_INTERPRET="1").count("ok") == 10
+    assert run(repo_root, "tests.kernels.emulate", "--slow", TRITON_INTERPRET="1").count("ok") == 12
 
 
 def test_emulated_in_eight_bits(repo_root: Path) -> None:
@@ -33,7 +33,7 @@ def test_emulated_in_eight_bits(repo_root: Path) -> None:
 
 @pytest.mark.slow
 def test_emulation_notices_faults(repo_root: Path) -> None:
-    assert run(repo_root, "tests.kernels.emulate", "--faults", TRITON_INTERPRET="1").count("noticed") == 10
+    assert run(repo_root, "tests.kernels.emulate", "--faults", TRITON_INTERPRET="1").count("noticed") == 11
 
 
 def compiled(root: Path, *flags: str, **environment: str) -> list[dict]:
@@ -48,12 +48,12 @@ def compiled(root: Path, *flags: str, **environment: str) -> list[dict]:
 
 
 def test_compiles(repo_root: Path) -> None:
-    assert len(compiled(repo_root)) == 1
+    assert len(compiled(repo_root)) == 2
 
 
 @pytest.mark.slow
 def test_compiles_in_every_form(repo_root: Path) -> None:
-    assert len(compiled(repo_root, "--slow")) == 17
+    assert len(compiled(repo_root, "--slow")) == 24
 
 
 @pytest.mark.slow
@@ -62,7 +62,7 @@ def test_compiles_with_triton_3_6(repo_root: Path, tmp_path: Path) -> None:
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path), "triton==3.6.0"]
     subprocess.run(install, check=True, capture_output=True)
     kernels = compiled(repo_root, "--slow", PYTHONPATH=f"{tmp_path}:{repo_root}")
-    assert [kernel["triton"] for kernel in kernels] == ["3.6.0"] * 17
+    assert [kernel["triton"] for kernel in kernels] == ["3.6.0"] * 24
 
 
 def test_asked_for_where_it_cannot_run() -> None:

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 
 from diffsparse.entry import NUMERICS
 from diffsparse.grid import TokenGrid
-from diffsparse.kernels import sparse_attention
+from diffsparse.kernels import reference_attention, sparse_attention
 from diffsparse.kernels.call import make_call
 from diffsparse.kernels.summaries import summarize, summarize_halves
 from diffsparse.layout import build_layout
 from diffsparse.order import TileOrder
-from tests.kernels.cases import MIXED, assert_like_torch, head, inputs, random_layout
+from tests.kernels.cases import MIXED, assert_like_torch, head, inputs, random_layout, with_wide_queries
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison_empty")]
 
@@ -70,6 +70,31 @@ def test_head_dims(dim: int, dtype: torch.dtype, backend: str) -> None:
         q, k, v = inputs(grid, len(entries), dim, dtype=dtype, device="cuda")
         out, lse = sparse_attention(q, k, v, layout, backend=backend, return_lse=True)
         assert_like_torch(out, lse, q, k, v, layout)
+
+
+@pytest.mark.parametrize("block_size", [64, 128])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_of_any_width(dim: int, block_size: int, backend: str) -> None:
+    """Tiles whose exponentials go out of range, tiles in which they do not, and a head all of whose do."""
+    grid = TokenGrid(4, 22, 26, text_after=140)
+    entries = [head(), head(TileOrder(1, 8, 8)), head(tail="mean")]
+    layout = random_layout(grid, entries, block_size, 0.4, diagonal=True).to("cuda")
+    q, k, v = inputs(grid, len(entries), dim, batch=2, dtype=torch.bfloat16, device="cuda")
+    q = with_wide_queries(q)
+    q[1, :, 0] *= 100
+    kv_len = torch.tensor([grid.seq_len, grid.seq_len - 100], dtype=torch.int32, device="cuda")
+    first = sparse_attention(q, k, v, layout, kv_len=kv_len, backend=backend, return_lse=True)
+    for _ in range(50):
+        out, lse = sparse_attention(q, k, v, layout, kv_len=kv_len, backend=backend, return_lse=True)
+        assert torch.equal(out, first[0]) and torch.equal(lse, first[1])
+    want, want_lse = reference_attention(q, k, v, layout, kv_len=kv_len)
+    assert float(want_lse.abs().max()) > 200
+    # Wide queries take the rounding of summaries with them.
+    assert bool(out.isfinite().all()) and bool(lse.isfinite().all())
+    out, want = out[:, :, :2].double(), want[:, :, :2]
+    assert float((out - want).norm() / want.norm()) < 6e-3
+    torch.testing.assert_close(lse[:, :, :2].double(), want_lse[:, :, :2], atol=1e-2, rtol=1e-3)
 
 
 @pytest.mark.parametrize("density", [0.0, 1.0])

@@ -24,12 +24,12 @@ def run(root: Path, *arguments: str, **environment: str) -> str:
 
 
 def test_interpreted(repo_root: Path) -> None:
-    assert run(repo_root, "tests.kernels.interpret", TRITON_INTERPRET="1").count("ok") == 6
+    assert run(repo_root, "tests.kernels.interpret", TRITON_INTERPRET="1").count("ok") == 7
 
 
 @pytest.mark.slow
 def test_interpreted_more(repo_root: Path) -> None:
-    assert run(repo_root, "tests.kernels.interpret", "--slow", TRITON_INTERPRET="1").count("ok") == 8
+    assert run(repo_root, "tests.kernels.interpret", "--slow", TRITON_INTERPRET="1").count("ok") == 9
 
 
 def compiled(root: Path, capability: int, *flags: str) -> list[dict]:
