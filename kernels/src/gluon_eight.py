@@ -22,6 +22,7 @@ from diffsparse.kernels.gluon_parts import (
     running_shift,
     store_lse,
     store_rows,
+    sums_layout,
     tile_of,
 )
 
@@ -198,10 +199,7 @@ def consume_eight(
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 32])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
     P: gl.constexpr = gl.DotOperandLayout(0, O, 4)
-    # What the four threads of a row of logits have each: see gluon_parts.partial_sums.
-    T: gl.constexpr = gl.DistributedLinearLayout(
-        [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4]
-    )
+    T: gl.constexpr = sums_layout()
     factor = scale * 1.4426950408889634
     used_q = 0
     stage = 0

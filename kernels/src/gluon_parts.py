@@ -16,9 +16,18 @@ __all__ = [
     "running_shift",
     "store_lse",
     "store_rows",
+    "sums_layout",
     "tile_of",
     "within_range",
 ]
+
+
+@gluon.constexpr_function
+def sums_layout():
+    """What the four threads of a row of logits have each: see `partial_sums`."""
+    return gl.DistributedLinearLayout(
+        [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4]
+    )
 
 
 @gluon.jit

@@ -37,6 +37,7 @@ from diffsparse.kernels.gluon_parts import (
     running_shift,
     store_lse,
     store_rows,
+    sums_layout,
     tile_of,
     within_range,
 )
@@ -200,31 +201,131 @@ def _produce_sixteen(
 
 
 @gluon.jit
-def _probabilities(
-    logits, total, top, factor,
-    PASS: gl.constexpr, S: gl.constexpr, T: gl.constexpr, P: gl.constexpr, DTYPE: gl.constexpr,
+def _pairs(p, DTYPE: gl.constexpr):
+    """Probabilities ``[64, columns]`` in 16 bits, two neighbours in an int32 ``[64, columns / 2]``.
+
+    So they are carried from one block to the next. As they are, the compiler would take them apart and join them again.
+    """
+    first, second = gl.split(p.reshape([64, p.shape[1] // 2, 2]))
+    if gl.bfloat16 == DTYPE:
+        pairs = gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [first, second], dtype=gl.int32, is_pure=True, pack=1
+        )
+    else:
+        pairs = gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [first, second], dtype=gl.int32, is_pure=True, pack=1
+        )
+    return pairs
+
+
+@gluon.jit
+def _operand(pairs, DTYPE: gl.constexpr, P: gl.constexpr):
+    """Probabilities as an operand of the matrix units."""
+    both = gl.join(pairs.to(gl.int16), (pairs >> 16).to(gl.int16))
+    p = both.reshape([64, 2 * pairs.shape[1]]).to(DTYPE, bitcast=True)
+    return gl.convert_layout(p, P, assert_trivial=True)
+
+
+@gluon.jit
+def _cut(p):
+    """fp32 without the bits that bf16 has not."""
+    return (p.to(gl.int32, bitcast=True) & -65536).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _softmax(
+    logits, total, top, factor, PASS: gl.constexpr, RETURN_LSE: gl.constexpr, S: gl.constexpr, T: gl.constexpr
 ):  # fmt: skip
     """One step of the running softmax: probabilities, and by how much what came before shrinks.
 
     In the first of two passes exponentials of the logits as they are, which as a rule neither overflow nor vanish in
     fp32 and bf16. Then there is no largest one to find, and nothing shrinks; whether it was so, sums say in the end.
+    The largest, elsewhere 1, here is rounded like all others, and may be all there is. So what is summed is what they
+    are in bf16, cut off rather than rounded, which takes half the instructions, and what they are in fp32 only where
+    the sum itself is asked for: in ``top``.
     """
     if PASS == 1:
         p = gl.exp2(logits * factor)
-        return gl.convert_layout(p.to(DTYPE), P), total + partial_sums(p, T), top, top
-    new_top = gl.maximum(top, row_max(logits, S) * factor)
-    shift = running_shift(new_top)
-    keep = gl.exp2(top - shift)
-    total = total * gl.convert_layout(keep, gl.SliceLayout(1, T), assert_trivial=True)[:, None]
-    p = gl.exp2(logits * factor - shift[:, None])
-    total += partial_sums(p, T)
-    return gl.convert_layout(p.to(DTYPE), P), total, new_top, keep
+        if RETURN_LSE:
+            top += partial_sums(p, T)
+        p = _cut(p)
+        keep = 1.0
+    else:
+        new_top = gl.maximum(top, row_max(logits, S) * factor)
+        shift = running_shift(new_top)
+        keep = gl.exp2(top - shift)
+        top = new_top
+        total = total * gl.convert_layout(keep, gl.SliceLayout(1, T), assert_trivial=True)[:, None]
+        p = gl.exp2(logits * factor - shift[:, None])
+    return p, total + partial_sums(p, T), top, keep
+
+
+@gluon.jit
+def _attend_block(
+    q, acc, pairs, total, top, shrink, rings, bars, k_stage, k_phase, v_stage, v_phase, turns, factor, e, first,
+    plain, col_idx, start_row, mask_row, text_before, visual_end,
+    CHECKED: gl.constexpr, WHICH: gl.constexpr, TEXT_BEFORE: gl.constexpr, D: gl.constexpr, BLOCK: gl.constexpr,
+    STAGES: gl.constexpr, HAS_MASK: gl.constexpr, TAKE_TURNS: gl.constexpr, SHARED: gl.constexpr,
+    PASS: gl.constexpr, RETURN_LSE: gl.constexpr,
+):  # fmt: skip
+    """Attend the keys of block ``e`` of a list, and meanwhile the values of the one before, by its probabilities.
+
+    ``shrink``: by how much what came before that one shrinks.
+    """
+    _q_ring, k_ring, v_ring = rings
+    q_full, _q_empty, k_full, k_empty, v_full, v_empty, turn = bars
+    DTYPE: gl.constexpr = v_ring.dtype
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    T: gl.constexpr = sums_layout()
+    mbarrier.wait(k_full.index(k_stage), k_phase)
+    if TAKE_TURNS:
+        # One consumer multiplies while the other works on its softmax. Consumer 0 begins.
+        mbarrier.wait(turn[WHICH], (turns & 1) ^ (1 - WHICH))
+    k = k_ring.index(k_stage).reshape([BLOCK, D])
+    zeros = gl.zeros([64, BLOCK], gl.float32, layout=S)
+    sums = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    if SHARED:
+        values = v_ring.index(k_stage).reshape([BLOCK, D])
+    else:
+        mbarrier.wait(v_full.index(v_stage), v_phase)
+        values = v_ring.index(v_stage).reshape([BLOCK, D])
+    if PASS != 1:
+        # Here, while the first product is under way.
+        acc = acc * shrink
+    products = warpgroup_mma(_operand(pairs, DTYPE, P), values, acc, is_async=True)
+    if TAKE_TURNS:
+        mbarrier.arrive(turn[1 - WHICH], count=1)
+        turns += 1
+    logits = warpgroup_mma_wait(1, deps=(sums,))
+    if not SHARED:
+        mbarrier.arrive(k_empty.index(k_stage), count=1)
+    if CHECKED:
+        j = gl.load(col_idx + entry_of(e, first, plain, TEXT_BEFORE))
+        logits = checked(logits, j, start_row, mask_row, text_before, visual_end, HAS_MASK, S)
+    probabilities, total, top, keep = _softmax(logits, total, top, factor, PASS, RETURN_LSE, S, T)
+    # Never waited for, which the assembler cannot know. It orders code between branches as it likes, and would put the
+    # softmax after the wait for the second product.
+    mbarrier.wait(q_full.index(0), 0, pred=first + e < 0)
+    products = warpgroup_mma_wait(0, deps=(products,))
+    if SHARED:
+        mbarrier.arrive(k_empty.index(k_stage), count=1)
+    else:
+        mbarrier.arrive(v_empty.index(v_stage), count=1)
+        v_stage, v_phase = next_slot(v_stage, v_phase, STAGES)
+    k_stage, k_phase = next_slot(k_stage, k_phase, STAGES)
+    shrink = 1.0 if PASS == 1 else gl.convert_layout(keep, gl.SliceLayout(1, O))[:, None]
+    # Not before the wait: it would hold the products up, whose operand these registers are.
+    pairs = _pairs(probabilities, DTYPE)
+    return products, pairs, total, top, shrink, k_stage, k_phase, v_stage, v_phase, turns
 
 
 @gluon.jit
 def _attend_summaries(
     q, acc, total, top, rings, bars, bias_ptr, k_stage, k_phase, v_stage, v_phase, h, i, num_blocks, count, scale,
     MOMENTS: gl.constexpr, D: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, PASS: gl.constexpr,
+    RETURN_LSE: gl.constexpr,
 ):  # fmt: skip
     """Attend ``count`` summaries of a head's blocks; with ``MOMENTS`` by the mean and the variance of their keys."""
     _q_ring, k_ring, v_ring = rings
@@ -234,9 +335,7 @@ def _attend_summaries(
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     Q2: gl.constexpr = gl.DotOperandLayout(0, S, 2)
-    T: gl.constexpr = gl.DistributedLinearLayout(
-        [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4]
-    )
+    T: gl.constexpr = sums_layout()
     factor = scale * 1.4426950408889634
     columns = gl.arange(0, BLOCK, layout=gl.BlockedLayout([1], [32], [4], [0]))
     bias_row = bias_ptr + (h * num_blocks + i).to(gl.int64) * (2 * num_blocks)
@@ -264,10 +363,11 @@ def _attend_summaries(
         k_stage, k_phase = next_slot(k_stage, k_phase, STAGES)
         bias = gl.convert_layout(bias.to(gl.float32), gl.SliceLayout(0, S))
         logits = logits * factor + bias[None, :]
-        p, total, top, keep = _probabilities(logits, total, top, 1.0, PASS, S, T, P, DTYPE)
+        probabilities, total, top, keep = _softmax(logits, total, top, 1.0, PASS, RETURN_LSE, S, T)
         if PASS != 1:
             acc = acc * gl.convert_layout(keep, gl.SliceLayout(1, O))[:, None]
         mbarrier.wait(v_full.index(v_stage), v_phase)
+        p = gl.convert_layout(probabilities.to(DTYPE), P)
         acc = warpgroup_mma(p, v_ring.index(v_stage).reshape([BLOCK, D]), acc)
         mbarrier.arrive(v_empty.index(v_stage), count=1)
         v_stage, v_phase = next_slot(v_stage, v_phase, STAGES)
@@ -288,17 +388,14 @@ def _consume_sixteen(
     fetch keys and values ahead as each have room, and blocks of 64 take turns too quickly for so few slots.
     """
     q_ring, k_ring, v_ring = rings
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = bars
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, _turn = bars
     out_ptr, lse_ptr, gather_ptr, key_mask, bias_ptr, _q_scale, _k_scale, _v_scale, _v_mean = tensors
     work, col_idx, block_start = lists
     DTYPE: gl.constexpr = v_ring.dtype
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
-    # What the four threads of a row of logits have each: see gluon_parts.partial_sums.
-    T: gl.constexpr = gl.DistributedLinearLayout(
-        [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4]
-    )
+    T: gl.constexpr = sums_layout()
     factor = scale * 1.4426950408889634
     used_q = 0
     k_stage = 0
@@ -315,7 +412,10 @@ def _consume_sixteen(
         if row < end:
             acc = gl.zeros([64, D], gl.float32, layout=O)
             total = gl.zeros([64, 4], gl.float32, layout=T)
-            top = gl.full([64], float("-inf") if PASS != 1 else 0.0, gl.float32, layout=gl.SliceLayout(1, S))
+            if PASS == 1:
+                top = gl.zeros([64, 4], gl.float32, layout=T)
+            else:
+                top = gl.full([64], float("-inf"), gl.float32, layout=gl.SliceLayout(1, S))
             if (listed > 0) | (tail != 0):
                 q = q_ring.index(WHICH).reshape([64, D])
                 mbarrier.wait(q_full.index(0), used_q & 1)
@@ -331,58 +431,25 @@ def _consume_sixteen(
                     k_stage, k_phase = next_slot(k_stage, k_phase, STAGES)
                     if plain == 0:
                         logits = checked(logits, j, start_row, mask_row, text_before, visual_end, HAS_MASK, S)
-                    p, total, top, keep = _probabilities(logits, total, top, factor, PASS, S, T, P, DTYPE)
-                    if SHARED:
-                        mbarrier.wait(k_full.index(k_stage), k_phase)
-                    else:
-                        mbarrier.wait(k_full.index(k_stage), k_phase, pred=listed > 1)
-                    for e in range(1, listed):
-                        if TAKE_TURNS:
-                            # One consumer multiplies while the other works on its softmax. Consumer 0 begins.
-                            mbarrier.wait(turn.index(WHICH), (turns & 1) ^ (1 - WHICH))
-                        k = k_ring.index(k_stage).reshape([BLOCK, D])
-                        zeros = gl.zeros([64, BLOCK], gl.float32, layout=S)
-                        sums = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
-                        if SHARED:
-                            values = v_ring.index(k_stage).reshape([BLOCK, D])
-                        else:
-                            mbarrier.wait(v_full.index(v_stage), v_phase)
-                            values = v_ring.index(v_stage).reshape([BLOCK, D])
-                        products = warpgroup_mma(p, values, acc, is_async=True)
-                        if TAKE_TURNS:
-                            mbarrier.arrive(turn.index(1 - WHICH), count=1)
-                            turns += 1
-                        if SHARED:
-                            j = gl.load(col_idx + entry_of(e, first, plain, TEXT_BEFORE))
-                        logits = warpgroup_mma_wait(1, deps=(sums,))
-                        if not SHARED:
-                            mbarrier.arrive(k_empty.index(k_stage), count=1)
-                        if e >= plain:
-                            if not SHARED:
-                                j = gl.load(col_idx + entry_of(e, first, plain, TEXT_BEFORE))
-                            logits = checked(logits, j, start_row, mask_row, text_before, visual_end, HAS_MASK, S)
-                        next_p, total, top, keep = _probabilities(logits, total, top, factor, PASS, S, T, P, DTYPE)
-                        done = k_stage
-                        k_stage, k_phase = next_slot(k_stage, k_phase, STAGES)
-                        # Here, so that the assembler, which orders code between branches as it likes, cannot put the
-                        # softmax after the wait for the second product. (Where there always is a next slot, a condition
-                        # that always holds, and that it cannot know of, makes it a branch.)
-                        more = j >= 0 if SHARED else e + 1 < listed
-                        mbarrier.wait(k_full.index(k_stage), k_phase, pred=more)
-                        products = warpgroup_mma_wait(0, deps=(products,))
-                        # Not before the wait: it would hold the products up, whose operand these registers are.
-                        p = next_p
-                        if SHARED:
-                            mbarrier.arrive(k_empty.index(done), count=1)
-                        else:
-                            mbarrier.arrive(v_empty.index(v_stage), count=1)
-                            v_stage, v_phase = next_slot(v_stage, v_phase, STAGES)
-                        acc = products
-                        if PASS != 1:
-                            acc = acc * gl.convert_layout(keep, gl.SliceLayout(1, O))[:, None]
+                    probabilities, total, top, keep = _softmax(logits, total, top, factor, PASS, RETURN_LSE, S, T)
+                    pairs = _pairs(probabilities, DTYPE)
+                    shrink = 1.0 if PASS == 1 else gl.convert_layout(keep, gl.SliceLayout(1, O))[:, None]
+                    # First the plain blocks, in a loop of their own, then those to be checked.
+                    for CHECKED in gl.static_range(2):
+                        for e in range(gl.maximum(plain, 1) if CHECKED else 1, listed if CHECKED else plain):
+                            acc, pairs, total, top, shrink, k_stage, k_phase, v_stage, v_phase, turns = _attend_block(
+                                q, acc, pairs, total, top, shrink, rings, bars, k_stage, k_phase, v_stage, v_phase,
+                                turns, factor, e, first, plain, col_idx, start_row, mask_row, text_before, visual_end,
+                                CHECKED, WHICH, TEXT_BEFORE, D, BLOCK, STAGES, HAS_MASK, TAKE_TURNS, SHARED, PASS,
+                                RETURN_LSE,
+                            )  # fmt: skip
                     if not HAS_TAIL:
                         mbarrier.arrive(q_empty.index(0), count=1)
+                    p = _operand(pairs, DTYPE, P)
+                    if PASS != 1:
+                        acc = acc * shrink
                     if SHARED:
+                        mbarrier.wait(k_full.index(k_stage), k_phase)
                         acc = warpgroup_mma(p, v_ring.index(k_stage).reshape([BLOCK, D]), acc)
                         mbarrier.arrive(k_empty.index(k_stage), count=1)
                         k_stage, k_phase = next_slot(k_stage, k_phase, STAGES)
@@ -396,13 +463,13 @@ def _consume_sixteen(
                         if tail == 2:
                             acc, total, top, k_stage, k_phase, v_stage, v_phase = _attend_summaries(
                                 q, acc, total, top, rings, bars, bias_ptr, k_stage, k_phase, v_stage, v_phase, h, i,
-                                num_blocks, num_blocks, scale, True, D, BLOCK, STAGES, PASS,
+                                num_blocks, num_blocks, scale, True, D, BLOCK, STAGES, PASS, RETURN_LSE,
                             )  # fmt: skip
                         else:
                             acc, total, top, k_stage, k_phase, v_stage, v_phase = _attend_summaries(
                                 q, acc, total, top, rings, bars, bias_ptr, k_stage, k_phase, v_stage, v_phase, h, i,
                                 num_blocks, gl.where(tail == 3, 2 * num_blocks, num_blocks), scale, False, D, BLOCK,
-                                STAGES, PASS,
+                                STAGES, PASS, RETURN_LSE,
                             )  # fmt: skip
                     mbarrier.arrive(q_empty.index(0), count=1)
 
@@ -418,6 +485,9 @@ def _consume_sixteen(
                 out, out_ptr, row + WHICH * 64, end, b, h, order, gathered, gather_ptr, seq, HEADS, HEAD_DIM, GATHER
             )
             if RETURN_LSE:
+                if PASS == 1:
+                    total = gl.sum(top, 1)
+                    top = gl.zeros([64], gl.float32, layout=gl.SliceLayout(1, S))
                 store_lse(
                     top, total, 0.0, lse_ptr, row + WHICH * 64, end, b, h, order, gathered, gather_ptr, seq,
                     HEADS, GATHER, S,
@@ -492,9 +562,11 @@ def _forward_kernel(
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     mbarrier.init(q_full.index(0), count=1)
     mbarrier.init(q_empty.index(0), count=CONSUMERS)
-    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(turn.index(0), count=1)
-    mbarrier.init(turn.index(1), count=1)
+    # Apart: the compiler takes all barriers of an array for one, and has warps wait for one another between their uses.
+    first_turn = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    second_turn = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(first_turn, count=1)
+    mbarrier.init(second_turn, count=1)
     for s in gl.static_range(STAGES):
         mbarrier.init(k_full.index(s), count=1)
         mbarrier.init(v_full.index(s), count=1)
@@ -502,7 +574,7 @@ def _forward_kernel(
         mbarrier.init(v_empty.index(s), count=CONSUMERS)
     fence_async_shared()
     rings = (q_ring, k_ring, v_ring)
-    bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty, turn)
+    bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty, (first_turn, second_turn))
     # What a call has not is not handed over, since the host makes every descriptor anew; nor is it ever read.
     if q_moved is None:
         q_moved, k_moved, v_moved = q_desc, k_desc, v_desc

@@ -66,6 +66,14 @@ def random_layout(
     return build_layout(grid, entries, block_size, masks=masks, packed=packed)
 
 
+def one_key_layout(grid: TokenGrid, heads: int, block_size: int) -> BlockLayout:
+    """Every query of the video attends the first block of the text at the end, and nothing else."""
+    n = -(-grid.num_visual // block_size) + -(-grid.text_after // block_size)
+    mask = np.zeros((n, n), dtype=bool)
+    mask[:, -(-grid.num_visual // block_size)] = True
+    return build_layout(grid, [head()] * heads, block_size, masks=[mask] * heads)
+
+
 def inputs(
     grid: TokenGrid, heads: int, dim: int, *, batch: int = 1, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> list[torch.Tensor]:

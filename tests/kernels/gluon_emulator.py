@@ -234,7 +234,7 @@ def _atomic(change: Callable[[torch.Tensor, Any], Any]) -> Callable[[Pointer, An
 
 def _allocate(dtype: torch.dtype, shape: list[int], layout: Any) -> Shared:
     if dtype == torch.int64:
-        return Shared([[Barrier()] for _ in range(shape[0])])
+        return Shared([Barrier()] if len(shape) == 1 else [[Barrier()] for _ in range(shape[0])])
     return Shared(torch.full(shape, 77 if dtype == torch.int8 else float("nan")).to(dtype), layout)
 
 
@@ -339,7 +339,11 @@ _MODULES: dict[str, dict[str, Any]] = {
         "_unpacked": lambda x: x.reshape(64, -1),
         "_held": lambda x, nothing: x,
     },
-    "gluon_sm90": {},
+    "gluon_sm90": {
+        "_cut": lambda p: (p.view(torch.int32) & -65536).view(torch.float32),
+        "_pairs": lambda p, dtype: p.to(dtype),
+        "_operand": lambda p, dtype, layout: p,
+    },
 }
 
 
@@ -351,6 +355,7 @@ def load_emulated(multiprocessors: int, edit: tuple[str, str] | None = None) -> 
     gl = _language()
     gluon = types.ModuleType("emulated")
     gluon.jit = Kernel  # type: ignore[attr-defined]
+    gluon.constexpr_function = lambda function: function  # type: ignore[attr-defined]
     gluon.language = gl  # type: ignore[attr-defined]
     hopper = types.ModuleType("emulated_hopper")
     for name, value in dict(

@@ -19,12 +19,12 @@ pytest.importorskip("triton")
 
 
 def test_emulated(repo_root: Path) -> None:
-    assert run(repo_root, "tests.kernels.emulate", TRITON_INTERPRET="1").count("ok") == 10
+    assert run(repo_root, "tests.kernels.emulate", TRITON_INTERPRET="1").count("ok") == 11
 
 
 @pytest.mark.slow
 def test_emulated_more(repo_root: Path) -> None:
-    assert run(repo_root, "tests.kernels.emulate", "--slow", TRITON_INTERPRET="1").count("ok") == 12
+    assert run(repo_root, "tests.kernels.emulate", "--slow", TRITON_INTERPRET="1").count("ok") == 13
 
 
 def test_emulated_in_eight_bits(repo_root: Path) -> None:
@@ -33,7 +33,7 @@ def test_emulated_in_eight_bits(repo_root: Path) -> None:
 
 @pytest.mark.slow
 def test_emulation_notices_faults(repo_root: Path) -> None:
-    assert run(repo_root, "tests.kernels.emulate", "--faults", TRITON_INTERPRET="1").count("noticed") == 11
+    assert run(repo_root, "tests.kernels.emulate", "--faults", TRITON_INTERPRET="1").count("noticed") == 12
 
 
 def compiled(root: Path, *flags: str, **environment: str) -> list[dict]:

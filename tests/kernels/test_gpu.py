@@ -16,7 +16,7 @@ from diffsparse.kernels.call import make_call
 from diffsparse.kernels.summaries import summarize, summarize_halves
 from diffsparse.layout import build_layout
 from diffsparse.order import TileOrder
-from tests.kernels.cases import MIXED, assert_like_torch, head, inputs, random_layout, with_wide_queries
+from tests.kernels.cases import MIXED, assert_like_torch, head, inputs, one_key_layout, random_layout, with_wide_queries
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison_empty")]
 
@@ -95,6 +95,22 @@ def test_logits_of_any_width(dim: int, block_size: int, backend: str) -> None:
     out, want = out[:, :, :2].double(), want[:, :, :2]
     assert float((out - want).norm() / want.norm()) < 6e-3
     torch.testing.assert_close(lse[:, :, :2].double(), want_lse[:, :, :2], atol=1e-2, rtol=1e-3)
+
+
+@pytest.mark.parametrize("block_size", [64, 128])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_key(block_size: int, backend: str) -> None:
+    """Where one key is all there is, its value comes out, however probabilities are rounded."""
+    grid = TokenGrid(4, 11, 13, text_after=140)
+    layout = one_key_layout(grid, 2, block_size).to("cuda")
+    q, k, v = inputs(grid, 2, 64, dtype=torch.bfloat16, device="cuda")
+    q[:, ::7] *= 100
+    kv_len = torch.tensor([grid.num_visual + 1], dtype=torch.int32, device="cuda")
+    out, lse = sparse_attention(q, k, v, layout, kv_len=kv_len, backend=backend, return_lse=True)
+    q, out, lse = (x[:, : grid.num_visual] for x in (q, out, lse))
+    assert torch.equal(out, v[:, grid.num_visual, None].expand_as(out))
+    want = torch.einsum("bshd,bhd->bsh", q.double(), k[:, grid.num_visual].double()) / 8
+    torch.testing.assert_close(lse.double(), want, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("density", [0.0, 1.0])
