@@ -5,6 +5,12 @@ one consumer warpgroup for every 64 queries multiplies and takes the softmax. A 
 the next keys and the product of the last probabilities with their values together, and works on the softmax while the
 matrix units are busy. Programs are persistent and take tiles of queries one after another, so that the producer fetches
 the next tile's first blocks while the consumers still write the last one out.
+
+In bf16 there are two passes (``PASS`` 1 and 2), else one (0). The first takes exponentials of logits as they are: a
+softmax needs no largest logit but to keep them in range, finding it takes as many instructions as they do, and nothing
+can begin before it is found. bf16 and fp32 have range for logits up to 80 (to base 2, below or above zero). What went
+out of it the sums tell, and the second pass attends those tiles again, in the usual way; heads with wide logits a
+sample tells beforehand (`gluon_range`), and the second pass alone attends them. Nothing of it waits for the host.
 """
 
 from __future__ import annotations
@@ -238,11 +244,10 @@ def _softmax(
 ):  # fmt: skip
     """One step of the running softmax: probabilities, and by how much what came before shrinks.
 
-    In the first of two passes exponentials of the logits as they are, which as a rule neither overflow nor vanish in
-    fp32 and bf16. Then there is no largest one to find, and nothing shrinks; whether it was so, sums say in the end.
-    The largest, elsewhere 1, here is rounded like all others, and may be all there is. So what is summed is what they
-    are in bf16, cut off rather than rounded, which takes half the instructions, and what they are in fp32 only where
-    the sum itself is asked for: in ``top``.
+    In the first of two passes these are exponentials of the logits as they are, and nothing shrinks. The largest, which
+    otherwise is 1, then is rounded like all others, and may be all there is. So what is summed is what they are in
+    bf16, cut off rather than rounded, which takes half the instructions; and in ``top``, where the sum itself is asked
+    for, what they are in fp32.
     """
     if PASS == 1:
         p = gl.exp2(logits * factor)
@@ -541,7 +546,7 @@ def _producer(
 def _forward_kernel(
     q_desc, k_desc, v_desc, q_moved, k_moved, v_moved, mean_k, var_k, mean_v,
     out_ptr, lse_ptr, gather_ptr, key_mask, bias_ptr, q_scale, k_scale, v_scale, v_mean,
-    records, again, col_idx, block_start,
+    records, marked, col_idx, block_start,
     scale, seq, total_tiles, tiles, num_blocks, text_before, visual_end,
     HEADS: gl.constexpr, TEXT_BEFORE: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr,
     BLOCK: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, HAS_MASK: gl.constexpr, HAS_TAIL: gl.constexpr,
@@ -582,7 +587,7 @@ def _forward_kernel(
         mean_k, var_k, mean_v = k_desc, k_desc, v_desc
     fetched = (q_desc, k_desc, v_desc, q_moved, k_moved, v_moved, mean_k, var_k, mean_v)
     tensors = (out_ptr, lse_ptr, gather_ptr, key_mask, bias_ptr, q_scale, k_scale, v_scale, v_mean)
-    lists = ((records, again), col_idx, block_start)
+    lists = ((records, marked), col_idx, block_start)
     # Constants stay constant only where they are written into the call.
     if CONSUMERS == 2:
         gl.warp_specialize(
@@ -745,7 +750,7 @@ def launch(
         num_warps=4,
         maxnreg=entry,
     )
-    # Exponentials of logits as they are need the range of bf16, and are made again where they went out of it.
+    # fp16 has not the range for the first pass.
     passes = (1, 2) if q.dtype == torch.bfloat16 and not eight else (0,)
     for first_head in range(0, heads, group):
         tiles = min(group, heads - first_head) * n
