@@ -6,11 +6,12 @@ the next keys and the product of the last probabilities with their values togeth
 matrix units are busy. Programs are persistent and take tiles of queries one after another, so that the producer fetches
 the next tile's first blocks while the consumers still write the last one out.
 
-In bf16 there are two passes (``PASS`` 1 and 2), else one (0). The first takes exponentials of logits as they are: a
-softmax needs no largest logit but to keep them in range, finding it takes as many instructions as they do, and nothing
-can begin before it is found. bf16 and fp32 have range for logits up to 80 (to base 2, below or above zero). What went
-out of it the sums tell, and the second pass attends those tiles again, in the usual way; heads with wide logits a
-sample tells beforehand (`gluon_range`), and the second pass alone attends them. Nothing of it waits for the host.
+In bf16 all but small calls take two passes (``PASS`` 1 and 2), else one (0). The first takes exponentials of logits as
+they are: a softmax needs no largest logit but to keep them in range, finding it takes as many instructions as they do,
+and nothing can begin before it is found. bf16 and fp32 have range for logits up to 80 (to base 2, below or above zero).
+What went out of it the sums tell, and the second pass attends those tiles again, in the usual way; heads with wide
+logits a sample tells beforehand (`gluon_range`), and the second pass alone attends them. Nothing of it waits for the
+host.
 """
 
 from __future__ import annotations
@@ -56,6 +57,10 @@ __all__ = ["Config", "choose_config", "launch", "run"]
 
 #: What copies of q, k and v in heads' own orders may take. As many heads as that is enough for run at a time.
 COPY_BYTES = 512 << 20
+
+#: Logits of a dense call (tokens squared, of all heads) from which on there are two passes. Of smaller calls a second
+#: launch, and what comes before it, would take longer than the first saves.
+TWO_PASSES = 1 << 30
 
 
 @gluon.jit
@@ -751,18 +756,19 @@ def launch(
         maxnreg=entry,
     )
     # fp16 has not the range for the first pass.
-    passes = (1, 2) if q.dtype == torch.bfloat16 and not eight else (0,)
+    two = q.dtype == torch.bfloat16 and not eight and batch * heads * seq * seq >= TWO_PASSES
+    passes = (1, 2) if two else (0,)
     for first_head in range(0, heads, group):
         tiles = min(group, heads - first_head) * n
         ours = work[first_head * n : first_head * n + tiles]
-        marked = torch.zeros(1 + 2 * batch * tiles, dtype=torch.int32, device=q.device) if len(passes) > 1 else ours
+        marked = torch.zeros(1 + 2 * batch * tiles, dtype=torch.int32, device=q.device) if two else ours
         rest = [ours, marked, call.col_idx, call.block_start, call.scale, seq, batch * tiles, tiles, n]
         rest += [call.text_before, call.text_before + call.num_visual]
         if warmup:
             return [_forward_kernel.warmup(*args, *rest, grid=(1,), **constants, PASS=each) for each in passes]
         if copies:
             reorder(call, copies, first_head, tiles // n, means)
-        if len(passes) > 1:
+        if two:
             mark_wide_heads(call, ours, marked, tiles)
         programs = min(batch * tiles, _multiprocessors(q.device) * config.programs)
         for each in passes:

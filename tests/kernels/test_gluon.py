@@ -19,12 +19,12 @@ pytest.importorskip("triton")
 
 
 def test_emulated(repo_root: Path) -> None:
-    assert run(repo_root, "tests.kernels.emulate", TRITON_INTERPRET="1").count("ok") == 11
+    assert run(repo_root, "tests.kernels.emulate", TRITON_INTERPRET="1").count("ok") == 13
 
 
 @pytest.mark.slow
 def test_emulated_more(repo_root: Path) -> None:
-    assert run(repo_root, "tests.kernels.emulate", "--slow", TRITON_INTERPRET="1").count("ok") == 13
+    assert run(repo_root, "tests.kernels.emulate", "--slow", TRITON_INTERPRET="1").count("ok") == 15
 
 
 def test_emulated_in_eight_bits(repo_root: Path) -> None:

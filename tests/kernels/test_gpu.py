@@ -18,7 +18,7 @@ from diffsparse.layout import build_layout
 from diffsparse.order import TileOrder
 from tests.kernels.cases import MIXED, assert_like_torch, head, inputs, one_key_layout, random_layout, with_wide_queries
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison_empty")]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison_empty", "two_passes")]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 GRIDS = (
@@ -33,6 +33,14 @@ HOPPER = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
 )
 BACKENDS = ("triton", pytest.param("gluon_sm90", marks=HOPPER))
+
+
+@pytest.fixture
+def two_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the Hopper kernel in bf16, however small a call is."""
+    from diffsparse.kernels import gluon_sm90
+
+    monkeypatch.setattr(gluon_sm90, "TWO_PASSES", 0)
 
 
 def names(values: object) -> str:
@@ -95,6 +103,22 @@ def test_logits_of_any_width(dim: int, block_size: int, backend: str) -> None:
     out, want = out[:, :, :2].double(), want[:, :, :2]
     assert float((out - want).norm() / want.norm()) < 6e-3
     torch.testing.assert_close(lse[:, :, :2].double(), want_lse[:, :, :2], atol=1e-2, rtol=1e-3)
+
+
+@HOPPER
+@pytest.mark.parametrize("block_size", [64, 128])
+def test_one_pass_or_two(block_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffsparse.kernels import gluon_sm90
+
+    grid = TokenGrid(3, 13, 11, text_after=20)
+    layout = random_layout(grid, MIXED, block_size, 0.4, diagonal=True).to("cuda")
+    q, k, v = inputs(grid, len(MIXED), 128, dtype=torch.bfloat16, device="cuda")
+    found = []
+    for least in (0, 1 << 62):
+        monkeypatch.setattr(gluon_sm90, "TWO_PASSES", least)
+        found.append(sparse_attention(q, k, v, layout, backend="gluon_sm90", return_lse=True))
+        assert_like_torch(*found[-1], q, k, v, layout)
+    assert not torch.equal(found[0][0], found[1][0])
 
 
 @pytest.mark.parametrize("block_size", [64, 128])
