@@ -53,7 +53,7 @@ from diffsparse.kernels.gluon_quantize import empty_quantized, quantize
 from diffsparse.kernels.gluon_range import mark_wide_heads
 from diffsparse.kernels.triton_prepare import summaries
 
-__all__ = ["Config", "choose_config", "launch", "run"]
+__all__ = ["Config", "choose_config", "launch", "passes_of", "run"]
 
 #: What copies of q, k and v in heads' own orders may take. As many heads as that is enough for run at a time.
 COPY_BYTES = 512 << 20
@@ -659,6 +659,14 @@ def choose_config(block: int, head_dim: int, numerics: str = "auto") -> Config:
     return Config(stages=2 if wide else 4, programs=1, take_turns=wide, registers=(168, 240, 24))
 
 
+def passes_of(q: torch.Tensor, numerics: str) -> tuple[int, ...]:
+    """What heads that run in ``numerics`` take in a call with these queries ``[B, S, H, D]``: ``PASS`` by ``PASS``."""
+    batch, seq, heads, _ = q.shape
+    # fp16 has not the range for exponentials of logits as they are, nor has fp8 for probabilities.
+    two = q.dtype == torch.bfloat16 and numerics == "auto" and batch * heads * seq * seq >= TWO_PASSES
+    return (1, 2) if two else (0,)
+
+
 def _boxes(x: torch.Tensor, rows: int, columns: int) -> Any:
     """A descriptor of ``[B, S, H, D]`` as ``[B, H, S, D]``, fetched in boxes of ``rows`` tokens of one head."""
     if x.data_ptr() % 16 or any(s * x.element_size() % 16 for s, n in zip(x.stride()[:3], x.shape[:3]) if n > 1):
@@ -755,9 +763,8 @@ def launch(
         num_warps=4,
         maxnreg=entry,
     )
-    # fp16 has not the range for the first pass.
-    two = q.dtype == torch.bfloat16 and not eight and batch * heads * seq * seq >= TWO_PASSES
-    passes = (1, 2) if two else (0,)
+    passes = passes_of(q, numerics)
+    two = len(passes) > 1
     for first_head in range(0, heads, group):
         tiles = min(group, heads - first_head) * n
         ours = work[first_head * n : first_head * n + tiles]

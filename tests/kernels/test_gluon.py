@@ -65,6 +65,17 @@ def test_compiles_with_triton_3_6(repo_root: Path, tmp_path: Path) -> None:
     assert [kernel["triton"] for kernel in kernels] == ["3.6.0"] * 24
 
 
+def test_small_calls_take_one_pass() -> None:
+    """And so does what has not the range for the first of two."""
+    from diffsparse.kernels.gluon_sm90 import passes_of
+
+    def passes(tokens: int, dtype: torch.dtype = torch.bfloat16, numerics: str = "auto", batch: int = 1) -> int:
+        return len(passes_of(torch.empty(batch, tokens, 24, 128, dtype=dtype, device="meta"), numerics))
+
+    assert [passes(6688), passes(6689), passes(6688, batch=2), passes(118_800)] == [1, 2, 2, 2]
+    assert passes(118_800, torch.float16) == passes(118_800, numerics="int8") == passes(118_800, numerics="fp8") == 1
+
+
 def test_asked_for_where_it_cannot_run() -> None:
     grid = TokenGrid(1, 8, 16)
     layout = random_layout(grid, [head()], 64, 0.5)
