@@ -4,6 +4,10 @@ As in 16 bits, a consumer works on the softmax of one block while the product of
 values is under way. What differs is what lies in memory and in registers: blocks padded one after another, values
 transposed, scales, and probabilities four to a register. And, since the rings have room for it, a block's keys share a
 slot, and so its two barriers, with the values of the block before.
+
+The products take half the time that they take in 16 bits, so that the softmax is what there is to save on. Powers of
+two come from a line (see `_softmax`), and the matrix units, which wait most of the time, add probabilities up: a product
+with ones.
 """
 
 from __future__ import annotations
@@ -17,19 +21,28 @@ from diffsparse.kernels.gluon_parts import (
     checked,
     entry_of,
     next_slot,
-    partial_sums,
     row_max,
     running_shift,
     store_lse,
     store_rows,
-    sums_layout,
     tile_of,
 )
 
-__all__ = ["consume_eight", "produce_eight"]
+__all__ = ["consume_eight", "ones", "produce_eight"]
 
 #: 1.5 * 2^23: from here on fp32 has the integers, and nothing between them.
 _INTEGERS = gl.constexpr(12582912.0)
+
+
+@gluon.jit
+def ones(BLOCK: gl.constexpr):
+    """Ones in fp8, ``[8, BLOCK]``, in shared memory: the least columns that a product has, all of them the same."""
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=BLOCK, element_bitwidth=8, rank=2)
+    found = gl.allocate_shared_memory(gl.float8e4nv, [8, BLOCK], LAYOUT)
+    # By their bits: converted from 1.0, half of them were something else (Triton 3.6).
+    bits = gl.full([8, BLOCK], 0x38, gl.int8, layout=gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0]))
+    found.store(bits.to(gl.float8e4nv, bitcast=True))
+    return found
 
 
 @gluon.jit
@@ -39,7 +52,7 @@ def _fetch(
 ):  # fmt: skip
     """Copy a block of keys, one of values, or both into a slot, once the consumers are done with it. Returns the next
     slot."""
-    _q_ring, k_ring, v_ring = rings
+    _q_ring, k_ring, v_ring, _ones = rings
     _q_full, _q_empty, full, empty, _v_full, _v_empty, _turn = bars
     _q_desc, k_desc, v_desc, _q_moved, _k_moved, _v_moved, _mean_k, _var_k, _mean_v = fetched
     BYTES: gl.constexpr = k_ring.shape[3] * k_ring.shape[4]
@@ -59,7 +72,7 @@ def produce_eight(
     HAS_TAIL: gl.constexpr,
 ):  # fmt: skip
     """Fetch what the consumers of one program attend: of keys ``[BLOCK, D]``, of values ``[D, BLOCK]``."""
-    q_ring, _k_ring, _v_ring = rings
+    q_ring, _k_ring, _v_ring, _ones = rings
     q_full, q_empty, _full, _empty, _v_full, _v_empty, _turn = bars
     q_desc, _k_desc, _v_desc, _q_moved, _k_moved, _v_moved, _mean_k, _var_k, _mean_v = fetched
     work, col_idx, _block_start = lists
@@ -106,28 +119,34 @@ def _as_float(x):
 
 @gluon.jit
 def _four_fp8(first, second, third, fourth):
-    """fp32 as fp8, four in an int32."""
+    """Four numbers in fp8, in an int32, each given by its bits as a whole number, which need not be rounded yet.
+
+    fp16 has the whole numbers from 1024 on, and nothing between them. What is less than 0 becomes 0; NaN stays NaN.
+    """
     return gl.inline_asm_elementwise(
         """{
-        .reg .b16 low, high;
-        cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
-        cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
-        mov.b32 $0, {low, high};
+        .reg .b32 low, high, thousand;
+        cvt.rn.relu.f16x2.f32 low, $2, $1;
+        cvt.rn.relu.f16x2.f32 high, $4, $3;
+        mov.b32 thousand, 0x64006400;
+        add.rn.f16x2 low, low, thousand;
+        add.rn.f16x2 high, high, thousand;
+        prmt.b32 $0, low, high, 0x6420;
         }""",
         "=r,f,f,f,f", [first, second, third, fourth], dtype=gl.int32, is_pure=True, pack=1,
     )  # fmt: skip
 
 
 @gluon.jit
-def _packed(p):
+def _packed(bits):
     """Probabilities ``[64, columns]`` as fp8, four in an int32 ``[64, columns / 4]``: what a thread has of 16 columns,
     which are neighbours in an operand (see value_order).
 
     So they are carried from one block to the next. As bytes each would take a register, and be taken apart and joined.
     """
-    columns: gl.constexpr = p.shape[1]
-    p = p.reshape([64, columns // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([64, columns // 4, 2, 2])
-    even, odd = gl.split(p)
+    columns: gl.constexpr = bits.shape[1]
+    bits = bits.reshape([64, columns // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([64, columns // 4, 2, 2])
+    even, odd = gl.split(bits)
     first, third = gl.split(even)
     second, fourth = gl.split(odd)
     return _four_fp8(first, second, third, fourth)
@@ -159,27 +178,77 @@ def _values(ring, stage):
 
 
 @gluon.jit
-def _products(operand, ring, stage, O: gl.constexpr):
-    """Begin the product of probabilities with the values in a slot, ``[64, D]``."""
-    D: gl.constexpr = ring.shape[3]
-    zeros = gl.zeros([64, D], gl.float32, layout=O)
-    return warpgroup_mma(operand, _values(ring, stage), zeros, use_acc=False, is_async=True)
+def _products(operand, columns, zeros):
+    """Begin the product of probabilities with values, or with ones."""
+    return warpgroup_mma(operand, columns, zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def _softmax(logits, total, top, factor, OFFSET: gl.constexpr, S: gl.constexpr, T: gl.constexpr):
-    """One step of the running softmax: probabilities times 2^8, and by how much what came before shrinks.
+def _softmax(logits, top, factor, OFFSET: gl.constexpr, S: gl.constexpr):
+    """One step of the running softmax: probabilities times 2^8, as the bits that they have in fp8, and by how much what
+    came before shrinks.
+
+    Those bits, read as a whole number, are 8 times the exponent and the fraction: 8 times the logarithm to base 2, with
+    a line in place of the curve between two powers of two (Schraudolph 1999, A fast, compact approximation of the
+    exponential function, section 2). So logits only need to be rounded. The line is up to 3.1% off to either side, where
+    the rounding to 4 bits is up to 6.3% off.
 
     ``OFFSET``: what the logits have too much, taken off with the shift.
     """
     new_top = gl.maximum(top, (row_max(logits, S) - OFFSET) * factor)
     shift = running_shift(new_top)
     keep = gl.exp2(top - shift)
-    total = total * gl.convert_layout(keep, gl.SliceLayout(1, T), assert_trivial=True)[:, None]
-    # In fp8 small ones keep more of their bits so.
-    shift += OFFSET * factor - 8.0
-    p = gl.exp2(logits * factor - shift[:, None])
-    return p, total + partial_sums(p, T), new_top, keep
+    # 1.0 has the bits 56. In fp8 small ones keep more of their bits if they are larger by 8 powers of two. The line lies
+    # above the curve; by so much less, it is right on average.
+    factor *= 8.0
+    shift = 8.0 * shift + (OFFSET * factor - (64.0 + 56.0 - 0.458))
+    return logits * factor - shift[:, None], new_top, keep
+
+
+@gluon.jit
+def _attend_block(
+    q, acc, p, total, top, shrink, rings, bars, stage, phase, unit, scales, e, first, plain, col_idx, start_row,
+    mask_row, text_before, visual_end,
+    CHECKED: gl.constexpr, OFFSET: gl.constexpr, TEXT_BEFORE: gl.constexpr, D: gl.constexpr, BLOCK: gl.constexpr,
+    STAGES: gl.constexpr, HAS_MASK: gl.constexpr,
+):  # fmt: skip
+    """Attend the keys of block ``e`` of a list, and meanwhile the values of the one before, by its probabilities.
+
+    ``shrink``: by how much what came before that one shrinks. The matrix units add up fp8 products with 14 bits. So each
+    block's sum starts afresh, and is added in fp32 (SageAttention2, section 3.4), when what came before shrinks.
+    """
+    _q_ring, k_ring, v_ring, ones_ring = rings
+    _q_full, _q_empty, full, empty, _v_full, _v_empty, _turn = bars
+    INT8: gl.constexpr = gl.int8 == k_ring.dtype
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 32])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
+    N: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32])
+    P: gl.constexpr = gl.DotOperandLayout(0, O, 4)
+    # Loaded here, long before it is needed.
+    j = gl.load(col_idx + entry_of(e, first, plain, TEXT_BEFORE))
+    block_unit = unit * gl.load(scales + j)
+    operand = gl.convert_layout(_unpacked(p), P, assert_trivial=True)
+    sums = _logits(q, k_ring, stage, gl.int32 if INT8 else gl.float32, S)
+    products = _products(operand, _values(v_ring, stage), gl.zeros([64, D], gl.float32, layout=O))
+    added = _products(operand, ones_ring.permute((1, 0)), gl.zeros([64, 8], gl.float32, layout=N))
+    logits = warpgroup_mma_wait(2, deps=(sums,))
+    if INT8:
+        logits = _as_float(logits)
+    if CHECKED:
+        logits = checked(logits, j, start_row, mask_row, text_before, visual_end, HAS_MASK, S)
+    bits, top, keep = _softmax(logits, top, block_unit, OFFSET, S)
+    # Here, so that the assembler, which orders code between branches as it likes, cannot put the softmax after the wait
+    # for the other products.
+    done = stage
+    stage, phase = next_slot(stage, phase, STAGES)
+    mbarrier.wait(full.index(stage), phase)
+    products, added = warpgroup_mma_wait(0, deps=(products, added))
+    # Not before the wait: it would hold the products up, whose operand these registers are.
+    p = _packed(bits)
+    mbarrier.arrive(empty.index(done), count=1)
+    acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None] + products
+    total = total * gl.convert_layout(shrink, gl.SliceLayout(1, N))[:, None] + added
+    return acc, p, total, top, keep, stage, phase
 
 
 @gluon.jit
@@ -190,7 +259,7 @@ def consume_eight(
     HAS_TAIL: gl.constexpr, GATHER: gl.constexpr, RETURN_LSE: gl.constexpr, NUMERICS: gl.constexpr,
 ):  # fmt: skip
     """Attend the tiles of one program, 64 queries of each, in int8 (``NUMERICS`` 1) or fp8 (2)."""
-    q_ring, k_ring, v_ring = rings
+    q_ring, k_ring, v_ring, ones_ring = rings
     q_full, q_empty, full, empty, _v_full, _v_empty, _turn = bars
     out_ptr, lse_ptr, gather_ptr, key_mask, bias_ptr, q_scale, k_scale, v_scale, v_mean = tensors
     work, col_idx, block_start = lists
@@ -198,8 +267,8 @@ def consume_eight(
     OFFSET: gl.constexpr = _INTEGERS if NUMERICS == 1 else 0.0
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 32])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
+    N: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32])
     P: gl.constexpr = gl.DotOperandLayout(0, O, 4)
-    T: gl.constexpr = sums_layout()
     factor = scale * 1.4426950408889634
     used_q = 0
     stage = 0
@@ -211,7 +280,7 @@ def consume_eight(
         start_row = block_start + order * (num_blocks + 1)
         if row < end:
             acc = gl.zeros([64, D], gl.float32, layout=O)
-            total = gl.zeros([64, 4], gl.float32, layout=T)
+            total = gl.zeros([64, 8], gl.float32, layout=N)
             top = gl.full([64], float("-inf"), gl.float32, layout=gl.SliceLayout(1, S))
             if (listed > 0) | (tail != 0):
                 q = q_ring.index(WHICH).reshape([64, D])
@@ -219,13 +288,12 @@ def consume_eight(
                 used_q += 1
                 mask_row = key_mask + b.to(gl.int64) * seq if HAS_MASK else key_mask
                 unit = factor * gl.load(q_scale + (b * HEADS + h) * num_blocks + i)
-                scales = (b * HEADS + h) * num_blocks
-                if HAS_TAIL:
-                    # Blocks of summaries have scales too.
-                    scales = (b * HEADS + h) * (num_blocks + (2 * num_blocks + BLOCK - 1) // BLOCK)
+                # Blocks of summaries have scales too.
+                more = (2 * num_blocks + BLOCK - 1) // BLOCK if HAS_TAIL else 0
+                scales = k_scale + (b * HEADS + h) * (num_blocks + more)
                 if listed > 0:
                     j = gl.load(col_idx + entry_of(0, first, plain, TEXT_BEFORE))
-                    block_unit = unit * gl.load(k_scale + scales + j)
+                    block_unit = unit * gl.load(scales + j)
                     mbarrier.wait(full.index(stage), phase)
                     logits = warpgroup_mma_wait(0, deps=(_logits(q, k_ring, stage, SUM, S),))
                     mbarrier.arrive(empty.index(stage), count=1)
@@ -234,43 +302,24 @@ def consume_eight(
                         logits = _as_float(logits)
                     if plain == 0:
                         logits = checked(logits, j, start_row, mask_row, text_before, visual_end, HAS_MASK, S)
-                    probabilities, total, top, keep = _softmax(logits, total, top, block_unit, OFFSET, S, T)
-                    p = _packed(probabilities)
-                    # The matrix units add up fp8 products with 14 bits. So each block's sum starts afresh, and is added
-                    # in fp32 (SageAttention2, section 3.4); by when the next block's shrinks it all.
-                    last_shrink = gl.convert_layout(keep, gl.SliceLayout(1, O))[:, None]
+                    bits, top, shrink = _softmax(logits, top, block_unit, OFFSET, S)
+                    p = _packed(bits)
                     mbarrier.wait(full.index(stage), phase)
-                    for e in range(1, listed):
-                        # Loaded here, long before it is needed.
-                        j = gl.load(col_idx + entry_of(e, first, plain, TEXT_BEFORE))
-                        block_unit = unit * gl.load(k_scale + scales + j)
-                        operand = gl.convert_layout(_unpacked(p), P, assert_trivial=True)
-                        sums = _logits(q, k_ring, stage, SUM, S)
-                        products = _products(operand, v_ring, stage, O)
-                        logits = warpgroup_mma_wait(1, deps=(sums,))
-                        if NUMERICS == 1:
-                            logits = _as_float(logits)
-                        if e >= plain:
-                            j = gl.load(col_idx + entry_of(e, first, plain, TEXT_BEFORE))
-                            logits = checked(logits, j, start_row, mask_row, text_before, visual_end, HAS_MASK, S)
-                        probabilities, total, top, keep = _softmax(logits, total, top, block_unit, OFFSET, S, T)
-                        # Here, so that the assembler, which orders code between branches as it likes, cannot put the
-                        # softmax after the wait for the second product.
-                        done = stage
-                        stage, phase = next_slot(stage, phase, STAGES)
-                        mbarrier.wait(full.index(stage), phase)
-                        products = warpgroup_mma_wait(0, deps=(products,))
-                        # Not before the wait: it would hold the products up, whose operand these registers are.
-                        p = _packed(probabilities)
-                        mbarrier.arrive(empty.index(done), count=1)
-                        shrink = gl.convert_layout(keep, gl.SliceLayout(1, O))[:, None]
-                        acc = acc * last_shrink + products
-                        last_shrink = shrink
+                    # First the plain blocks, in a loop of their own, then those to be checked.
+                    for CHECKED in gl.static_range(2):
+                        for e in range(gl.maximum(plain, 1) if CHECKED else 1, listed if CHECKED else plain):
+                            acc, p, total, top, shrink, stage, phase = _attend_block(
+                                q, acc, p, total, top, shrink, rings, bars, stage, phase, unit, scales, e, first, plain,
+                                col_idx, start_row, mask_row, text_before, visual_end,
+                                CHECKED, OFFSET, TEXT_BEFORE, D, BLOCK, STAGES, HAS_MASK,
+                            )  # fmt: skip
                     if not HAS_TAIL:
                         mbarrier.arrive(q_empty.index(0), count=1)
                     operand = gl.convert_layout(_unpacked(p), P, assert_trivial=True)
-                    acc = acc * last_shrink
+                    acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
                     acc = warpgroup_mma(operand, _values(v_ring, stage), acc)
+                    total = total * gl.convert_layout(shrink, gl.SliceLayout(1, N))[:, None]
+                    total = warpgroup_mma(operand, ones_ring.permute((1, 0)), total)
                     mbarrier.arrive(empty.index(stage), count=1)
                     stage, phase = next_slot(stage, phase, STAGES)
                 if HAS_TAIL:
@@ -281,7 +330,7 @@ def consume_eight(
                         for n in range(0, count, BLOCK):
                             # Asked for here, long before it is needed, one for a thread.
                             bias = gl.load(bias_row + n + columns, mask=n + columns < count, other=float("-inf"))
-                            block_unit = unit * gl.load(k_scale + scales + num_blocks + n // BLOCK)
+                            block_unit = unit * gl.load(scales + num_blocks + n // BLOCK)
                             mbarrier.wait(full.index(stage), phase)
                             logits = warpgroup_mma_wait(0, deps=(_logits(q, k_ring, stage, SUM, S),))
                             if NUMERICS == 1:
@@ -289,16 +338,19 @@ def consume_eight(
                             bias = gl.convert_layout(bias.to(gl.float32), gl.SliceLayout(0, S))
                             logits = logits * block_unit + bias[None, :]
                             # What int8 logits had too much is off already.
-                            probabilities, total, top, keep = _softmax(logits, total, top, 1.0, 0.0, S, T)
-                            operand = gl.convert_layout(_unpacked(_packed(probabilities)), P, assert_trivial=True)
+                            bits, top, keep = _softmax(logits, top, 1.0, 0.0, S)
+                            operand = gl.convert_layout(_unpacked(_packed(bits)), P, assert_trivial=True)
                             acc = acc * gl.convert_layout(keep, gl.SliceLayout(1, O))[:, None]
                             acc = warpgroup_mma(operand, _values(v_ring, stage), acc)
+                            total = total * gl.convert_layout(keep, gl.SliceLayout(1, N))[:, None]
+                            total = warpgroup_mma(operand, ones_ring.permute((1, 0)), total)
                             mbarrier.arrive(empty.index(stage), count=1)
                             stage, phase = next_slot(stage, phase, STAGES)
                     mbarrier.arrive(q_empty.index(0), count=1)
 
             next_tile = tile_of(work, gl.minimum(t + gl.num_programs(0), total_tiles - 1), tiles, total_tiles, 0)
-            total = gl.sum(total, 1)
+            # All columns are the same.
+            total = gl.max(total, 1)
             sums = gl.convert_layout(total, gl.SliceLayout(1, O))
             out = acc / gl.where(sums > 0, sums, 1.0)[:, None]
             channel = gl.arange(0, D, layout=gl.SliceLayout(0, O))

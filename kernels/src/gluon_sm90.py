@@ -33,7 +33,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from diffsparse.entry import NUMERICS
 from diffsparse.kernels.call import AttentionCall
 from diffsparse.kernels.gluon_compat import copy_tile, tensor_descriptor
-from diffsparse.kernels.gluon_eight import consume_eight, produce_eight
+from diffsparse.kernels.gluon_eight import consume_eight, ones, produce_eight
 from diffsparse.kernels.gluon_parts import (
     checked,
     entry_of,
@@ -582,8 +582,11 @@ def _forward_kernel(
         mbarrier.init(v_full.index(s), count=1)
         mbarrier.init(k_empty.index(s), count=CONSUMERS)
         mbarrier.init(v_empty.index(s), count=CONSUMERS)
+    if NUMERICS == 0:
+        rings = (q_ring, k_ring, v_ring)
+    else:
+        rings = (q_ring, k_ring, v_ring, ones(BLOCK))
     fence_async_shared()
-    rings = (q_ring, k_ring, v_ring)
     bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty, (first_turn, second_turn))
     # What a call has not is not handed over, since the host makes every descriptor anew; nor is it ever read.
     if q_moved is None:

@@ -59,11 +59,10 @@ _FREE = ("k_empty.index(k_stage)", "v_empty.index(v_stage)", "empty.index(done)"
 _FREE_KEYS, _FREE_VALUES, _FREE_EIGHT = (f"mbarrier.arrive({slot}, count=1)" for slot in _FREE)
 _TOGETHER = "if SHARED:" + _LINE + "    "
 _APART = _TOGETHER + _FREE_KEYS + _LINE + "else:" + _LINE + "    "
-_LINE_8 = "\n" + " " * 24
-_TAKE_8 = "products = warpgroup_mma_wait(0, deps=(products,))" + _LINE_8
-_PACK_8 = "# Not before the wait: it would hold the products up, whose operand these registers are." + _LINE_8
-_PACK_8 += "p = _packed(probabilities)" + _LINE_8
-_NEXT_8 = "mbarrier.wait(full.index(stage), phase)" + _LINE_8 + _TAKE_8
+_TAKE_8 = "products, added = warpgroup_mma_wait(0, deps=(products, added))" + _LINE
+_PACK_8 = "# Not before the wait: it would hold the products up, whose operand these registers are." + _LINE
+_PACK_8 += "p = _packed(bits)" + _LINE
+_NEXT_8 = "mbarrier.wait(full.index(stage), phase)" + _LINE + _TAKE_8
 _KEYS = "mbarrier.wait(k_full.index(k_stage), k_phase)" + _LINE
 _VALUES = "mbarrier.wait(v_full.index(v_stage), v_phase)" + _LINE + "    values"
 _SUMS = "logits = warpgroup_mma_wait(0, deps=(logits,))\n" + " " * 8
@@ -86,7 +85,7 @@ FAULTS = (
     ("auto", "wide", "what went out of range is left so", _LOST, "  pass"),
     ("int8", "none", "blocks in 8 bits are read early", _NEXT_8, _TAKE_8),
     ("int8", "none", "blocks in 8 bits are given back early", _TAKE_8 + _PACK_8 + _FREE_EIGHT,
-     _FREE_EIGHT + _LINE_8 + _TAKE_8 + _PACK_8 + "pass"),
+     _FREE_EIGHT + _LINE + _TAKE_8 + _PACK_8 + "pass"),
 )  # fmt: skip
 
 
@@ -218,7 +217,9 @@ def check_eight_bits() -> None:
                 exact, exact_lse = reference_attention(*dequantized(call, numerics), layout, kv_len=kv_len)
                 assert float((out.double() - exact).norm() / exact.norm()) < 1.5e-2
                 shift = torch.einsum("bshd,bhd->bsh", q.double(), k.double().mean(1)) * call.scale
-                torch.testing.assert_close(lse.double(), exact_lse + shift, atol=1e-3, rtol=1e-5)
+                # What is summed is what is multiplied: each off by up to 1/16, and by 3% more.
+                torch.testing.assert_close(lse.double(), exact_lse + shift, atol=6e-2, rtol=1e-5)
+                assert float((lse.double() - exact_lse - shift).nan_to_num(0.0).mean().abs()) < 5e-3
             error = float((out.double() - want).norm() / want.norm())
             print("ok", numerics, grid, block, dim, f"{error:.1e}", flush=True)
 

@@ -293,7 +293,7 @@ def _language() -> types.ModuleType:
     gl = types.ModuleType("emulated_gluon")
     gl.constexpr = lambda value: value  # type: ignore[attr-defined]
     gl.float8e4nv = torch.float8_e4m3fn  # type: ignore[attr-defined]
-    for name in ("int32", "int64", "float32", "bfloat16", "float16"):
+    for name in ("int8", "int32", "int64", "float32", "bfloat16", "float16"):
         setattr(gl, name, getattr(torch, name))
     layout = lambda *a, **k: None  # noqa: E731
     functions: dict[str, Any] = dict(
@@ -330,14 +330,20 @@ def _language() -> types.ModuleType:
     return gl
 
 
+def _four_fp8(*bits: torch.Tensor) -> torch.Tensor:
+    # NaN has the bits 127.
+    whole = torch.stack(bits, -1).relu().half().round().nan_to_num(127.0)
+    return whole.to(torch.uint8).view(torch.float8_e4m3fn)
+
+
 #: The kernel's modules, in the order in which they import one another, and what of each looks into bits or is assembly.
 _MODULES: dict[str, dict[str, Any]] = {
     "gluon_parts": {},
     "gluon_eight": {
         "_as_float": lambda x: x.float() + 12582912.0,
-        "_four_fp8": lambda *x: torch.stack(x, -1).to(torch.float8_e4m3fn),
+        "_four_fp8": _four_fp8,
+        "ones": lambda block: Shared(torch.ones(8, block).to(torch.float8_e4m3fn)),
         "_unpacked": lambda x: x.reshape(64, -1),
-        "_held": lambda x, nothing: x,
     },
     "gluon_sm90": {
         "_cut": lambda p: (p.view(torch.int32) & -65536).view(torch.float32),
