@@ -265,11 +265,15 @@ def check_faults() -> None:
         kernel = gluon_emulator.load_emulated(1, edit)
         kernel.quantize = quantized
         call = make_call(q, k, v, layout, numerics=numerics)
+        most = 0.01 if numerics == "auto" else 0.06
         try:
-            errors = [float((kernel.run(call)[0].double() - want).norm() / want.norm()) for _ in range(5)]
+            # A fault shows only now and then.
+            return all(
+                float((kernel.run(call)[0].double() - want).norm() / want.norm()) < most
+                for _ in range(5 if edit is None else 20)
+            )
         except AssertionError:  # what the emulation itself notices
             return False
-        return all(error < (0.01 if numerics == "auto" else 0.1) for error in errors)
 
     for form in sorted({fault[:2] for fault in FAULTS}):
         assert runs_right(*form, None), form
