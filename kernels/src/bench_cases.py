@@ -201,6 +201,8 @@ CASES = (
     "uniform-32k",
     "uniform-118k",
     "outliers-32k",
+    "outliers-118k",
+    "outliers-head-dim-64",
     "shared-32k",
     "head-dim-64",
     "radial",
@@ -218,10 +220,6 @@ def cases(names: Sequence[str] = CASES, *, tiny: bool = False) -> list[Case]:
     found = {
         "uniform-32k": uniform_case("uniform-32k", "random lists per head", 32768, 24, 128),
         "uniform-118k": uniform_case("uniform-118k", "random lists per head, HunyuanVideo 720p", 118800, 24, 128),
-        "outliers-32k": replace(
-            uniform_case("outliers-32k", "random lists per head, channels that stand out", 32768, 24, 128),
-            outliers=True,
-        ),
         "shared-32k": uniform_case("shared-32k", "random lists, one for all heads", 32768, 24, 128, shared=True),
         "head-dim-64": uniform_case("head-dim-64", "random lists per head, CogVideoX-1.5", 45106, 30, 64),
         "radial": _structured("radial", "radial attention, Wan 14B 720p", _WAN, 40, _radial, tiny),
@@ -237,8 +235,11 @@ def cases(names: Sequence[str] = CASES, *, tiny: bool = False) -> list[Case]:
         "orders": _structured("orders", "the cost of orders, Wan 14B 720p", _WAN, 40, _orders, tiny),
         "tail": _structured("tail", "the cost of the moments tail, HunyuanVideo 720p", _HUNYUAN, 24, _tails, tiny),
     }
+    for name, like in (("32k", "uniform-32k"), ("118k", "uniform-118k"), ("head-dim-64", "head-dim-64")):
+        name, about = f"outliers-{name}", f"{found[like].about}, channels that stand out"
+        found[name] = replace(found[like], name=name, about=about, outliers=True)
     if tiny:
-        for name in ("uniform-32k", "uniform-118k", "outliers-32k", "shared-32k", "head-dim-64"):
+        for name in [name for name, case in found.items() if case.peers]:
             case, heads = found[name], 2
             settings = tuple(replace(s, entries=s.entries[:heads]) for s in case.settings)
             # 410 tokens: the last block is short.

@@ -6,8 +6,8 @@ transposed, scales, and probabilities four to a register. And, since the rings h
 slot, and so its two barriers, with the values of the block before.
 
 The products take half the time that they take in 16 bits, so that the softmax is what there is to save on. Powers of
-two come from a line (see `_softmax`), and the matrix units, which wait most of the time, add probabilities up: a product
-with ones.
+two come from a line (see `_softmax`), and the matrix units, which wait most of the time, add probabilities up: a
+product with ones.
 """
 
 from __future__ import annotations
@@ -190,16 +190,16 @@ def _softmax(logits, top, factor, OFFSET: gl.constexpr, S: gl.constexpr):
 
     Those bits, read as a whole number, are 8 times the exponent and the fraction: 8 times the logarithm to base 2, with
     a line in place of the curve between two powers of two (Schraudolph 1999, A fast, compact approximation of the
-    exponential function, section 2). So logits only need to be rounded. The line is up to 3.1% off to either side, where
-    the rounding to 4 bits is up to 6.3% off.
+    exponential function, section 2). So logits only need to be rounded. The line is up to 3.1% off to either side; the
+    rounding to 4 bits is up to 6.3% off.
 
     ``OFFSET``: what the logits have too much, taken off with the shift.
     """
     new_top = gl.maximum(top, (row_max(logits, S) - OFFSET) * factor)
     shift = running_shift(new_top)
     keep = gl.exp2(top - shift)
-    # 1.0 has the bits 56. In fp8 small ones keep more of their bits if they are larger by 8 powers of two. The line lies
-    # above the curve; by so much less, it is right on average.
+    # 1.0 has the bits 56. In fp8 small ones keep more of their bits where all are 2^8 times as large. The line lies
+    # above the curve; with so much taken off it is right on average.
     factor *= 8.0
     shift = 8.0 * shift + (OFFSET * factor - (64.0 + 56.0 - 0.458))
     return logits * factor - shift[:, None], new_top, keep
@@ -214,8 +214,8 @@ def _attend_block(
 ):  # fmt: skip
     """Attend the keys of block ``e`` of a list, and meanwhile the values of the one before, by its probabilities.
 
-    ``shrink``: by how much what came before that one shrinks. The matrix units add up fp8 products with 14 bits. So each
-    block's sum starts afresh, and is added in fp32 (SageAttention2, section 3.4), when what came before shrinks.
+    ``shrink``: by how much what came before that one shrinks. The matrix units add up fp8 products with 14 bits. So
+    each block's sum starts afresh, and is added in fp32 (SageAttention2, section 3.4), when what came before shrinks.
     """
     _q_ring, k_ring, v_ring, ones_ring = rings
     _q_full, _q_empty, full, empty, _v_full, _v_empty, _turn = bars

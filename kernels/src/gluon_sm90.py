@@ -582,10 +582,7 @@ def _forward_kernel(
         mbarrier.init(v_full.index(s), count=1)
         mbarrier.init(k_empty.index(s), count=CONSUMERS)
         mbarrier.init(v_empty.index(s), count=CONSUMERS)
-    if NUMERICS == 0:
-        rings = (q_ring, k_ring, v_ring)
-    else:
-        rings = (q_ring, k_ring, v_ring, ones(BLOCK))
+    rings = (q_ring, k_ring, v_ring) if NUMERICS == 0 else (q_ring, k_ring, v_ring, ones(BLOCK))
     fence_async_shared()
     bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty, (first_turn, second_turn))
     # What a call has not is not handed over, since the host makes every descriptor anew; nor is it ever read.

@@ -19,7 +19,7 @@ import triton.language as tl
 from diffsparse.kernels.call import AttentionCall
 from diffsparse.kernels.triton_prepare import kept_bits, summaries, variance_dtype
 
-__all__ = ["Config", "choose_config", "launch", "run"]
+__all__ = ["Config", "choose_config", "launch", "run", "some_partial"]
 
 LOG2_E = math.log2(math.e)
 
@@ -336,9 +336,20 @@ class Config:
 
 
 def choose_config(
-    block: int, head_dim: int, dtype: torch.dtype, tail: bool, capability: tuple[int, int], shared: int
+    block: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    tail: bool,
+    capability: tuple[int, int],
+    shared: int,
+    partial: bool,
+    gathered: bool = False,
 ) -> Config:
-    """Tiles for a logical block size, by what fits into ``shared`` bytes of a multiprocessor's shared memory."""
+    """Tiles for a logical block size, by what fits into ``shared`` bytes of a multiprocessor's shared memory.
+
+    ``partial``: whether some block may be short or masked, so that there is a second loop. ``gathered``: for the heads
+    in other orders than the model's.
+    """
     dim = triton.next_power_of_2(head_dim)
     tma = capability >= (9, 0) and dtype != torch.float32
     if dtype == torch.float32:
@@ -355,6 +366,12 @@ def choose_config(
     # multiprocessor, which gains more than a third stage; with a tail the registers of four warps do not suffice.
     if tail and block == 128:
         return Config(128, 128, 64, 8, 2, tma)
+    if capability[0] == 9 and block == 128:
+        if dim == 64 and not gathered:
+            return Config(128, 64, 32, 8, 3, tma)
+        if dim == 128 and (partial or gathered) and shared >= 226 << 10:
+            # With a second loop, or with addresses to work out, the registers of four warps do not suffice.
+            return Config(128, 128, 32, 8, 3, tma)
     return Config(block, 64, 32, 4, 2 if block == 128 and dim == 128 else 3, tma)
 
 
@@ -385,14 +402,23 @@ def _device_limits(device: torch.device) -> tuple[tuple[int, int], int]:
 
 def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     """Output ``[B, S, H, D]`` in the inputs' dtype, log-sum-exp fp32 ``[B, S, H]`` (empty unless asked for)."""
-    capability, shared = _device_limits(call.q.device)
-    return launch(
-        call, choose_config(call.block_size, call.q.shape[3], call.q.dtype, call.has_tail, capability, shared)
-    )
+    about = (call.block_size, call.q.shape[3], call.q.dtype, call.has_tail, *_device_limits(call.q.device))
+    partial = some_partial(call)
+    return launch(call, choose_config(*about, partial), choose_config(*about, partial, gathered=True))
 
 
-def launch(call: AttentionCall, config: Config, warmup: bool = False) -> Any:
-    """Run with given tiles. With ``warmup`` only compile, and return the compiled kernels."""
+def some_partial(call: AttentionCall) -> bool:
+    """Whether a block of a head in the model's order may be short or masked."""
+    text_after = call.q.shape[1] - call.text_before - call.num_visual
+    segments = (call.text_before, call.num_visual, text_after)
+    return call.key_mask is not None or any(tokens % call.block_size for tokens in segments)
+
+
+def launch(call: AttentionCall, config: Config, of_gathered: Config | None = None, warmup: bool = False) -> Any:
+    """Run with given tiles, heads in other orders than the model's with tiles ``of_gathered`` (None: with the same).
+
+    With ``warmup`` only compile, and return the compiled kernels.
+    """
     q, k, v = call.q, call.k, call.v
     batch, seq, heads, dim = q.shape
     n, block = call.num_blocks, call.block_size
@@ -412,10 +438,12 @@ def launch(call: AttentionCall, config: Config, warmup: bool = False) -> Any:
         descs = [_descriptor(x, r) for x, r in ((q, config.block_m), (k, config.block_n), (v, config.block_n))]
     tma = all(d is not None for d in descs)
     mask = None if call.key_mask is None else call.key_mask.view(torch.uint8)
-    partial = mask is not None or any(s % block for s in (call.text_before, call.num_visual, text_after))
+    partial = some_partial(call)
     compiled = []
     for gathered in (False, True) if call.needs_gather else (False,):
         use_tma = tma and not gathered
+        if gathered and of_gathered is not None:
+            config = of_gathered
         args = [q, k, v, *(descs if use_tma else (None, None, None)), out, lse if call.return_lse else None]
         args += [call.gather, call.block_start, call.head_order, call.row_ptr, call.col_idx, call.head_mode, mask]
         args += [mean_k, mean_v, var_k, bits, call.scale, seq, n, -(-n // 32)]

@@ -17,7 +17,7 @@ import torch
 
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels.call import make_call
-from diffsparse.kernels.triton_fwd import choose_config, launch
+from diffsparse.kernels.triton_fwd import choose_config, launch, some_partial
 from diffsparse.kernels.triton_prepare import summaries, variance_dtype
 from diffsparse.order import TileOrder
 from tests.kernels.cases import head, inputs, random_layout
@@ -128,19 +128,20 @@ def main() -> None:
     driver.set_active(AbsentGpu(capability))
     if arguments.gluon:
         return compile_gluon(arguments.slow)
+    # With text there are short blocks.
+    short, full = TokenGrid(2, 16, 16, text_after=70), TokenGrid(2, 16, 16)
     cases = [(128, 128, torch.bfloat16, "none")]
     if arguments.slow:
         cases += [(d, b, torch.bfloat16, "moments") for d in (32, 64, 72, 128, 256) for b in (64, 128)]
         cases += [(128, 64, torch.float16, "mean"), (64, 64, torch.float32, "moments")]
         cases += [(d, b, torch.bfloat16, "centroids") for d in (64, 128, 256) for b in (64, 128)]
-    grid = TokenGrid(2, 16, 16, text_after=70)
-    for dim, block, dtype, tail in cases:
+    for grid, (dim, block, dtype, tail) in [(full, cases[0]), *((short, case) for case in cases)]:
         entries = [head(tail=tail), head(TileOrder(1, 8, 8))] if arguments.slow else [head(tail=tail)]
         layout = random_layout(grid, entries, block, 0.5)
         q, k, v = inputs(grid, len(entries), dim, dtype=dtype)
         call = make_call(q, k, v, layout, return_lse=True)
-        config = choose_config(block, dim, dtype, tail != "none", divmod(capability, 10), SHARED[capability])
-        kernels = launch(call, config, warmup=True)
+        about = (block, dim, dtype, tail != "none", divmod(capability, 10), SHARED[capability], some_partial(call))
+        kernels = launch(call, choose_config(*about), choose_config(*about, gathered=True), warmup=True)
         if tail != "none":
             kernels += summaries(call, warmup=True)
         for kernel in kernels:
