@@ -146,7 +146,7 @@ def main() -> None:
             kernels += summaries(call, warmup=True)
         for kernel in kernels:
             text = kernel.asm["ptx"]
-            found = {
+            found: dict[str, Any] = {
                 "kernel": kernel.metadata.name,
                 "case": f"{dim}-{block}-{str(dtype)[6:]}-{tail}",
                 "shared": kernel.metadata.shared,
@@ -156,6 +156,8 @@ def main() -> None:
                 "tcgen05": text.count("tcgen05.mma"),
                 "bulk": text.count("cp.async.bulk.tensor"),
             }
+            if capability == 90 and not arguments.slow:
+                found |= assembled(text)
             print(json.dumps(found), flush=True)
 
 

@@ -47,6 +47,9 @@ def test_compiles(repo_root: Path, capability: int) -> None:
     kernels = compiled(repo_root, capability)
     assert len(kernels) == 2
     assert all((k["bulk"] > 0) == (capability >= 90) for k in kernels), "tensor descriptors from sm90 on"
+    if capability == 90:
+        # Short blocks take a loop of their own, whose registers have to be there.
+        assert kernels[1]["spill_bytes"] < 64
 
 
 @pytest.mark.slow
