@@ -165,13 +165,13 @@ def store_rows(
 
 @gluon.jit
 def store_lse(
-    top, total, offset, lse_ptr, first, end, b, h, order, gathered, gather_ptr, seq,
+    top, total, lse_ptr, first, end, b, h, order, gathered, gather_ptr, seq,
     HEADS: gl.constexpr, GATHER: gl.constexpr, S: gl.constexpr,
 ):  # fmt: skip
-    """Write the log-sum-exp of 64 rows, from the largest logit and the sum over it times ``2 ** offset``."""
+    """Write the log-sum-exp of 64 rows, from the largest logit and the sum relative to it."""
     LOG2: gl.constexpr = 1.4426950408889634
     total = gl.convert_layout(total, gl.SliceLayout(1, S))
-    lse = (top + gl.log2(total) - offset) / LOG2
+    lse = (top + gl.log2(total)) / LOG2
     position = first + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
     live = position < end
     out_row = _output_row(position, live, b, h, order, gathered, gather_ptr, seq, HEADS, GATHER)

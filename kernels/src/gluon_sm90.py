@@ -499,7 +499,7 @@ def _consume_sixteen(
                     total = gl.sum(top, 1)
                     top = gl.zeros([64], gl.float32, layout=gl.SliceLayout(1, S))
                 store_lse(
-                    top, total, 0.0, lse_ptr, row + WHICH * 64, end, b, h, order, gathered, gather_ptr, seq,
+                    top, total, lse_ptr, row + WHICH * 64, end, b, h, order, gathered, gather_ptr, seq,
                     HEADS, GATHER, S,
                 )  # fmt: skip
         else:

@@ -217,9 +217,7 @@ def check_eight_bits() -> None:
                 exact, exact_lse = reference_attention(*dequantized(call, numerics), layout, kv_len=kv_len)
                 assert float((out.double() - exact).norm() / exact.norm()) < 1.5e-2
                 shift = torch.einsum("bshd,bhd->bsh", q.double(), k.double().mean(1)) * call.scale
-                # What is summed is what is multiplied: each off by up to 1/16, and by 3% more.
-                torch.testing.assert_close(lse.double(), exact_lse + shift, atol=6e-2, rtol=1e-5)
-                assert float((lse.double() - exact_lse - shift).nan_to_num(0.0).mean().abs()) < 5e-3
+                torch.testing.assert_close(lse.double(), exact_lse + shift, atol=1e-3, rtol=1e-5)
             error = float((out.double() - want).norm() / want.norm())
             print("ok", numerics, grid, block, dim, f"{error:.1e}", flush=True)
 
