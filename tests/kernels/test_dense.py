@@ -95,6 +95,27 @@ def test_a_kernel_that_is_wrong_or_fails_takes_no_part(monkeypatch: pytest.Monke
         race_dense(q, k, v, kernels=("flash_sdpa",), budget_ms=1)
 
 
+@pytest.mark.parametrize(("off", "taken"), [(0.019, True), (0.03, False)])
+def test_every_kernel_that_races_is_held_to_the_same_limit(
+    off: float, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = inputs(GRID, 3, 16)
+    real = dense.sparse_attention
+    monkeypatch.setattr(dense, "sparse_attention", lambda *args, **options: real(*args, **options) * (1 + off))
+    race = race_dense(q, k, v, kernels=("flash_sdpa", "diffsparse"), budget_ms=1)
+    assert ("diffsparse" in race.ms) is taken
+    assert taken or race.excluded["diffsparse"] == f"its output is off by {off:.2g} (relative), at most 0.02 is taken"
+
+
+def test_kernels_in_8_bits_run_by_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = inputs(GRID, 3, 16)
+    monkeypatch.setattr(dense, "cannot_run_dense", lambda *args: None)  # as on a Hopper GPU
+    race = race_dense(q, k, v, kernels=("flash_sdpa", "diffsparse_int8", "diffsparse_fp8"), budget_ms=1)
+    assert set(race.ms) == {"flash_sdpa"}
+    for name in ("diffsparse_int8", "diffsparse_fp8"):
+        assert race.excluded[name].startswith("it multiplies in 8 bits")
+
+
 @pytest.mark.parametrize("kernel", ["flash_attention_3", "flash_attention_4", "xformers"])
 @pytest.mark.parametrize("with_lse", [False, True])
 def test_other_packages_get_what_they_take(kernel: str, with_lse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
