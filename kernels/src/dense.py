@@ -288,8 +288,8 @@ def race_dense(
     """Time the dense kernels that can run this call, and name the fastest.
 
     Each one's output is first compared with ``own``'s, or where there is none with that of torch's attention (relative
-    error at most 2e-2); one that is further off is not timed. Kernels in 8 bits take no part: their errors depend on the
-    data and are larger, so they run only where they are asked for by name.
+    error at most 2e-2); one that is further off is not timed. Kernels in 8 bits take no part: their errors are larger
+    and depend on the data, so they run only where they are asked for by name.
 
     Args:
         q, k, v, key_mask, scale: as in :func:`dense_attention`.
