@@ -2,20 +2,62 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections import Counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from diffsparse.plan import SparsityPlan
 
-__all__ = ["plan_card"]
+__all__ = ["card_names_plan", "is_own_card", "plan_card", "seal_card"]
+
+_TOP = "---\nlibrary_name: diffsparse\ntags: [sparse-attention, diffusers]\n"
+_SEAL = re.compile(r"\n<!-- written by diffsparse: plan ([0-9a-f]{16}), text ([0-9a-f]{16}) -->\n\Z")
+# Every line that a card had before cards were sealed.
+_OLD_LINE = re.compile(
+    r"|---|library_name: diffsparse|tags: .*|base_model: .*|# Sparsity plan|For `.*`: \d+ self-attention layers, .*"
+    r"|For any model: one rule for all layers and heads\.|Steps at a noise level above .*|```|```python"
+    r"|import diffsparse"
+    r'|pipe\.enable_sparse_attention\("this folder or repository"\)|\|.*\||## (Quality|Speed|Calibration|Environment)'
+)
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def seal_card(text: str, plan_json: bytes) -> str:
+    """A card with a last line that pages do not show: which plan it is of, and that nobody has edited it since."""
+    return f"{text}\n<!-- written by diffsparse: plan {_hash(plan_json)}, text {_hash(text.encode())} -->\n"
+
+
+def _sealed(text: str) -> re.Match[str] | None:
+    """The seal of a card that nobody has edited."""
+    seal = _SEAL.search(text)
+    return seal if seal and _hash(text[: seal.start()].encode()) == seal[2] else None
+
+
+def is_own_card(text: str) -> bool:
+    """Whether a ``README.md`` is a card as diffsparse wrote it, so that it may be replaced. An edited one is not."""
+    text = text.replace("\r\n", "\n")
+    if _SEAL.search(text):
+        return _sealed(text) is not None
+    old = text.startswith(_TOP) and "\n# Sparsity plan\n" in text
+    return old and all(_OLD_LINE.fullmatch(line) for line in text.splitlines())
+
+
+def card_names_plan(text: str, plan_json: bytes) -> bool:
+    """False where a card of ours is of another plan than this ``sparse_plan.json``."""
+    seal = _sealed(text.replace("\r\n", "\n"))
+    return seal is None or seal[1] == _hash(plan_json)
 
 
 def plan_card(plan: SparsityPlan) -> str:
     """A model card in Markdown: what the plan is for, what it keeps, what was measured, how to use it."""
     record = plan.record
     base = record.get("model", {}).get("id")
-    lines = ["---", "library_name: diffsparse", "tags: [sparse-attention, diffusers]"]
+    lines = _TOP.splitlines()
     if base:
         lines.append(f"base_model: {base}")
     lines += ["---", "", "# Sparsity plan", ""]

@@ -22,14 +22,12 @@ from diffsparse.entry import HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.layout import BLOCK_SIZES, BlockLayout, build_layout
 from diffsparse.pattern import uses_fallback
+from diffsparse.saving import ARRAYS_NAME, CARD_NAME, DIGEST_KEY, JSON_NAME, arrays_digest, write_plan
 from diffsparse.schedule import Schedule
 
 __all__ = ["FORMAT_VERSION", "Architecture", "PlanError", "SparsityPlan"]
 
 FORMAT_VERSION = 1
-JSON_NAME = "sparse_plan.json"
-ARRAYS_NAME = "sparse_plan.safetensors"
-CARD_NAME = "README.md"
 MAX_JSON_BYTES = 64 * 2**20
 ANY_LAYER = "*"
 
@@ -221,8 +219,11 @@ class SparsityPlan:
 
     # -- files -----------------------------------------------------------------------------------------------------
 
-    def to_files(self) -> dict[str, bytes]:
-        """The plan's files by name. The same plan always gives the same bytes."""
+    def to_files(self, *, bound: bool = True) -> dict[str, bytes]:
+        """The plan's files by name. The same plan always gives the same bytes.
+
+        ``bound``: the JSON has a digest of the bitmaps, so that those of another plan are refused.
+        """
         arrays: dict[str, np.ndarray] = {}
         data: dict[str, Any] = {
             "format": "diffsparse.sparse_plan",
@@ -238,6 +239,9 @@ class SparsityPlan:
         }
         if self.architecture:
             data["architecture"] = {**asdict(self.architecture), "fingerprint": self.architecture.fingerprint}
+        if arrays and bound:
+            # Versions that do not know the key can do without it.
+            data |= {DIGEST_KEY: arrays_digest(arrays), "ignorable": [DIGEST_KEY]}
         try:
             text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         except (TypeError, ValueError) as error:
@@ -250,19 +254,16 @@ class SparsityPlan:
         return files
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the plan's folder, card included; returns the folder. Files are replaced whole or not at all."""
+        """Write the plan's folder, with a card as its ``README.md``; returns the folder.
+
+        A plan that was there is replaced as a whole. A save that is stopped halfway leaves the old plan, the new one,
+        or one that :meth:`from_pretrained` refuses. A ``README.md`` that diffsparse did not write stays as it is.
+        """
         from diffsparse.card import plan_card
 
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        files = self.to_files()
-        files[CARD_NAME] = plan_card(self).encode()
-        for name, content in files.items():
-            partial = path / f".{name}.partial"
-            partial.write_bytes(content)
-            os.replace(partial, path / name)
-        if ARRAYS_NAME not in files:
-            (path / ARRAYS_NAME).unlink(missing_ok=True)
+        write_plan(path, self.to_files(), plan_card(self))
         return path
 
     @classmethod
@@ -316,13 +317,17 @@ class SparsityPlan:
         api = HfApi(token=token)
         repo = api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
+            if api.file_exists(repo.repo_id, CARD_NAME):  # one that somebody wrote is not replaced
+                shown = api.hf_hub_download(repo.repo_id, CARD_NAME)
+                (Path(folder) / CARD_NAME).write_bytes(Path(shown).read_bytes())
             self.save_pretrained(folder)
             return str(
                 api.upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message="Upload sparsity plan")
             )
 
 
-_KEYS = {"format", "format_version", "block_size", "architecture", "schedule", "entries", "layers", "index", "record"}
+_REQUIRED = {"format", "format_version", "block_size", "schedule", "entries", "layers", "index"}
+_KEYS = _REQUIRED | {"architecture", "record", DIGEST_KEY}
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -353,8 +358,14 @@ def _decode(cls: type[SparsityPlan], data: Any, arrays: dict[str, np.ndarray]) -
         raise PlanError(f"keys this version does not know: {', '.join(refused)}; update diffsparse")
     if unknown:
         warnings.warn(f"the plan has keys that this version ignores: {', '.join(unknown)}", stacklevel=4)
-    if missing := sorted(_KEYS - {"record", "architecture"} - set(data)):
+    if missing := sorted(_REQUIRED - set(data)):
         raise PlanError(f"it lacks {', '.join(missing)}")
+    # Where there are none at all, the entry that names one is told.
+    if arrays and DIGEST_KEY in data and data[DIGEST_KEY] != arrays_digest(arrays):
+        raise PlanError(
+            f"{ARRAYS_NAME} belongs to another plan: saving was interrupted, or the folder was copied in part; "
+            "save or search the plan again, or copy the whole folder"
+        )
     try:
         architecture = _decode_architecture(data.get("architecture"))
         rows = [[[int(i) for i in row.split()] for row in phase] for phase in data["index"]]

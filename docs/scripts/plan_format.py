@@ -16,13 +16,17 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from diffsparse import plan as plans
 from diffsparse.codec import PATTERNS, encode_entry, encode_pattern
 from diffsparse.entry import MODES, NUMERICS, SELECTIONS, TAILS, Execution, HeadEntry
+from diffsparse.grid import TokenGrid
 from diffsparse.layout import BLOCK_SIZES
 from diffsparse.order import AxisOrder, CurveOrder, PhaseOrder, RasterOrder, TileOrder, TokenOrder, parse_order
-from diffsparse.pattern import Pattern, Sink, Window
+from diffsparse.pattern import Bitmap, Pattern, Sink, Window
 from diffsparse.plan import Architecture, SparsityPlan
+from diffsparse.saving import DIGEST_KEY
 from diffsparse.schedule import Schedule
 
 PAGE = Path(__file__).resolve().parents[1] / "plan_format.md"
@@ -68,6 +72,13 @@ TOP = {
     "layers": f'Paths of the attention modules, one for each row of `index`; `["{plans.ANY_LAYER}"]` for any model.',
     "index": "For each phase a list with one string a layer: the heads' places in `entries`, parted by spaces.",
     "record": "Where the plan comes from: free JSON. No number of the output depends on it.",
+}
+# Only where a pattern is a bitmap.
+WITH_BITMAPS = {
+    DIGEST_KEY: f"SHA-256 of the bitmaps in `{plans.ARRAYS_NAME}`, which binds them to this file: those of another "
+    "plan are refused. It is taken over the arrays in the order of their names: of each the line "
+    "`[name, type, shape]` as JSON, then its bytes. Files without it are read too.",
+    "ignorable": "Names of keys that no number of the output depends on.",
 }
 
 
@@ -118,16 +129,28 @@ def example() -> SparsityPlan:
     return SparsityPlan.uniform(near, HeadEntry(), schedule=Schedule(sparse_below=0.9, phase_bounds=(0.3,)))
 
 
+def with_bitmap() -> SparsityPlan:
+    """A plan whose file has every key."""
+    grid, order = TokenGrid(1, 16, 16), RasterOrder()
+    return SparsityPlan.uniform(HeadEntry(order, Bitmap.from_mask(np.eye(4, dtype=bool), grid, order, 64)))
+
+
+def _keys(plan: SparsityPlan) -> list[str]:
+    return list(json.loads(plan.to_files()[plans.JSON_NAME]))
+
+
 def page() -> str:
     """The whole page."""
-    assert list(TOP) == list(json.loads(example().to_files()[plans.JSON_NAME])), "a key of the file is not described"
+    assert list(TOP) == _keys(example()), "a key of the file is not described"
+    assert list(TOP | WITH_BITMAPS) == _keys(with_bitmap()), "a key of a file with bitmaps is not described"
     lines = [
         "# Plan format",
         "",
         "Made from the code by `python docs/scripts/plan_format.py --write`.",
         "",
         f"A plan is a folder, or a repository on the Hub, with `{plans.JSON_NAME}`; `{plans.ARRAYS_NAME}` where a "
-        f"pattern is a bitmap; and a generated `{plans.CARD_NAME}`. There is no pickle and no YAML in it, and nothing "
+        f"pattern is a bitmap; and a generated `{plans.CARD_NAME}`, where there is none that somebody wrote. "
+        "There is no pickle and no YAML in it, and nothing "
         f"of it is run. A JSON file of more than {plans.MAX_JSON_BYTES >> 20} MiB is refused.",
         "",
         f"## `{plans.JSON_NAME}`",
@@ -135,6 +158,12 @@ def page() -> str:
         "| key | what it holds |",
         "|---|---|",
         *(f"| `{key}` | {text} |" for key, text in TOP.items()),
+        "",
+        "A plan with bitmaps has two more:",
+        "",
+        "| key | what it holds |",
+        "|---|---|",
+        *(f"| `{key}` | {text} |" for key, text in WITH_BITMAPS.items()),
         "",
         "A key that this version does not know is refused, since it might change the output; a newer writer lists "
         "under `ignorable` the keys that do not, and those only warn. A key that stands twice, `NaN` and infinities "

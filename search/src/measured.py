@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import numpy as np
 from diffsparse.grid import TokenGrid
 from diffsparse.order import TokenOrder, parse_order
 from diffsparse.plan import SparsityPlan
+from diffsparse.saving import write_whole
 from diffsparse.search.errors import BadInput
 
 __all__ = ["ATTENTION_NAME", "HeadFigures", "PooledAttention", "figures_beside", "fitting_attention", "plan_digest"]
@@ -22,7 +22,8 @@ ATTENTION_NAME = "attention.safetensors"
 
 def plan_digest(plan: SparsityPlan) -> str:
     """Sixteen hexadecimal digits that name what a plan does, whatever its record says."""
-    files = replace(plan, record={}).to_files()
+    # Without the digest of the bitmaps: plans of before had none, and their figures belong to them still.
+    files = replace(plan, record={}).to_files(bound=False)
     return hashlib.sha256(b"".join(name.encode() + files[name] for name in sorted(files))).hexdigest()[:16]
 
 
@@ -89,10 +90,7 @@ class PooledAttention:
                 arrays[name] = getattr(self.figures, name).astype(np.float32, order="C")
             about["plan"] = self.figures.plan
         file = Path(folder) / ATTENTION_NAME
-        partial = file.with_name(f".{ATTENTION_NAME}.partial")
-        partial.write_bytes(save(arrays, metadata=about))
-        os.replace(partial, file)
-        return file
+        return write_whole(file, save(arrays, metadata=about))
 
     @classmethod
     def beside(cls, folder: str | Path | None) -> PooledAttention | None:
