@@ -37,7 +37,7 @@ from diffsparse.grid import TokenGrid
 from diffsparse.kernels import BACKENDS
 from diffsparse.layout import build_layout
 from diffsparse.order import AxisOrder, RasterOrder, TokenOrder
-from diffsparse.pattern import Band, Pattern, Window
+from diffsparse.patterns import Band, Pattern, Window
 from diffsparse.pipelines import architecture_of, sparse_attention, sparse_attention_summary
 from diffsparse.plan import SparsityPlan
 from diffsparse.presets import preset

@@ -24,7 +24,7 @@ import numpy as np
 from diffsparse.entry import HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.order import RasterOrder, TileOrder, TokenOrder
-from diffsparse.pattern import Pattern, Radial, Window
+from diffsparse.patterns import Pattern, Radial, Window
 from diffsparse.plan import SparsityPlan
 from diffsparse.schedule import Schedule
 from diffsparse.search import load, script

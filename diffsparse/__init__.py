@@ -27,7 +27,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
         "CurveOrder",
         "parse_order",
     ),
-    "diffsparse.pattern": (
+    "diffsparse.patterns": (
         "Pattern",
         "Full",
         "Empty",
@@ -38,11 +38,10 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
         "Columns",
         "GridStripes",
         "Sink",
-        "TextRows",
-        "TextColumns",
         "Bitmap",
         "Union",
         "Intersection",
+        "register_pattern",
     ),
     "diffsparse.entry": (
         "HeadEntry",
@@ -84,21 +83,20 @@ if TYPE_CHECKING:  # the same table, for type checkers and editors (a test compa
     from diffsparse.order import TileOrder as TileOrder
     from diffsparse.order import TokenOrder as TokenOrder
     from diffsparse.order import parse_order as parse_order
-    from diffsparse.pattern import Band as Band
-    from diffsparse.pattern import Bitmap as Bitmap
-    from diffsparse.pattern import Columns as Columns
-    from diffsparse.pattern import Diagonals as Diagonals
-    from diffsparse.pattern import Empty as Empty
-    from diffsparse.pattern import Full as Full
-    from diffsparse.pattern import GridStripes as GridStripes
-    from diffsparse.pattern import Intersection as Intersection
-    from diffsparse.pattern import Pattern as Pattern
-    from diffsparse.pattern import Radial as Radial
-    from diffsparse.pattern import Sink as Sink
-    from diffsparse.pattern import TextColumns as TextColumns
-    from diffsparse.pattern import TextRows as TextRows
-    from diffsparse.pattern import Union as Union
-    from diffsparse.pattern import Window as Window
+    from diffsparse.patterns import Band as Band
+    from diffsparse.patterns import Bitmap as Bitmap
+    from diffsparse.patterns import Columns as Columns
+    from diffsparse.patterns import Diagonals as Diagonals
+    from diffsparse.patterns import Empty as Empty
+    from diffsparse.patterns import Full as Full
+    from diffsparse.patterns import GridStripes as GridStripes
+    from diffsparse.patterns import Intersection as Intersection
+    from diffsparse.patterns import Pattern as Pattern
+    from diffsparse.patterns import Radial as Radial
+    from diffsparse.patterns import Sink as Sink
+    from diffsparse.patterns import Union as Union
+    from diffsparse.patterns import Window as Window
+    from diffsparse.patterns import register_pattern as register_pattern
     from diffsparse.pipelines import disable_sparse_attention as disable_sparse_attention
     from diffsparse.pipelines import enable_sparse_attention as enable_sparse_attention
     from diffsparse.pipelines import register_family as register_family

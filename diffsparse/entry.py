@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from diffsparse.messages import shown
 from diffsparse.order import RasterOrder, TokenOrder
-from diffsparse.pattern import Full, Pattern
+from diffsparse.patterns import Full, Pattern
 
 __all__ = ["MODES", "NUMERICS", "SELECTIONS", "TAILS", "Execution", "HeadEntry"]
 
@@ -17,7 +18,7 @@ SELECTIONS = ("static",)
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {shown(value)}")
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,10 @@ class HeadEntry:
     execution: Execution = field(default_factory=Execution)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.order, TokenOrder) or not isinstance(self.pattern, Pattern):
+            raise ValueError(f"an entry takes an order and a pattern, got {shown((self.order, self.pattern))}")
         _choice("selection", self.selection, SELECTIONS)
+        self.pattern.check_order(self.order)
 
     @property
     def is_dense(self) -> bool:

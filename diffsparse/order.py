@@ -6,6 +6,7 @@ one block; every other order is cut into runs of ``block_size``, the last one sh
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,6 +15,8 @@ from typing import ClassVar
 import numpy as np
 
 from diffsparse.grid import TokenGrid
+from diffsparse.limits import MAX_INTEGER
+from diffsparse.messages import shown
 
 __all__ = [
     "AxisOrder",
@@ -126,10 +129,14 @@ class TokenOrder:
         """Positions (in visual tokens) where blocks begin, and the end: int64 ``[num_blocks + 1]``."""
         return _runs(grid.num_visual, block_size)
 
+    def num_blocks(self, grid: TokenGrid, block_size: int) -> int:
+        """How many blocks :meth:`partition` makes, without making them."""
+        return -(-grid.num_visual // block_size)
+
     def partition(self, grid: TokenGrid, block_size: int) -> BlockPartition:
         """The blocks of this order; text is left out."""
-        if block_size < 1:
-            raise ValueError(f"block_size must be at least 1, got {block_size}")
+        if type(block_size) is not int or block_size < 1:
+            raise ValueError(f"block_size must be an integer of at least 1, got {shown(block_size)}")
         return _cached_partition(self, grid.visual_only(), block_size)
 
     @property
@@ -172,8 +179,10 @@ class AxisOrder(TokenOrder):
     kind: ClassVar[str] = "axis"
 
     def __post_init__(self) -> None:
-        if sorted(self.axes) != sorted(AXES):
-            raise ValueError(f"an axis order is a permutation of FHW (FHW, FWH, HWF, HFW, WHF, WFH), got {self.axes!r}")
+        if not isinstance(self.axes, str) or sorted(self.axes) != sorted(AXES):
+            raise ValueError(
+                f"an axis order is a permutation of FHW (FHW, FWH, HWF, HFW, WHF, WFH), got {shown(self.axes)}"
+            )
 
     def permutation(self, grid: TokenGrid) -> np.ndarray:
         index = np.arange(grid.num_visual, dtype=np.int64).reshape(grid.shape)
@@ -200,8 +209,9 @@ class TileOrder(TokenOrder):
     kind: ClassVar[str] = "tile"
 
     def __post_init__(self) -> None:
-        if min(self.t, self.h, self.w) < 1:
-            raise ValueError(f"tile sizes must be at least 1, got {(self.t, self.h, self.w)}")
+        sides = (self.t, self.h, self.w)
+        if any(type(side) is not int or not 1 <= side <= MAX_INTEGER for side in sides):
+            raise ValueError(f"tile sizes must be integers of at least 1, got {shown(sides)}")
 
     def _tile_ids(self, grid: TokenGrid) -> np.ndarray:
         tiles = -(-np.array(grid.shape) // (self.t, self.h, self.w))
@@ -216,6 +226,11 @@ class TileOrder(TokenOrder):
             return _runs(grid.num_visual, block_size)
         counts = np.bincount(self._tile_ids(grid))
         return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+    def num_blocks(self, grid: TokenGrid, block_size: int) -> int:
+        if self.t * self.h * self.w != block_size:
+            return super().num_blocks(grid, block_size)
+        return math.prod(-(-n // side) for n, side in zip(grid.shape, (self.t, self.h, self.w)))
 
     def __str__(self) -> str:
         return f"tile({self.t},{self.h},{self.w})"
@@ -233,9 +248,9 @@ class PhaseOrder(TokenOrder):
     kind: ClassVar[str] = "phase"
 
     def __post_init__(self) -> None:
-        if not (self.stride in ("frame", "row") or (isinstance(self.stride, int) and self.stride >= 1)):
+        if not (self.stride in ("frame", "row") or (type(self.stride) is int and 1 <= self.stride <= MAX_INTEGER)):
             raise ValueError(
-                f"a phase order's stride is 'frame', 'row' or an integer of at least 1, got {self.stride!r}"
+                f"a phase order's stride is 'frame', 'row' or an integer of at least 1, got {shown(self.stride)}"
             )
 
     def permutation(self, grid: TokenGrid) -> np.ndarray:
@@ -303,9 +318,11 @@ def parse_order(text: str) -> TokenOrder:
         return CurveOrder()
     if sorted(text) == sorted(AXES):
         return AxisOrder(text)
-    if match := re.fullmatch(r"tile\((\d+),\s*(\d+),\s*(\d+)\)", text):
+    if match := re.fullmatch(r"tile\(([0-9]{1,10}), *([0-9]{1,10}), *([0-9]{1,10})\)", text):
         return TileOrder(*(int(g) for g in match.groups()))
-    if match := re.fullmatch(r"phase\((frame|row|\d+)\)", text):
+    if match := re.fullmatch(r"phase\((frame|row|[0-9]{1,10})\)", text):
         stride = match.group(1)
         return PhaseOrder(int(stride) if stride.isdigit() else stride)
-    raise ValueError(f"unknown token order {text!r}; allowed: raster, FHW..WFH, tile(t,h,w), phase(frame|row|n), curve")
+    raise ValueError(
+        f"unknown token order {shown(text)}; allowed: raster, FHW..WFH, tile(t,h,w), phase(frame|row|n), curve"
+    )

@@ -21,9 +21,9 @@ from diffsparse.codec import PlanError, decode_entry, decode_schedule, encode_en
 from diffsparse.entry import HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.layout import BLOCK_SIZES, BlockLayout, build_layout
-from diffsparse.pattern import uses_fallback
 from diffsparse.saving import ARRAYS_NAME, CARD_NAME, DIGEST_KEY, JSON_NAME, arrays_digest, write_plan
 from diffsparse.schedule import Schedule
+from diffsparse.typed import Reading
 
 __all__ = ["FORMAT_VERSION", "Architecture", "PlanError", "SparsityPlan"]
 
@@ -211,7 +211,7 @@ class SparsityPlan:
 
     def fallbacks(self, grid: TokenGrid) -> int:
         """How many distinct entries run a bitmap's fallback on this grid."""
-        return sum(uses_fallback(e.pattern, grid, e.order, self.block_size) for e in self.entries)
+        return sum(e.pattern.uses_fallback(grid, e.order, self.block_size) for e in self.entries)
 
     def check_architecture(self, model: Architecture) -> list[str]:
         """Differences between the plan's model and this one; a plan for any model has none."""
@@ -371,8 +371,9 @@ def _decode(cls: type[SparsityPlan], data: Any, arrays: dict[str, np.ndarray]) -
         rows = [[[int(i) for i in row.split()] for row in phase] for phase in data["index"]]
         if not isinstance(data["entries"], list) or not isinstance(data.get("record", {}), dict):
             raise PlanError("entries must be a list and record an object")
+        reading = Reading(arrays)
         return cls(
-            entries=tuple(decode_entry(entry, arrays) for entry in data["entries"]),
+            entries=tuple(decode_entry(e, reading, f"entries[{i}]") for i, e in enumerate(data["entries"])),
             index=np.array(rows, dtype=np.int64),
             layers=tuple(str(n) for n in data["layers"]),
             schedule=decode_schedule(data["schedule"]),

@@ -6,7 +6,7 @@ from typing import Any
 
 from diffsparse.entry import Execution, HeadEntry
 from diffsparse.order import RasterOrder, TileOrder
-from diffsparse.pattern import Full, Radial, Window
+from diffsparse.patterns import Full, Radial, Window
 from diffsparse.plan import SparsityPlan
 from diffsparse.schedule import Schedule
 

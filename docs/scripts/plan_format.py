@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 
 from diffsparse import plan as plans
-from diffsparse.codec import PATTERNS, encode_entry, encode_pattern
+from diffsparse.codec import encode_entry, encode_pattern
 from diffsparse.entry import MODES, NUMERICS, SELECTIONS, TAILS, Execution, HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.layout import BLOCK_SIZES
 from diffsparse.order import AxisOrder, CurveOrder, PhaseOrder, RasterOrder, TileOrder, TokenOrder, parse_order
-from diffsparse.pattern import Bitmap, Pattern, Sink, Window
+from diffsparse.patterns import Bitmap, Pattern, Sink, Window, pattern_kinds
+from diffsparse.patterns.registry import RETIRED
 from diffsparse.plan import Architecture, SparsityPlan
 from diffsparse.saving import DIGEST_KEY
 from diffsparse.schedule import Schedule
@@ -224,15 +225,19 @@ def page() -> str:
         "A pattern is an object with its `kind` and its fields. A field with a default may be left out.",
         "",
     ]
-    for kind in sorted(PATTERNS):
-        cls = PATTERNS[kind]
+    for kind, cls in pattern_kinds().items():
         lines += [f"### `{kind}`", "", prose(cls.__doc__ or ""), "", *field_table(cls)]
     lines += [
+        "Text is no pattern's business, so older kinds that asked for text rows or columns added no pair of blocks: "
+        + ", ".join(f"`{old}` is read as `{new}`" for old, new in RETIRED.items())
+        + ". A kind that is not listed here belongs to a pattern from outside, which `diffsparse.register_pattern` has "
+        "to make known before the plan is read.",
+        "",
         f"## `{plans.ARRAYS_NAME}`",
         "",
         "One uint8 array for each bitmap, named as the bitmap's `bits` says. "
         + prose(
-            re.search(r"``bits``: .*", PATTERNS["bitmap"].__doc__ or "", re.DOTALL)[0]  # type: ignore[index]
+            re.search(r"``bits``: .*", Bitmap.__doc__ or "", re.DOTALL)[0]  # type: ignore[index]
         ),
         "",
         "Beside a searched plan lies `attention.safetensors`: the attention that the search measured, pooled "

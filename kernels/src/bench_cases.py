@@ -12,7 +12,7 @@ from diffsparse.entry import Execution, HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.layout import BlockLayout, build_layout
 from diffsparse.order import AxisOrder, CurveOrder, PhaseOrder, RasterOrder, TileOrder, TokenOrder
-from diffsparse.pattern import Band, Columns, Diagonals, Full, Radial, Window
+from diffsparse.patterns import Band, Columns, Diagonals, Full, Radial, Window
 
 __all__ = ["CASES", "Case", "Setting", "cases", "random_rows", "uniform_case", "with_outliers"]
 

@@ -23,7 +23,6 @@ from diffsparse.grid import TokenGrid
 from diffsparse.kernels.break_even import find_table
 from diffsparse.kernels.checks import has_8_bits
 from diffsparse.layout import BlockLayout, build_layout
-from diffsparse.pattern import uses_fallback
 from diffsparse.pipelines.dense import DenseChoice
 from diffsparse.pipelines.family import Family, architecture_of, family_by_class, layers_of
 from diffsparse.pipelines.timing import Watch
@@ -303,7 +302,7 @@ class ModelState:
             if grid in self.fallbacks or self.plan is None:
                 return
             plan = self.plan
-            affected = [uses_fallback(e.pattern, grid, e.order, plan.block_size) for e in plan.entries]
+            affected = [e.pattern.uses_fallback(grid, e.order, plan.block_size) for e in plan.entries]
             self.fallbacks[grid] = int(sum(affected[i] for i in plan.index.reshape(-1).tolist()))
         if count := self.fallbacks[grid]:
             self.log(f"{count} bitmap heads were measured on another grid than {grid}: their fallback patterns run")

@@ -8,7 +8,7 @@ import numpy as np
 
 from diffsparse.grid import TokenGrid
 from diffsparse.order import AxisOrder, CurveOrder, RasterOrder, TileOrder, TokenOrder
-from diffsparse.pattern import Band, Columns, Diagonals, Empty, GridStripes, Pattern, Radial, Sink, Window
+from diffsparse.patterns import Band, Columns, Diagonals, Empty, GridStripes, Pattern, Radial, Sink, Window
 
 __all__ = ["BITMAP_DENSITIES", "families", "fill", "flat_tile", "orders_for", "top_columns"]
 

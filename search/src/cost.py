@@ -17,7 +17,7 @@ from diffsparse.grid import TokenGrid
 from diffsparse.kernels import sparse_attention
 from diffsparse.layout import build_layout
 from diffsparse.order import TokenOrder
-from diffsparse.pattern import Full
+from diffsparse.patterns import Full
 from diffsparse.search.candidates import fill
 
 __all__ = ["CostModel", "measure_costs"]

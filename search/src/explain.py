@@ -17,7 +17,6 @@ from diffsparse.grid import TokenGrid
 from diffsparse.kernels.break_even import BreakEvenTable, find_table
 from diffsparse.kernels.checks import choose_backend, has_8_bits
 from diffsparse.layout import TAIL_COST
-from diffsparse.pattern import uses_fallback
 from diffsparse.pipelines.family import Family, UnsupportedModelError, family_by_class
 from diffsparse.pipelines.state import FULL, SLOWER, is_full, sparse_entries
 from diffsparse.plan import Architecture, SparsityPlan
@@ -300,7 +299,7 @@ class HeadForecaster:
         if self.costs is not None:
             full = fill(entry.order, grid, size)
             time = 0.0 if skipped else 1.0 if entry.is_dense else self.costs.relative(kept, tail, full)
-        fallback = not skipped and uses_fallback(entry.pattern, grid, entry.order, size)
+        fallback = not skipped and entry.pattern.uses_fallback(grid, entry.order, size)
         return HeadForecast(kept, density, time, fallback)
 
     def phase(self, phase: int, layer: str, heads: int, grid: TokenGrid) -> PhaseForecast:

@@ -13,7 +13,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from diffsparse import __version__
 from diffsparse.entry import HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.order import TokenOrder
-from diffsparse.pattern import Bitmap, Intersection, Pattern, Union
 from diffsparse.plan import SparsityPlan
 from diffsparse.schedule import Schedule
 from diffsparse.search.errors import BadInput
@@ -184,7 +182,7 @@ def _entry(entry: HeadEntry, forecaster: HeadForecaster, grid: TokenGrid) -> dic
     return {
         "family": family(entry),
         "pattern": "the head is left out" if skipped else str(entry.pattern),
-        "parameters": [] if skipped else _parameters(entry.pattern),
+        "parameters": [] if skipped else [(name, _value(value)) for name, value in entry.pattern.parameters()],
         "order": str(entry.order),
         "tail": tail_of(entry),
         "density": round(found.density, 5),
@@ -192,23 +190,6 @@ def _entry(entry: HeadEntry, forecaster: HeadForecaster, grid: TokenGrid) -> dic
         "time": None if found.time is None else round(found.time, 4),
         "fallback": found.fallback,
     }
-
-
-def _parameters(pattern: Pattern, prefix: str = "") -> list[tuple[str, str]]:
-    """Names and values of a pattern's parameters, those of its parts included."""
-    if isinstance(pattern, (Union, Intersection)):
-        return [
-            pair for i, part in enumerate(pattern.parts) for pair in _parameters(part, f"{prefix}{part.kind} {i}: ")
-        ]
-    if isinstance(pattern, Bitmap):
-        fallback = pattern.fallback
-        about = f"{pattern.grid}, blocks of {pattern.block_size}"
-        return [
-            (f"{prefix}measured on", about),
-            (f"{prefix}fallback", str(fallback)),
-            *_parameters(fallback, f"{prefix}fallback: "),
-        ]
-    return [(f"{prefix}{f.name.replace('_', ' ')}", _value(getattr(pattern, f.name))) for f in fields(pattern)]
 
 
 def _value(value: Any) -> str:

@@ -11,7 +11,7 @@ from diffsparse.entry import TAILS, Execution, HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.layout import TAIL_COST
 from diffsparse.order import TokenOrder
-from diffsparse.pattern import Bitmap, Empty, Full, Pattern
+from diffsparse.patterns import Bitmap, Empty, Full, Pattern
 from diffsparse.search.candidates import BITMAP_DENSITIES, families, top_columns
 
 __all__ = ["FamilyTable", "HeadScores", "Option", "head_options", "is_stable", "prune", "ranking", "reference_mask"]

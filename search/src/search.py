@@ -21,7 +21,7 @@ from diffsparse.grid import TokenGrid
 from diffsparse.kernels import sparse_attention
 from diffsparse.layout import BlockLayout, build_layout
 from diffsparse.order import TokenOrder, parse_order
-from diffsparse.pattern import Bitmap
+from diffsparse.patterns import Bitmap
 from diffsparse.pipelines import architecture_of, find_transformers, tap_attention
 from diffsparse.pipelines import sparse_attention as attached
 from diffsparse.plan import SparsityPlan

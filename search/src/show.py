@@ -11,7 +11,7 @@ import numpy as np
 
 from diffsparse.entry import HeadEntry
 from diffsparse.grid import TokenGrid
-from diffsparse.pattern import Bitmap, Intersection, Pattern, Union
+from diffsparse.patterns import Bitmap
 from diffsparse.plan import SparsityPlan
 from diffsparse.search.density import call_density
 from diffsparse.search.errors import BadInput
@@ -38,18 +38,11 @@ def parse_grid(text: str) -> TokenGrid:
         raise BadInput(f"--grid: {error}") from None
 
 
-def _kinds(pattern: Pattern) -> str:
-    if isinstance(pattern, (Union, Intersection)):
-        sign = "|" if isinstance(pattern, Union) else "&"
-        return sign.join(dict.fromkeys(_kinds(part) for part in pattern.parts))
-    return pattern.kind
-
-
 def family(entry: HeadEntry) -> str:
     """What kind of entry this is, in a word or two."""
     if entry.execution.mode == "skip":
         return "skip"
-    return "dense" if entry.is_dense else _kinds(entry.pattern)
+    return "dense" if entry.is_dense else entry.pattern.family
 
 
 def tail_of(entry: HeadEntry) -> str:

@@ -41,13 +41,15 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with what snippets name, in which ``cuda`` is the CPU and other models are tiny random ones."""
     from diffusers import DiffusionPipeline, FluxPipeline, WanPipeline
 
+    from diffsparse.patterns import registry
     from diffsparse.pipelines import family
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     make_plan().save_pretrained(tmp_path / "plan")
-    # Snippets that register a family leave none behind.
+    # Snippets that register a family or a pattern leave none behind.
     monkeypatch.setattr(family, "_FAMILIES", dict(family._FAMILIES))
+    monkeypatch.setattr(registry, "_KINDS", dict(registry._KINDS))
     load, to = DiffusionPipeline.from_pretrained.__func__, DiffusionPipeline.to
 
     def from_pretrained(cls: type, model: str, *args: Any, **kwargs: Any) -> Any:
@@ -79,7 +81,8 @@ def test_python_runs(path: Path, place: Path) -> None:
     """Each page's blocks, one after the other, in one namespace."""
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for block in blocks(path, "python"):
-        exec(compile(block, name(path), "exec"), namespace)
+        # As a user's file: without what this one imports from __future__.
+        exec(compile(block, name(path), "exec", dont_inherit=True), namespace)
 
 
 @pytest.fixture(scope="module")

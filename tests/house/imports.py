@@ -33,7 +33,8 @@ class Import:
 def source_files(package: str) -> list[Path]:
     folder = SOURCES[package]
     if package == "diffsparse":
-        return sorted(folder.glob("*.py"))
+        links = {folder / room.removeprefix("diffsparse.") for room in ROOMS}
+        return sorted(path for path in folder.rglob("*.py") if not links & set(path.parents))
     return sorted(folder.rglob("*.py"))
 
 

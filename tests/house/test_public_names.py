@@ -12,7 +12,7 @@ import pytest
 
 import diffsparse
 from diffsparse import _autopatch
-from tests.house.imports import SOURCES, source_files
+from tests.house.imports import SOURCES, module_name, source_files
 from tests.house.process import run_python
 
 NAMES = [name for name in diffsparse.__all__ if name != "__version__"]
@@ -30,7 +30,7 @@ def test_name_is_there_and_documented(name: str) -> None:
 
 def test_no_module_takes_the_place_of_a_name() -> None:
     """``import diffsparse.NAME`` would set the module on the package, over the lazy name."""
-    modules = {path.stem for path in source_files("diffsparse")}
+    modules = {path.stem for path in source_files("diffsparse") if path.parent == SOURCES["diffsparse"]}
     assert not modules & set(NAMES)
 
 
@@ -52,7 +52,7 @@ def test_vocabulary_modules_name_what_they_export() -> None:
     for path in source_files("diffsparse"):
         if path.stem in ("__init__", "__main__"):
             continue
-        module = import_module(f"diffsparse.{path.stem}")
+        module = import_module(module_name("diffsparse", path))
         missing = [name for name in getattr(module, "__all__", [None]) if name is None or not hasattr(module, name)]
         assert not missing, f"{path.name}: __all__ is missing or names what is not there: {missing}"
 

@@ -90,7 +90,10 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path, source: Path) -> 
         f"{info}/entry_points.txt",
     } <= names
     assert {name.split("/")[0] for name in names} == {"diffsparse", info}
-    expected = {f"diffsparse/{path.name}" for path in (source / "diffsparse").glob("*.py")}
+    home = source / "diffsparse"
+    links = {home / room for room in ROOMS}
+    own = [path for path in home.rglob("*.py") if not links & set(path.parents)]
+    expected = {f"diffsparse/{path.relative_to(home)}" for path in own}
     for room in ROOMS:
         folder = source / room / "src"
         expected |= {f"diffsparse/{room}/{path.relative_to(folder)}" for path in folder.rglob("*.py")}

@@ -9,7 +9,7 @@ import torch
 
 from diffsparse.entry import Execution, HeadEntry
 from diffsparse.order import AxisOrder, RasterOrder, TileOrder
-from diffsparse.pattern import Diagonals, Full, Sink, Window
+from diffsparse.patterns import Diagonals, Full, Sink, Window
 from diffsparse.pipelines import AttentionCall, architecture_of
 from diffsparse.plan import SparsityPlan
 from diffsparse.schedule import Schedule

@@ -438,7 +438,7 @@ def test_a_processor_from_elsewhere_is_noticed(caplog: pytest.LogCaptureFixture)
 
 def test_bitmap_fallback_is_reported() -> None:
     from diffsparse.order import RasterOrder
-    from diffsparse.pattern import Bitmap, Sink
+    from diffsparse.patterns import Bitmap, Sink
 
     model = wan()
     grid = CASES["wan"].grid(SHAPE)

@@ -13,7 +13,7 @@ import torch
 from diffsparse.entry import TAILS, Execution, HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels.break_even import BreakEvenTable, device_name, save_local
-from diffsparse.pattern import Band
+from diffsparse.patterns import Band
 from diffsparse.pipelines import architecture_of, sparse_attention, sparse_attention_summary, state
 from diffsparse.pipelines.state import FULL, SLOWER
 from diffsparse.plan import SparsityPlan

@@ -14,7 +14,7 @@ from diffsparse.entry import HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.layout import BlockLayout, build_layout
 from diffsparse.order import RasterOrder, TileOrder
-from diffsparse.pattern import GridStripes, Pattern, Radial, Window
+from diffsparse.patterns import GridStripes, Pattern, Radial, Window
 from diffsparse.pipelines import enable_sparse_attention, sparse_attention, sparse_attention_summary, tap_attention
 from diffsparse.presets import preset
 from tests.pipelines.case import TEXT

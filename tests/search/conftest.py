@@ -9,7 +9,7 @@ import pytest
 
 from diffsparse.entry import Execution, HeadEntry
 from diffsparse.order import RasterOrder, TileOrder
-from diffsparse.pattern import Empty, Window
+from diffsparse.patterns import Empty, Window
 from diffsparse.plan import Architecture, SparsityPlan
 from diffsparse.schedule import Schedule
 from tests.search.tiny import PROMPTS, build_pipeline

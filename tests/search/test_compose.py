@@ -11,7 +11,7 @@ import pytest
 from diffsparse.entry import TAILS
 from diffsparse.grid import TokenGrid
 from diffsparse.order import RasterOrder, TileOrder, TokenOrder
-from diffsparse.pattern import Band
+from diffsparse.patterns import Band
 from diffsparse.plan import Architecture
 from diffsparse.search.candidates import fill
 from diffsparse.search.compose import Candidate, Composer

@@ -9,7 +9,7 @@ from diffsparse.entry import TAILS, HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.layout import build_layout
 from diffsparse.order import AxisOrder, RasterOrder, TileOrder, TokenOrder
-from diffsparse.pattern import Band, Pattern, Window
+from diffsparse.patterns import Band, Pattern, Window
 from diffsparse.search.candidates import fill
 from diffsparse.search.cost import CostModel, measure_costs
 from diffsparse.search.density import kept_density

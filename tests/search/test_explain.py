@@ -16,7 +16,7 @@ from diffsparse.grid import TokenGrid
 from diffsparse.kernels.break_even import BreakEvenTable, device_name, save_local
 from diffsparse.layout import build_layout
 from diffsparse.order import AxisOrder, CurveOrder, RasterOrder, TileOrder
-from diffsparse.pattern import Band, Bitmap, Empty, Full, Radial, Window
+from diffsparse.patterns import Band, Bitmap, Empty, Full, Radial, Window
 from diffsparse.pipelines import sparse_attention, sparse_attention_summary
 from diffsparse.pipelines.families.sizes import USUAL_SIZES
 from diffsparse.pipelines.state import SLOWER

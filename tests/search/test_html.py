@@ -20,7 +20,7 @@ from diffsparse.entry import Execution, HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.layout import build_layout
 from diffsparse.order import AxisOrder, TileOrder
-from diffsparse.pattern import Band, Bitmap, Columns, Empty, Sink, Window
+from diffsparse.patterns import Band, Bitmap, Columns, Empty, Sink, Window
 from diffsparse.plan import Architecture, SparsityPlan
 from diffsparse.presets import preset
 from diffsparse.schedule import Schedule

@@ -8,7 +8,7 @@ from diffsparse.grid import TokenGrid
 from diffsparse.kernels import sparse_attention
 from diffsparse.layout import build_layout, head_block_mask
 from diffsparse.order import AxisOrder, RasterOrder, TileOrder
-from diffsparse.pattern import Full
+from diffsparse.patterns import Full
 from diffsparse.search.score import BlockIndex, projection_roots, score_call
 
 CPU = torch.device("cpu")

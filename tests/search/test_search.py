@@ -15,7 +15,7 @@ from diffsparse.kernels import sparse_attention
 from diffsparse.kernels.break_even import save_local
 from diffsparse.layout import build_layout
 from diffsparse.order import TileOrder
-from diffsparse.pattern import Empty
+from diffsparse.patterns import Empty
 from diffsparse.pipelines import architecture_of, sparse_attention_summary, tap_attention
 from diffsparse.pipelines import sparse_attention as attached
 from diffsparse.plan import SparsityPlan
@@ -223,7 +223,7 @@ def test_an_all_dense_replay_repeats_the_recording(pipe: Any) -> None:
 
 def test_a_layer_has_an_effect_that_guidance_multiplies(pipe: Any) -> None:
     from diffsparse.entry import HeadEntry
-    from diffsparse.pattern import Window
+    from diffsparse.patterns import Window
 
     entry = HeadEntry(TileOrder(1, 8, 8), Window((1, 0.3, 0.3)))
 
@@ -248,7 +248,7 @@ def test_a_layer_has_an_effect_that_guidance_multiplies(pipe: Any) -> None:
 def test_masks_of_several_sizes_err_as_the_trace_says(pipe: Any) -> None:
     """The measured error at the ladder's ends: everything dropped, with a tail and without."""
     from diffsparse.entry import TAILS, Execution, HeadEntry
-    from diffsparse.pattern import Empty
+    from diffsparse.patterns import Empty
     from diffsparse.search.score import LADDER, BlockIndex, score_call
 
     calls: list[Any] = []

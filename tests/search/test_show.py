@@ -14,7 +14,7 @@ from diffsparse.entry import Execution, HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.layout import build_layout
 from diffsparse.order import AxisOrder, RasterOrder, TileOrder, TokenOrder
-from diffsparse.pattern import Empty, Full, Sink, Window
+from diffsparse.patterns import Empty, Full, Sink, Window
 from diffsparse.plan import SparsityPlan
 from diffsparse.presets import preset
 from diffsparse.search.errors import BadInput

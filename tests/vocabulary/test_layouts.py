@@ -8,7 +8,7 @@ from diffsparse.entry import Execution, HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.layout import build_layout, head_block_mask
 from diffsparse.order import AxisOrder, RasterOrder, TileOrder
-from diffsparse.pattern import Empty, Full, Sink, Window
+from diffsparse.patterns import Empty, Full, Sink, Window
 from tests.vocabulary.strategies import orders, text_grids
 
 patterns = st.sampled_from([Full(), Empty(), Window((1, 0.4, 0.4)), Sink(1) | Window((None, 3, 2))])

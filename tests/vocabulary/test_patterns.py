@@ -3,9 +3,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diffsparse.entry import HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.order import AxisOrder, PhaseOrder, RasterOrder, TileOrder
-from diffsparse.pattern import (
+from diffsparse.patterns import (
     Band,
     Bitmap,
     Columns,
@@ -13,13 +14,13 @@ from diffsparse.pattern import (
     Empty,
     Full,
     GridStripes,
+    Intersection,
     Radial,
     Sink,
-    TextColumns,
-    TextRows,
+    Union,
     Window,
-    axis_neighbourhood,
 )
+from diffsparse.patterns.window import axis_neighbourhood
 from tests.vocabulary.strategies import grids, orders
 
 extents = st.one_of(st.none(), st.integers(1, 9), st.floats(0.05, 1.0))
@@ -191,11 +192,6 @@ def test_combinations():
     assert str(a | b) == "window(1xallxall) | sink(1 frames)"
 
 
-def test_text_patterns_add_no_visual_pair():
-    grid = TokenGrid(2, 4, 4, 5, 5)
-    assert not (TextRows() | TextColumns()).block_mask(grid, RasterOrder(), 16).any()
-
-
 def test_a_bitmap_runs_exactly_on_its_grid_and_its_fallback_elsewhere():
     grid, order = TokenGrid(2, 9, 9), TileOrder(1, 8, 8)
     mask = np.random.default_rng(0).random((8, 8)) < 0.4
@@ -226,17 +222,46 @@ def test_patterns_draw_themselves(pattern):
     [
         lambda: Window((0, 1, 1)),
         lambda: Window((1.5, 1, 1)),
+        lambda: Window((True, 1, 1)),
+        lambda: Window((1, float("nan"), 1)),
+        lambda: Window(()),
+        lambda: Window((1, 1)),
+        lambda: Window([1, 1, 1]),
+        lambda: Window((10**30, 1, 1)),
         lambda: Window((1, 1, 1), stride=(0, 1, 1)),
+        lambda: Window((1, 1, 1), stride=(1, 1)),
+        lambda: Window((1, 1, 1), dilation=(1.0, 1, 1)),
+        lambda: Diagonals(((0, 0),)),
+        lambda: Diagonals(((0, 0, 10**30),)),
+        lambda: Diagonals(half_width=(0, 0)),
+        lambda: Diagonals(half_width=(0, 1.5, 0)),
+        lambda: Diagonals(half_width=(0, -1, 0)),
         lambda: Radial(decay=0),
+        lambda: Radial(decay=float("nan")),
         lambda: Radial(rule="other"),
+        lambda: Radial(min_span=64.0),
         lambda: Sink(),
         lambda: Sink(1, 5),
+        lambda: Sink(1.5),
         lambda: Band(1.5),
+        lambda: Band(True),
         lambda: Columns(((0.5, 0.2, 0, 1, 0, 1),)),
+        lambda: Columns(((0, 1, 0, 1),)),
+        lambda: Columns(None),
         lambda: GridStripes("column"),
+        lambda: GridStripes(True),
         lambda: GridStripes("frame", (1.0,)),
+        lambda: GridStripes("frame", 0.5),
+        lambda: Union(()),
+        lambda: Intersection((5,)),
+        lambda: Bitmap(TokenGrid(1, 8, 8), RasterOrder(), 64.0, b"a"),
+        lambda: Bitmap(TokenGrid(1, 20000, 20000), RasterOrder(), 64, b"a"),
+        lambda: HeadEntry(TileOrder(1, 8, 8), Sink(1) | Radial(rule="code")),
+        lambda: HeadEntry(pattern="full"),
     ],
 )
 def test_bad_parameters_are_refused(make):
-    with pytest.raises(ValueError, match=r"window|radial|sink|band|column|grid"):
+    words = r"window|diagonals|radial|sink|band|column|grid|union|intersection|bitmap|entry"
+    with pytest.raises(ValueError, match=words) as caught:
         make()
+    assert len(str(caught.value)) < 200

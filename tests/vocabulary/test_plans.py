@@ -11,7 +11,7 @@ from diffsparse.codec import decode_entry, encode_entry
 from diffsparse.entry import Execution, HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.order import AxisOrder, RasterOrder, TileOrder
-from diffsparse.pattern import Bitmap, Full, Sink, Window
+from diffsparse.patterns import Bitmap, Full, Sink, Window
 from diffsparse.plan import Architecture, PlanError, SparsityPlan
 from diffsparse.presets import conservative, preset
 from diffsparse.schedule import Schedule

@@ -20,7 +20,7 @@ from diffsparse.card import is_own_card, plan_card
 from diffsparse.entry import HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.order import TileOrder
-from diffsparse.pattern import Bitmap, Window
+from diffsparse.patterns import Bitmap, Window
 from diffsparse.plan import PlanError, SparsityPlan
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,6 @@ from PIL import Image
 from diffsparse.entry import HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.layout import build_layout
-from diffsparse.pattern import uses_fallback
 from diffsparse.plan import SparsityPlan
 from diffsparse.search.candidates import fill
 from diffsparse.search.cost import CostModel
@@ -212,7 +211,7 @@ class PlanView:
             ("tail", tail_of(entry)),
             ("density of a call, tail counted", f"{chosen.density:.3f}"),
         ]
-        if uses_fallback(entry.pattern, self.grid, entry.order, self.plan.block_size):
+        if entry.pattern.uses_fallback(self.grid, entry.order, self.plan.block_size):
             rows.append(("on this grid", "its bitmap is for another grid: the fallback pattern is shown"))
         if self.attention is None:
             rows.append(("kept mass", "not known: no measured attention lies beside this plan"))
