@@ -1,4 +1,7 @@
 """The former name of :mod:`diffsparse.patterns`."""
 
-from diffsparse.patterns import *  # noqa: F403
-from diffsparse.patterns import __all__ as __all__
+import sys
+
+from diffsparse import patterns
+
+sys.modules[__name__] = patterns
