@@ -6,7 +6,7 @@ from typing import Any
 
 from diffsparse.entry import Execution, HeadEntry
 from diffsparse.order import RasterOrder, TileOrder
-from diffsparse.patterns import Full, Radial, Window
+from diffsparse.patterns import Radial, Window
 from diffsparse.plan import SparsityPlan
 from diffsparse.schedule import Schedule
 
@@ -59,8 +59,3 @@ def conservative() -> SparsityPlan:
     plan = preset("window", size=(0.6, 0.5, 0.5), sparse_below=0.85)
     plan.record["preset"] = "conservative"
     return plan
-
-
-def dense_entry() -> HeadEntry:
-    """Plain attention over everything."""
-    return HeadEntry(RasterOrder(), Full())

@@ -8,7 +8,6 @@ nothing for it; on sm90 and newer those others are fed by the tensor memory acce
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +19,6 @@ from diffsparse.kernels.call import AttentionCall
 from diffsparse.kernels.triton_prepare import kept_bits, summaries, variance_dtype
 
 __all__ = ["Config", "choose_config", "launch", "run", "some_partial"]
-
-LOG2_E = math.log2(math.e)
 
 
 @triton.jit

@@ -135,11 +135,6 @@ def register_unsuitable(reasons: Mapping[str, str]) -> None:
     _UNSUITABLE.update(reasons)
 
 
-def unsuitable_classes() -> dict[str, str]:
-    """Transformer classes for which there cannot be a family, with the reason."""
-    return dict(_UNSUITABLE)
-
-
 def known_classes() -> tuple[str, ...]:
     """Names of the transformer classes that have a family."""
     return tuple(_FAMILIES)

@@ -14,9 +14,9 @@ from diffsparse.grid import TokenGrid
 from diffsparse.kernels import BACKENDS, sparse_attention
 from diffsparse.kernels.checks import cannot_run
 from diffsparse.layout import BLOCK_SIZES, build_layout
+from diffsparse.search.columns import text_table
 from diffsparse.search.environment import environment
 from diffsparse.search.errors import BadInput
-from diffsparse.search.tables import text_table
 
 __all__ = ["bench_kernels", "bench_table", "parse_densities"]
 

@@ -10,9 +10,9 @@ import torch
 
 from diffsparse.kernels.break_even import DENSITIES, FORMAT, TOKENS, BreakEvenTable, measure_break_even, save_local
 from diffsparse.layout import BLOCK_SIZES
+from diffsparse.search.columns import text_table
 from diffsparse.search.environment import stamp
 from diffsparse.search.errors import BadInput
-from diffsparse.search.tables import text_table
 
 __all__ = ["bench_break_even", "break_even_text"]
 

@@ -432,7 +432,10 @@ def evaluate(
 
 
 def paired(a: EvalReport, b: EvalReport, value: Callable[[ClipReport], float | None] = lambda c: c.psnr) -> Mean | None:
-    """Mean of ``a - b`` over the clips that both have, with its interval: is plan a better than plan b?"""
+    """Mean of ``a - b`` over the clips that both have: is plan a better than plan b?
+
+    Its interval is there from six clips on.
+    """
     theirs = {(c.prompt, c.seed): value(c) for c in b.clips}
     differences = []
     for clip in a.clips:

@@ -21,13 +21,13 @@ from diffsparse.pipelines.family import Family, UnsupportedModelError, family_by
 from diffsparse.pipelines.state import FULL, SLOWER, is_full, sparse_entries
 from diffsparse.plan import Architecture, SparsityPlan
 from diffsparse.search.candidates import fill
+from diffsparse.search.columns import GLUE, fold, printable, text_table
 from diffsparse.search.cost import CostModel
 from diffsparse.search.density import kept_density
 from diffsparse.search.environment import environment
 from diffsparse.search.errors import BadInput
 from diffsparse.search.scale import scale_of_class, scale_of_pipeline, scale_of_record
 from diffsparse.search.show import grid_of, phase_names
-from diffsparse.search.tables import printable, text_table
 
 __all__ = [
     "Explanation",
@@ -459,13 +459,13 @@ def explain_table(found: Explanation, name: str = "") -> str:
     a, grid = found.shape.architecture, found.shape.grid
     levels = [f"above noise level {found.sparse_below:g}"] if found.sparse_below < 1 else []
     levels += [f"at noise level {found.dense_below:g} and below"] if found.dense_below else []
-    head = [["plan", printable(name)]] if name else []
+    head = [["plan", name]] if name else []
     head += [
-        ["model", "any" if a is None else printable(f"{a.model_class}, {len(a.layers)} layers, {a.heads} heads")],
+        ["model", "any" if a is None else f"{a.model_class}, {len(a.layers)} layers, {a.heads} heads"],
         ["tokens", f"{grid.seq_len:,} ({grid})"],
         ["machine", f"{found.device}; backend {found.backend}"],
         ["dense steps", " and ".join(levels) or "none"],
-        ["phases", ", ".join(found.phases)],
+        ["phases", ", ".join(name.replace(" ", GLUE) for name in found.phases)],
         ["density", " ".join(f"{d:.3f}" for d in found.call_density) + " (a sparse step, by phase, tails counted)"],
     ]
     if (time := found.time) is not None:
@@ -483,10 +483,10 @@ def explain_table(found: Explanation, name: str = "") -> str:
         head.append(["fallbacks", text])
     rows = []
     for cells, group in groupby(found.layers, key=_cells):
-        rows.append([printable(_folded_name([layer.layer for layer in group])), *map(printable, cells)])
+        rows.append([_folded_name([layer.layer for layer in group]), *cells])
     header = ["layer", "backend", "tokens", "density", "time", "fallback heads", "dense because"]
     rows = [["all layers" if row[0] == "*" else row[0], *row[1:]] for row in rows]
     parts = [text_table(head), text_table(rows, header=header, right=[2])]
     if found.notes:
-        parts.append("\n".join(f"note: {printable(note)}" for note in found.notes))
+        parts.append("\n".join(fold(f"note: {printable(note)}", indent="  ") for note in found.notes))
     return "\n\n".join(parts)

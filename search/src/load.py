@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from diffsparse.codec import PlanError
 from diffsparse.plan import SparsityPlan
 from diffsparse.presets import PRESETS, conservative, preset
+from diffsparse.search.columns import shorten
 from diffsparse.search.errors import BadInput
-from diffsparse.search.tables import shorten
 
 if TYPE_CHECKING:
     import torch

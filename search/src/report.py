@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
+from diffsparse.search.columns import shorten
 from diffsparse.search.evaluate import ClipReport, DenseSet, EvalReport
 from diffsparse.search.sheet import contact_sheet, side_by_side_frames
-from diffsparse.search.tables import shorten
 
 __all__ = ["can_write_videos", "write_report", "write_video"]
 

@@ -13,10 +13,10 @@ from diffsparse.entry import HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.patterns import Bitmap
 from diffsparse.plan import SparsityPlan
+from diffsparse.search.columns import GLUE, text_table
 from diffsparse.search.density import call_density
 from diffsparse.search.errors import BadInput
 from diffsparse.search.measured import HeadFigures, PooledAttention, fitting_attention
-from diffsparse.search.tables import printable, styled_table, text_table
 
 __all__ = [
     "describe",
@@ -145,13 +145,13 @@ def describe(plan: SparsityPlan, grid: TokenGrid | None = None, figures: HeadFig
 def _counts(counts: dict[str, int], total: int) -> str:
     if len(counts) == 1 and total > 1:
         return next(iter(counts))
-    return ", ".join(f"{n} {name}" for name, n in counts.items()) if total > 1 else next(iter(counts))
+    return ", ".join(f"{n}{GLUE}{name}" for name, n in counts.items()) if total > 1 else next(iter(counts))
 
 
 def plan_table(
     plan: SparsityPlan, grid: TokenGrid | None = None, figures: HeadFigures | None = None, *, styled: bool = False
 ) -> str:
-    """:func:`describe` for readers; ``styled``: with colours and as wide as the terminal."""
+    """:func:`describe` for readers; as wide as the terminal; ``styled``: with colours."""
     data = describe(plan, grid, figures)
     a, s = data["architecture"], plan.schedule
     head = [
@@ -161,7 +161,7 @@ def plan_table(
         ["dense", f"above noise level {s.sparse_below:g}"
          + (f", at {s.dense_below:g} and below" if s.dense_below else "")
          + (f", layers {', '.join(s.dense_layers)}" if s.dense_layers else "")],
-        ["phases", ", ".join(phase_names(plan))],
+        ["phases", ", ".join(name.replace(" ", GLUE) for name in phase_names(plan))],
         ["grid", str(grid) if grid is not None else "not known; --grid T,H,W gives densities"],
     ]  # fmt: skip
     if data["call_density"] is not None:
@@ -185,11 +185,8 @@ def plan_table(
     header = ["phase", "layer", "families (heads)", "tails", "orders", "density"]
     header += [] if figures is None else ["error"]
     right = [0, *range(5, len(header))]
-    if styled:
-        table = styled_table(rows, header, right, styles=["dim", "bold", "cyan", "", "dim", "green", "yellow"])
-    else:
-        table = text_table([[printable(cell) for cell in row] for row in rows], header=header, right=right)
-    return f"{text_table([[printable(cell) for cell in row] for row in head])}\n\n{table}"
+    styles = ["dim", "bold", "cyan", "", "dim", "green", "yellow"] if styled else None
+    return f"{text_table(head)}\n\n{text_table(rows, header, right, styles=styles)}"
 
 
 def phase_names(plan: SparsityPlan) -> list[str]:

@@ -10,11 +10,13 @@ from typing import Any
 __all__ = ["Mean", "mean_of"]
 
 CONFIDENCE = 0.95
+#: With fewer values an interval says next to nothing: of two it is 12.7 times as wide as their standard error.
+LEAST_FOR_INTERVAL = 6
 
 
 @dataclass(frozen=True)
 class Mean:
-    """Mean of ``n`` values and the 95% t interval of that mean (None for fewer than two values).
+    """Mean of ``n`` values and the 95% t interval of that mean (None for fewer than six values).
 
     The clips are taken as independent draws; those that share a prompt are not quite.
     """
@@ -38,7 +40,7 @@ def mean_of(values: Sequence[float | None]) -> Mean | None:
     n = len(known)
     mean = math.fsum(known) / n
     low = high = None
-    if n > 1:
+    if n >= LEAST_FOR_INTERVAL:
         from scipy import stats
 
         error = float(stats.sem(known))

@@ -204,6 +204,14 @@ def test_the_share_of_tails_is_that_of_the_shipped_plan() -> None:
     assert f"{with_tail} of {len(chosen)} entries of heads have a tail" in (DOCS / "methods.md").read_text("utf-8")
 
 
+def test_the_shipped_plan_has_the_files_that_the_page_names() -> None:
+    plan = ROOT / "examples" / "tiny_wan" / "sparse_plan"
+    assert "`attention.safetensors`, which a search writes beside its plan (the small model's plan comes with it)" in (
+        SEE.read_text("utf-8")
+    )
+    assert (plan / "attention.safetensors").is_file()
+
+
 @pytest.mark.parametrize(
     ("command", "shown"),
     re.findall(r"^```bash\n(diffsparse [^\n]+)\n```\n+```text\n(.*?)\n```$", SEE.read_text("utf-8"), re.M | re.S),
@@ -211,15 +219,16 @@ def test_the_share_of_tails_is_that_of_the_shipped_plan() -> None:
 def test_output_on_the_page_is_what_is_printed(
     command: str, shown: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All but the line that names the machine."""
+    """All but the line that names the machine; in 80 columns, as wherever there is no terminal."""
     from diffsparse.search.cli import main
 
     monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("COLUMNS", raising=False)
     with pytest.raises(SystemExit) as end:
         main([*shlex.split(command)[1:], "--device", "cpu"])
     assert not end.value.code
     printed, wanted = (
-        [line.rstrip() for line in text.splitlines() if not line.startswith("machine ")]
+        [line.rstrip() for line in re.sub(r"^machine .*\n( {16}.*\n)*", "", text, flags=re.MULTILINE).splitlines()]
         for text in (capsys.readouterr().out, shown)
     )
     assert printed == wanted and len(wanted) > 15

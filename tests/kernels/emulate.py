@@ -15,6 +15,7 @@ from diffsparse.kernels import gluon_quantize, reference_attention
 from diffsparse.kernels.call import TAIL, AttentionCall, make_call
 from diffsparse.order import AxisOrder, TileOrder
 from tests.kernels import gluon_emulator
+from tests.kernels.apart import case, finish
 from tests.kernels.cases import MIXED, head, inputs, one_key_layout, random_layout, with_wide_queries
 
 #: So many blocks of 64 that their summaries fill two slots, and those of halves three.
@@ -172,22 +173,25 @@ def check_range() -> None:
         kernel = gluon_emulator.load_emulated(multiprocessors=3)
         for least in (0, 1 << 62):
             kernel.TWO_PASSES = least
-            out, lse = kernel.run(call)
-            error = float((out.double() - want)[:, :, :2].norm() / want[:, :, :2].norm())
-            assert error < 6e-3, error
-            torch.testing.assert_close(lse.double()[:, :, :2], want_lse[:, :, :2], atol=1e-2, rtol=1e-3)
-            # Wide queries take the rounding of summaries with them.
-            assert bool(out.isfinite().all()) and bool(lse.isfinite().all())
-            print("ok", "out of range", block, f"{error:.1e}", flush=True)
-    # Where one key is all there is, its value comes out, however probabilities are rounded.
-    layout = one_key_layout(grid, len(entries), 128)
-    call = make_call(q, k, v, layout, kv_len=torch.tensor([grid.num_visual + 1] * 2), return_lse=True)
-    out, lse = gluon_emulator.load_emulated(multiprocessors=3).run(call)
-    out, lse = out[:, : grid.num_visual], lse[:, : grid.num_visual]
-    assert torch.equal(out, v[:, grid.num_visual, None].expand_as(out))
-    want = torch.einsum("bshd,bhd->bsh", q[:, : grid.num_visual].double(), k[:, grid.num_visual].double()) * call.scale
-    torch.testing.assert_close(lse.double(), want, atol=1e-4, rtol=1e-5)
-    print("ok", "one key", flush=True)
+            with case("out of range", block, "one pass" if least else "two passes") as told:
+                out, lse = kernel.run(call)
+                error = float((out.double() - want)[:, :, :2].norm() / want[:, :, :2].norm())
+                assert error < 6e-3, error
+                torch.testing.assert_close(lse.double()[:, :, :2], want_lse[:, :, :2], atol=1e-2, rtol=1e-3)
+                # Wide queries take the rounding of summaries with them.
+                assert bool(out.isfinite().all()) and bool(lse.isfinite().all())
+                told.append(f"{error:.1e}")
+    with case("one key"):
+        # Where one key is all there is, its value comes out, however probabilities are rounded.
+        layout = one_key_layout(grid, len(entries), 128)
+        call = make_call(q, k, v, layout, kv_len=torch.tensor([grid.num_visual + 1] * 2), return_lse=True)
+        out, lse = gluon_emulator.load_emulated(multiprocessors=3).run(call)
+        out, lse = out[:, : grid.num_visual], lse[:, : grid.num_visual]
+        assert torch.equal(out, v[:, grid.num_visual, None].expand_as(out))
+        want = (
+            torch.einsum("bshd,bhd->bsh", q[:, : grid.num_visual].double(), k[:, grid.num_visual].double()) * call.scale
+        )
+        torch.testing.assert_close(lse.double(), want, atol=1e-4, rtol=1e-5)
 
 
 def check_eight_bits() -> None:
@@ -203,23 +207,24 @@ def check_eight_bits() -> None:
         kv_len = None if text is None else torch.tensor([grid.seq_len - grid.text_after + text, grid.seq_len])
         want, want_lse = reference_attention(q, k, v, layout, kv_len=kv_len)
         for numerics in ("auto",) if layout.numerics != ("auto",) else ("int8", "fp8"):
-            call = make_call(q, k, v, layout, kv_len=kv_len, return_lse=True, numerics=numerics)
-            out, lse = kernel.run(call)
-            assert torch.equal(lse.isneginf(), want_lse.isneginf())
-            for h, kind in enumerate(NAMES[i] for i in call.head_kinds().tolist()):
-                # fp8 has 3 bits of the logits of tokens that stand out.
-                most, most_lse = {"auto": (6e-3, 5e-2), "int8": (2e-2, 0.5), "fp8": (4.5e-2, 2.0)}[kind]
-                difference = (out[:, :, h].double() - want[:, :, h]).norm()
-                assert float(difference) <= most * float(want[:, :, h].norm()), (h, kind, difference)
-                torch.testing.assert_close(lse[:, :, h].double(), want_lse[:, :, h], atol=most_lse, rtol=1e-3)
-            if numerics != "auto" and not layout.has_tail:
-                # What the kernel adds to the rounding of its inputs: probabilities in fp8, which has 4 bits.
-                exact, exact_lse = reference_attention(*dequantized(call, numerics), layout, kv_len=kv_len)
-                assert float((out.double() - exact).norm() / exact.norm()) < 1.5e-2
-                shift = torch.einsum("bshd,bhd->bsh", q.double(), k.double().mean(1)) * call.scale
-                torch.testing.assert_close(lse.double(), exact_lse + shift, atol=1e-3, rtol=1e-5)
-            error = float((out.double() - want).norm() / want.norm())
-            print("ok", numerics, grid, block, dim, f"{error:.1e}", flush=True)
+            with case(numerics, grid, block, dim) as told:
+                call = make_call(q, k, v, layout, kv_len=kv_len, return_lse=True, numerics=numerics)
+                out, lse = kernel.run(call)
+                assert torch.equal(lse.isneginf(), want_lse.isneginf())
+                for h, kind in enumerate(NAMES[i] for i in call.head_kinds().tolist()):
+                    # fp8 has 3 bits of the logits of tokens that stand out.
+                    most, most_lse = {"auto": (6e-3, 5e-2), "int8": (2e-2, 0.5), "fp8": (4.5e-2, 2.0)}[kind]
+                    difference = (out[:, :, h].double() - want[:, :, h]).norm()
+                    assert float(difference) <= most * float(want[:, :, h].norm()), (h, kind, difference)
+                    torch.testing.assert_close(lse[:, :, h].double(), want_lse[:, :, h], atol=most_lse, rtol=1e-3)
+                if numerics != "auto" and not layout.has_tail:
+                    # What the kernel adds to the rounding of its inputs: probabilities in fp8, which has 4 bits.
+                    exact, exact_lse = reference_attention(*dequantized(call, numerics), layout, kv_len=kv_len)
+                    assert float((out.double() - exact).norm() / exact.norm()) < 1.5e-2
+                    shift = torch.einsum("bshd,bhd->bsh", q.double(), k.double().mean(1)) * call.scale
+                    torch.testing.assert_close(lse.double(), exact_lse + shift, atol=1e-3, rtol=1e-5)
+                error = float((out.double() - want).norm() / want.norm())
+                told.append(f"{error:.1e}")
 
 
 def check_quantize_kernel() -> None:
@@ -241,7 +246,6 @@ def check_quantize_kernel() -> None:
         assert int((getattr(got, name).int() - getattr(want, name).int()).abs().max()) <= 1
         assert float((getattr(got, name) != getattr(want, name)).float().mean()) < 1e-3
     torch.testing.assert_close(got.v.float(), want.v.float())
-    print("ok", "quantize", flush=True)
 
 
 def check_faults() -> None:
@@ -276,8 +280,8 @@ def check_faults() -> None:
     for form in sorted({fault[:2] for fault in FAULTS}):
         assert runs_right(*form, None), form
     for numerics, tail, what, text, fault in FAULTS:
-        if not runs_right(numerics, tail, (text, fault)):
-            print("noticed:", what, flush=True)
+        with case("noticed:", what):
+            assert not runs_right(numerics, tail, (text, fault)), "the output is right"
 
 
 def main() -> None:
@@ -288,29 +292,32 @@ def main() -> None:
     if parser.parse_args().faults:
         return check_faults()
     if parser.parse_args().eight:
-        check_quantize_kernel()
+        with case("quantize"):
+            check_quantize_kernel()
         return check_eight_bits()
     check_range()
     kernel = gluon_emulator.load_emulated(multiprocessors=3)
     for grid, entries, block, dim, dtype, text in SLOW if parser.parse_args().slow else FAST:
         torch.manual_seed(0)
         for density in (0.0, 0.02 if grid is _MANY_BLOCKS else 0.4):
-            # With lists: two heads at a time.
-            kernel.COPY_BYTES = 1 << 30 if not density else 2 * 3 * 2 * grid.seq_len * dim * dtype.itemsize
-            layout = random_layout(grid, entries, block, density)
-            q, k, v = inputs(grid, len(entries), dim, batch=2, dtype=dtype)
-            valid = None if text is None else grid.seq_len - grid.text_after + text
-            kv_len = None if valid is None else torch.tensor([valid, grid.seq_len])
-            call = make_call(q, k, v, layout, kv_len=kv_len, return_lse=True)
-            out, lse = kernel.run(call)
-            want, want_lse = reference_attention(q, k, v, layout, kv_len=kv_len)
-            # Probabilities and summaries are rounded to 8 bits (bfloat16).
-            torch.testing.assert_close(out.double(), want, atol=3e-2, rtol=3e-2)
-            torch.testing.assert_close(lse.double(), want_lse, atol=1e-2, rtol=1e-3)
-            error = float((out.double() - want).norm() / want.norm())
-            assert error < 6e-3, error
-            print("ok", grid, block, dim, density, f"{error:.1e}", flush=True)
+            with case(grid, block, dim, density) as told:
+                # With lists: two heads at a time.
+                kernel.COPY_BYTES = 1 << 30 if not density else 2 * 3 * 2 * grid.seq_len * dim * dtype.itemsize
+                layout = random_layout(grid, entries, block, density)
+                q, k, v = inputs(grid, len(entries), dim, batch=2, dtype=dtype)
+                valid = None if text is None else grid.seq_len - grid.text_after + text
+                kv_len = None if valid is None else torch.tensor([valid, grid.seq_len])
+                call = make_call(q, k, v, layout, kv_len=kv_len, return_lse=True)
+                out, lse = kernel.run(call)
+                want, want_lse = reference_attention(q, k, v, layout, kv_len=kv_len)
+                # Probabilities and summaries are rounded to 8 bits (bfloat16).
+                torch.testing.assert_close(out.double(), want, atol=3e-2, rtol=3e-2)
+                torch.testing.assert_close(lse.double(), want_lse, atol=1e-2, rtol=1e-3)
+                error = float((out.double() - want).norm() / want.norm())
+                assert error < 6e-3, error
+                told.append(f"{error:.1e}")
 
 
 if __name__ == "__main__":
     main()
+    finish()

@@ -15,6 +15,7 @@ from diffsparse.kernels.call import AttentionCall, make_call
 from diffsparse.kernels.triton_fwd import Config, launch
 from diffsparse.layout import BlockLayout
 from diffsparse.order import AxisOrder, TileOrder
+from tests.kernels.apart import case, finish
 from tests.kernels.cases import MIXED, head, inputs, random_layout
 
 #: (grid, entries, block size, head_dim, tiles, valid text or None)
@@ -125,7 +126,6 @@ def check_preparations() -> None:
 
     for group in (len(entries), 3):
         check_work_list(call, layout, group)
-    print("ok", "preparations", flush=True)
 
 
 def check_sample() -> None:
@@ -155,7 +155,6 @@ def check_sample() -> None:
                 assert int(marked[0]) == int(want.sum())
                 assert torch.equal(marked[1 : 1 + marked[0]].sort().values.long(), want.nonzero().flatten())
                 assert torch.equal(marked[1 + total :].bool(), want)
-    print("ok", "sample", flush=True)
 
 
 def check_unpacking() -> None:
@@ -182,7 +181,6 @@ def check_unpacking() -> None:
         assert "up to 65,535 blocks a head, got 65,536" in str(error)
     else:
         raise AssertionError("more blocks than 16 bits count")
-    print("ok", "unpacking", flush=True)
 
 
 def main() -> None:
@@ -191,19 +189,20 @@ def main() -> None:
     for grid, entries, block, dim, config, text in SLOW if parser.parse_args().slow else FAST:
         torch.manual_seed(0)
         for density in (0.0, 0.4):
-            layout = random_layout(grid, entries, block, density)
-            q, k, v = inputs(grid, len(entries), dim)
-            kv_len = None if text is None else torch.tensor([grid.seq_len - grid.text_after + text])
-            call = make_call(q, k, v, layout, kv_len=kv_len, return_lse=True)
-            out, lse = launch(call, config)
-            want, want_lse = reference_attention(q, k, v, layout, kv_len=kv_len)
-            torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=1e-5)
-            torch.testing.assert_close(lse.double(), want_lse, atol=1e-5, rtol=1e-5)
-            print("ok", grid, block, dim, density, flush=True)
-    check_preparations()
-    check_unpacking()
-    check_sample()
+            with case(grid, block, dim, density):
+                layout = random_layout(grid, entries, block, density)
+                q, k, v = inputs(grid, len(entries), dim)
+                kv_len = None if text is None else torch.tensor([grid.seq_len - grid.text_after + text])
+                call = make_call(q, k, v, layout, kv_len=kv_len, return_lse=True)
+                out, lse = launch(call, config)
+                want, want_lse = reference_attention(q, k, v, layout, kv_len=kv_len)
+                torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(lse.double(), want_lse, atol=1e-5, rtol=1e-5)
+    for check in (check_preparations, check_unpacking, check_sample):
+        with case(check.__name__):
+            check()
 
 
 if __name__ == "__main__":
     main()
+    finish()

@@ -12,33 +12,34 @@ import torch
 
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels import available_backends, sparse_attention
+from tests.kernels.apart import check_cases, run
 from tests.kernels.cases import head, inputs, random_layout
-from tests.kernels.test_triton import run
 
 pytest.importorskip("triton")
 
 
 def test_emulated(repo_root: Path) -> None:
-    assert run(repo_root, "tests.kernels.emulate", TRITON_INTERPRET="1").count("ok") == 13
+    check_cases(repo_root, 13, "tests.kernels.emulate")
 
 
 @pytest.mark.slow
 def test_emulated_more(repo_root: Path) -> None:
-    assert run(repo_root, "tests.kernels.emulate", "--slow", TRITON_INTERPRET="1").count("ok") == 15
+    check_cases(repo_root, 15, "tests.kernels.emulate", "--slow")
 
 
 def test_emulated_in_eight_bits(repo_root: Path) -> None:
-    assert run(repo_root, "tests.kernels.emulate", "--eight", TRITON_INTERPRET="1").count("ok") == 12
+    check_cases(repo_root, 12, "tests.kernels.emulate", "--eight")
 
 
 @pytest.mark.slow
 def test_emulation_notices_faults(repo_root: Path) -> None:
-    assert run(repo_root, "tests.kernels.emulate", "--faults", TRITON_INTERPRET="1").count("noticed") == 12
+    check_cases(repo_root, 12, "tests.kernels.emulate", "--faults")
 
 
 def compiled(root: Path, *flags: str, **environment: str) -> list[dict]:
-    found = run(root, "tests.kernels.compile_for", "90", "--gluon", *flags, **environment)
-    kernels = [json.loads(line) for line in found.splitlines()]
+    done = run(root, "tests.kernels.compile_for", "90", "--gluon", *flags, **environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
     for kernel in kernels:
         assert kernel["shared"] <= 227 << 10, kernel
         assert kernel["wgmma"] and kernel["bulk"], f"Hopper's own units are not used: {kernel}"

@@ -3,37 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.kernels.apart import check_cases, run
+
 pytest.importorskip("triton")
 
 
-def run(root: Path, *arguments: str, **environment: str) -> str:
-    """A module in a fresh process: Triton reads its mode when it is imported."""
-    keep = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-m", *arguments]
-    env = {**keep, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 def test_interpreted(repo_root: Path) -> None:
-    assert run(repo_root, "tests.kernels.interpret", TRITON_INTERPRET="1").count("ok") == 7
+    check_cases(repo_root, 7, "tests.kernels.interpret")
 
 
 @pytest.mark.slow
 def test_interpreted_more(repo_root: Path) -> None:
-    assert run(repo_root, "tests.kernels.interpret", "--slow", TRITON_INTERPRET="1").count("ok") == 9
+    check_cases(repo_root, 9, "tests.kernels.interpret", "--slow")
 
 
 def compiled(root: Path, capability: int, *flags: str) -> list[dict]:
-    found = [json.loads(line) for line in run(root, "tests.kernels.compile_for", str(capability), *flags).splitlines()]
+    done = run(root, "tests.kernels.compile_for", str(capability), *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
     for kernel in found:
         assert kernel["shared"] <= kernel["allowed"], kernel
         if "float32" not in kernel["case"] and "summary" not in kernel["kernel"]:

@@ -25,12 +25,12 @@ from diffsparse.presets import preset
 from diffsparse.schedule import Schedule
 from diffsparse.search import load
 from diffsparse.search.candidates import fill
+from diffsparse.search.columns import printable, text_table
 from diffsparse.search.density import call_density, kept_density
 from diffsparse.search.errors import BadInput
 from diffsparse.search.explain import Explanation, explain, explain_table, recorded_costs, shape_for
 from diffsparse.search.generate import GenerationSettings, generate_clip
 from diffsparse.search.scale import TokenScale, scale_of_class, scale_of_pipeline, scale_of_record
-from diffsparse.search.tables import printable, styled_table
 from tests.search.conftest import make_plan
 
 CPU = torch.device("cpu")
@@ -249,7 +249,8 @@ def test_layers_that_agree_are_one_line() -> None:
     assert "one rule for all layers" not in "\n".join(lines)
 
 
-def test_bitmaps_of_another_grid_are_counted() -> None:
+def test_bitmaps_of_another_grid_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     order = TileOrder(1, 8, 8)
     n = order.partition(GRID, 64).num_blocks
     bitmap = HeadEntry(order, Bitmap.from_mask(np.eye(n, dtype=bool), GRID, order, 64, Window(size=(1, 0.5, 0.5))))
@@ -340,8 +341,8 @@ def test_a_styled_table_is_as_wide_as_the_terminal(monkeypatch: pytest.MonkeyPat
     import re
 
     rows = [["blocks.0.attn1", "x" * 100], ["b", "2"]]
-    text = styled_table(rows, ["layer", "what"], right=[1], styles=["bold", "cyan"], width=40)
+    text = text_table(rows, ["layer", "what"], right=[1], styles=["bold", "cyan"], width=40)
     bare = re.sub(r"\x1b\[[0-9;]*m", "", text)
     assert "\x1b[" in text and max(map(len, bare.splitlines())) <= 40 and bare.count("x") >= 100
     monkeypatch.setenv("NO_COLOR", "1")
-    assert "36m" not in styled_table(rows, ["layer", "what"], styles=["bold", "cyan"], width=40)
+    assert "36m" not in text_table(rows, ["layer", "what"], styles=["bold", "cyan"], width=40)

@@ -103,16 +103,17 @@ def test_frozen_beside_its_twin() -> None:
 
 
 def test_means_have_a_t_interval() -> None:
-    mean = mean_of([1.0, 2.0, 3.0, None, math.nan])
-    assert mean is not None and mean.n == 3 and mean.mean == 2.0
-    # 4.303 is the 97.5% quantile of t with two degrees of freedom
-    assert mean.high == pytest.approx(2 + 4.303 / math.sqrt(3), abs=1e-3)
-    assert mean.low == pytest.approx(2 - 4.303 / math.sqrt(3), abs=1e-3)
+    mean = mean_of([1.0, 2.0, 3.0, 1.0, 2.0, 3.0, None, math.nan])
+    assert mean is not None and mean.n == 6 and mean.mean == 2.0
+    # 2.5706 is the 97.5% quantile of t with five degrees of freedom; the variance of the values is 0.8.
+    half = 2.5706 * math.sqrt(0.8 / 6)
+    assert (mean.low, mean.high) == (pytest.approx(2 - half, rel=1e-4), pytest.approx(2 + half, rel=1e-4))
 
 
 def test_means_of_few_or_equal_values() -> None:
     assert mean_of([None, math.inf]) is None
-    one = mean_of([3.0])
-    assert one is not None and (one.low, one.high) == (None, None)
-    equal = mean_of([3.0, 3.0])
+    for n in range(1, 6):
+        few = mean_of([3.0 + i for i in range(n)])
+        assert few is not None and (few.low, few.high) == (None, None)
+    equal = mean_of([3.0] * 6)
     assert equal is not None and (equal.low, equal.high) == (3.0, 3.0)

@@ -17,6 +17,7 @@ from diffsparse.order import AxisOrder, RasterOrder, TileOrder, TokenOrder
 from diffsparse.patterns import Empty, Full, Sink, Window
 from diffsparse.plan import SparsityPlan
 from diffsparse.presets import preset
+from diffsparse.search.columns import text_table
 from diffsparse.search.errors import BadInput
 from diffsparse.search.measured import HeadFigures, PooledAttention, figures_beside, plan_digest
 from diffsparse.search.report import can_write_videos, write_video
@@ -37,7 +38,6 @@ from diffsparse.search.show import (
     plan_table,
     tail_of,
 )
-from diffsparse.search.tables import shorten, text_table
 from tests.search.conftest import make_plan
 
 GRID = TokenGrid(3, 12, 12)
@@ -63,14 +63,18 @@ def test_description() -> None:
     assert describe(plan)["call_density"] is None
 
 
-def test_table() -> None:
+def test_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     text = plan_table(make_plan(), GRID)
     assert "WanTransformer3DModel, 2 layers, 2 heads of 32" in text and "0: 0.9 to 0.5, 1: 0.5 to 0" in text
     assert "1 window, 1 dense" in text and "call density" in text
     assert "--grid T,H,W gives densities" in plan_table(preset("window"))
 
 
-def test_errors_of_the_heads_are_a_column_where_they_are_recorded(tmp_path: Path) -> None:
+def test_errors_of_the_heads_are_a_column_where_they_are_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     plan = make_plan()
     folder = plan.save_pretrained(tmp_path)
     with_attention(folder, plan)
@@ -259,5 +263,3 @@ def test_text_tables() -> None:
         "x     n\n---  --\na     1\nbcd  22"
     )
     assert text_table([]) == ""
-    assert shorten("a long prompt about something", 12) == "a long…"
-    assert shorten("x" * 40, 10) == "x" * 9 + "…"

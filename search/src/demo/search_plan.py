@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsparse.pipelines import find_transformers
+from diffsparse.search.columns import shorten
 from diffsparse.search.demo.generate import duration, explain
 from diffsparse.search.demo.inspector import PlanView
 from diffsparse.search.demo.live import Cancelled, follow
@@ -20,7 +21,6 @@ from diffsparse.search.demo.studio import Studio
 from diffsparse.search.errors import BadInput
 from diffsparse.search.search import FREE_SETTINGS, SearchConfig, run_search, thoroughness
 from diffsparse.search.store import StoreMismatch
-from diffsparse.search.tables import shorten
 
 __all__ = ["SearchUpdate", "search_plan"]
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from diffsparse.codec import PlanError
 from diffsparse.plan import ARRAYS_NAME, CARD_NAME, JSON_NAME, SparsityPlan
+from diffsparse.search.columns import shorten
 from diffsparse.search.errors import BadInput
 from diffsparse.search.measured import ATTENTION_NAME
-from diffsparse.search.tables import shorten
 
 __all__ = ["MAX_TOKENS", "MAX_ZIP_BYTES", "PLAN_FILES", "read_uploaded_plan", "unpack_plan", "write_plan_zip"]
 
