@@ -1,4 +1,4 @@
-"""No function, class or constant of the rooms that nothing uses: neither they, nor a test, nor the documentation."""
+"""No function or class of the rooms that nothing uses: neither they, nor a test, nor the documentation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _without_all(source: str) -> str:
 
 
 def _words() -> Counter[str]:
-    files = [*(ROOT / "diffsparse").glob("*.py"), *documents(), ROOT / "pyproject.toml"]
+    files = [*documents(), ROOT / "pyproject.toml", *source_files("diffsparse")]
     files += [path for folder in _CODE for kind in ("py", "html", "c") for path in (ROOT / folder).rglob(f"*.{kind}")]
     return Counter(word for path in files for word in _WORD.findall(_without_all(path.read_text("utf-8"))))
 
@@ -33,9 +33,6 @@ def unused(source: str, words: Counter[str]) -> list[str]:
         for node in ast.walk(tree)
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.decorator_list
     ]
-    for node in tree.body:
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        names += [target.id for target in targets if isinstance(target, ast.Name)]
     return [name for name in names if words[name] == 1 and not name.startswith("__")]
 
 
@@ -51,5 +48,5 @@ def test_everything_is_used() -> None:
 
 
 def test_what_is_unused_is_seen() -> None:
-    source = "__all__ = ['offered']\ndef offered(): ...\ndef taken(): ...\nLIMIT = 1\n@app\ndef command(): taken()\n"
-    assert unused(source, Counter(_WORD.findall(_without_all(source)))) == ["offered", "LIMIT"]
+    source = "__all__ = ['offered']\ndef offered(): ...\ndef taken(): ...\n@app\ndef command(): taken()\n"
+    assert unused(source, Counter(_WORD.findall(_without_all(source)))) == ["offered"]
