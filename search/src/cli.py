@@ -53,8 +53,10 @@ Prompts = Annotated[str, typer.Option("--prompts", metavar="FILE", help="A text 
 Height = Annotated[int | None, typer.Option("--height", help="In pixels.")]
 Width = Annotated[int | None, typer.Option("--width", help="In pixels.")]
 Frames = Annotated[int | None, typer.Option("--num-frames", help="Frames of a clip.")]
-Steps = Annotated[int | None, typer.Option("--steps", help="Denoising steps.")]
-Guidance = Annotated[float | None, typer.Option("--guidance-scale", help="Classifier-free guidance.")]
+Steps = Annotated[int | None, typer.Option("--steps", help="Denoising steps.  [default: the pipeline's own number]")]
+Guidance = Annotated[
+    float | None, typer.Option("--guidance-scale", help="Guidance.  [default: the pipeline's own scale]")
+]
 TrueCfg = Annotated[
     float | None,
     typer.Option("--true-cfg-scale", help="The same for Flux and Qwen-Image, which call it so; above 1 it guides."),
@@ -64,6 +66,8 @@ Dtype = Annotated[str, typer.Option("--dtype", help="auto (bfloat16 on a GPU), f
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and everything else to stderr.")]
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+#: Seeds are numbers of 64 bits; the commands count on from the one that is given.
+MAX_OPTION_SEED = 2**62
 
 
 @contextmanager
@@ -103,34 +107,25 @@ def _interruptible(resume: str) -> Callable[[Callable[..., None]], Callable[...,
     return decorate
 
 
-def _settings(
-    pipe: Any,
-    record: dict[str, Any],
-    height: int | None,
-    width: int | None,
-    num_frames: int | None,
-    steps: int | None,
-    guidance_scale: float | None,
-    true_cfg_scale: float | None,
-) -> Any:
-    """What was asked for; else what the plan was searched with; else 20 steps, guidance 5, the pipeline's own size."""
+def _settings(pipe: Any, record: dict[str, Any], asked: dict[str, Any]) -> Any:
+    """What was asked for; else what the plan was searched with; else None, which is the pipeline's own.
+
+    ``asked``: values of options by their names, None where one was not given. What only the plan's record says, and
+    this pipeline does not take, is left out.
+    """
     from diffsparse.search.generate import GenerationSettings
     from diffsparse.search.load import check_shape
+    from diffsparse.search.recorded import recorded_value
+    from diffsparse.search.signature import check_generates, parameters
 
-    known = record.get("calibration", {})
-
-    def pick(asked: Any, name: str, default: Any) -> Any:
-        value = known.get(name) if asked is None and isinstance(known, dict) else asked
-        return default if value is None else value
-
-    settings = GenerationSettings(
-        num_inference_steps=pick(steps, "steps", 20),
-        guidance_scale=pick(guidance_scale, "guidance_scale", 5.0),
-        true_cfg_scale=pick(true_cfg_scale, "true_cfg_scale", None),
-        height=pick(height, "height", None),
-        width=pick(width, "width", None),
-        num_frames=pick(num_frames, "num_frames", None),
-    )
+    check_generates(pipe)
+    known, values = parameters(pipe), {}
+    for option, value in asked.items():
+        argument = "num_inference_steps" if option == "steps" else option
+        if value is None and argument in known:
+            value = recorded_value(record, option)
+        values[argument] = value
+    settings = GenerationSettings(**values)
     check_shape(pipe, settings.height, settings.width, settings.num_frames)
     settings.arguments(pipe)
     return settings
@@ -143,6 +138,8 @@ def _check_numbers(**values: int | float | None) -> None:
         least = 0 if name in ("seed", "first_seed", "guidance_scale", "true_cfg_scale", "validate") else 1
         if value is not None and not value >= least:
             raise BadInput(f"{option} {value}: it must be at least {least}")
+        if value is not None and name in ("seed", "first_seed") and value > MAX_OPTION_SEED:
+            raise BadInput(f"{option} {str(value)[:40]}: it must be at most {MAX_OPTION_SEED}")
 
 
 def _check_share(option: str, value: float | None) -> None:
@@ -216,7 +213,9 @@ def search_command(
 
         load.quiet_libraries()
         pipe = load.load_pipeline(model, device=place, dtype=precision)
-        settings = _settings(pipe, {}, height, width, num_frames, steps, guidance_scale, true_cfg_scale)
+        asked = {"height": height, "width": width, "num_frames": num_frames, "steps": steps}
+        asked |= {"guidance_scale": guidance_scale, "true_cfg_scale": true_cfg_scale}
+        settings = _settings(pipe, {}, asked)
         config = SearchConfig(
             budget=None if density is not None else (0.4 if budget is None else budget),
             density=density,
@@ -293,8 +292,10 @@ def eval_command(
         folder = load.check_output(out) if out else None
         load.quiet_libraries()
         pipe = load.load_pipeline(model, device=place, dtype=precision)
-        load.check_plan_fits(chosen, pipe)
-        settings = _settings(pipe, chosen.record, height, width, num_frames, steps, guidance_scale, true_cfg_scale)
+        load.check_plan_runs(chosen, pipe, backend)
+        asked = {"height": height, "width": width, "num_frames": num_frames, "steps": steps}
+        asked |= {"guidance_scale": guidance_scale, "true_cfg_scale": true_cfg_scale}
+        settings = _settings(pipe, chosen.record, asked)
         from diffsparse.search.evaluate import compare, generate_dense
 
         _say(f"{len(found)} prompts x {seeds} seeds: {len(found) * seeds} clips dense, then as many sparse")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
@@ -29,6 +29,7 @@ __all__ = [
     "DenseSet",
     "EvalReport",
     "NoiseFloor",
+    "check_plan",
     "clip_report",
     "compare",
     "evaluate",
@@ -232,7 +233,7 @@ def _other_dense_kernel(device: torch.device) -> Iterator[str]:
 
 def _warm_up(pipe: Any, prompt: str, settings: GenerationSettings) -> None:
     """A short generation that nobody looks at: kernels are compiled, memory is fetched, layouts are built."""
-    generate_clip(pipe, prompt, 0, replace(settings, num_inference_steps=WARM_UP_STEPS))
+    generate_clip(pipe, prompt, 0, settings.brief(pipe, WARM_UP_STEPS))
 
 
 def generate_dense(
@@ -252,7 +253,7 @@ def generate_dense(
     with a single seed that takes one more clip of the first prompt. ``warm_up`` first makes two steps that are not
     timed. Sparse attention must be off.
     """
-    prompts = list(dict.fromkeys(prompts))
+    prompts, settings = list(dict.fromkeys(prompts)), settings.resolved(pipe)
     seeds = check_seeds(seeds)
     if not prompts:
         raise BadInput("there is no prompt to generate")
@@ -273,6 +274,12 @@ def generate_dense(
 
 
 # -- sparse ------------------------------------------------------------------------------------------------------------
+
+
+def check_plan(pipe: Any, plan: SparsityPlan | str, backend: str = "auto") -> None:
+    """Enables the plan and disables it again. Raises what ``enable_sparse_attention`` raises."""
+    with pipelines.sparse_attention(pipe, plan, backend=backend):
+        pass
 
 
 def _plan_name(plan: SparsityPlan | str) -> str:
@@ -405,8 +412,8 @@ def evaluate(
     prompts: Sequence[str],
     *,
     seeds: Sequence[int] = (1000, 1001),
-    num_inference_steps: int = 20,
-    guidance_scale: float = 5.0,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
     height: int | None = None,
     width: int | None = None,
     num_frames: int | None = None,
@@ -420,9 +427,11 @@ def evaluate(
 ) -> EvalReport:
     """Compares ``plan`` with dense attention on every prompt with every seed.
 
-    ``dense`` (of :func:`generate_dense`) spares making the dense clips again; its own prompts, seeds and settings hold.
-    Sparse attention must be off, and is off again afterwards.
+    Steps, guidance and sizes that are not given are the pipeline's own. ``dense`` (of :func:`generate_dense`) spares
+    making the dense clips again; its own prompts, seeds and settings hold.
+    Sparse attention must be off, and is off again afterwards. The plan is checked before the first clip is made.
     """
+    check_plan(pipe, plan, backend)
     if dense is None:
         settings = GenerationSettings(
             num_inference_steps, guidance_scale, height, width, num_frames, negative_prompt, true_cfg_scale

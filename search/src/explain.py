@@ -26,6 +26,7 @@ from diffsparse.search.cost import CostModel
 from diffsparse.search.density import kept_density
 from diffsparse.search.environment import environment
 from diffsparse.search.errors import BadInput
+from diffsparse.search.recorded import recorded as searched_with
 from diffsparse.search.scale import scale_of_class, scale_of_pipeline, scale_of_record
 from diffsparse.search.show import grid_of, phase_names
 
@@ -171,12 +172,11 @@ def shape_for(
         if architecture is not None and architecture.model_class != model_shape:
             raise BadInput(f"the plan is for {architecture.model_class}, --model-shape says {model_shape}")
     recorded = grid_of(plan, folder)
-    calibration = plan.record.get("calibration")
     if grid is None:
         if not given and usual is None:
             grid = recorded
         else:
-            grid = _grid_by_size(calibration, recorded, scale, usual, height, width, num_frames)
+            grid = _grid_by_size(searched_with(plan.record), recorded, scale, usual, height, width, num_frames)
         if grid is None:
             raise BadInput(
                 "the size is not known: give --height, --width and --num-frames with --model-shape (a model's folder, "
@@ -192,7 +192,7 @@ def shape_for(
 
 
 def _grid_by_size(
-    calibration: Any,
+    known: dict[str, Any],
     recorded: TokenGrid | None,
     scale: Any,
     usual: tuple[int, int, int | None] | None,
@@ -201,13 +201,12 @@ def _grid_by_size(
     num_frames: int | None,
 ) -> TokenGrid | None:
     if scale is None and recorded is not None:
-        scale = scale_of_record(calibration, recorded)
+        scale = scale_of_record(known, recorded)
     if scale is None:
         raise BadInput(
             "the plan does not say how many pixels a token covers: give --model-shape (a model's folder, or a "
             "transformer class of `diffsparse models`), or --grid T,H,W"
         )
-    known = calibration if isinstance(calibration, dict) else {}
     defaults = usual or tuple(known.get(name) for name in ("height", "width", "num_frames"))
     size = [d if v is None else v for v, d in zip((height, width, num_frames), defaults, strict=True)]
     for name, value in zip(("--height", "--width"), size, strict=False):

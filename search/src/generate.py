@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
+from diffsparse.search.call import call_pipeline, denoisers
 from diffsparse.search.errors import BadInput
+from diffsparse.search.signature import check_generates, default_of, parameters
+from diffsparse.search.columns import shorten
 
-__all__ = ["Clip", "GenerationSettings", "LoopTimer", "check_seeds", "denoisers", "generate_clip", "generate_clips"]
+__all__ = [
+    "MAX_SEED",
+    "Clip",
+    "GenerationSettings",
+    "LoopTimer",
+    "check_seeds",
+    "denoisers",
+    "generate_clip",
+    "generate_clips",
+]
 
-
-def _parameters(pipe: Any) -> Any:
-    return inspect.signature(type(pipe).__call__).parameters
+#: The largest seed: torch's generators take 64 bits, and a few seeds after the first one are used too.
+MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """What every clip of a comparison has in common. Sizes are in pixels; None leaves the pipeline's default.
+    """What every clip of a comparison has in common. Sizes are in pixels; None leaves the pipeline's own value.
 
     ``true_cfg_scale``: classifier-free guidance of pipelines whose ``guidance_scale`` is something else (Flux,
     Qwen-Image): away from ``negative_prompt``, or from no prompt where there is none.
     """
 
-    num_inference_steps: int = 20
-    guidance_scale: float = 5.0
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
     height: int | None = None
     width: int | None = None
     num_frames: int | None = None
@@ -37,18 +47,33 @@ class GenerationSettings:
     true_cfg_scale: float | None = None
 
     def __post_init__(self) -> None:
-        if self.num_inference_steps < 1:
+        if self.num_inference_steps is not None and self.num_inference_steps < 1:
             raise BadInput(f"the number of steps must be at least 1, got {self.num_inference_steps}")
 
     def arguments(self, pipe: Any) -> dict[str, Any]:
-        """Keyword arguments for this pipeline's call. Raises :class:`BadInput` for one that it does not take."""
+        """Keyword arguments for this pipeline's call.
+
+        Raises :class:`BadInput` for one that it does not take, and where it needs more than a prompt.
+        """
+        check_generates(pipe)
         wanted = {name: value for name, value in asdict(self).items() if value is not None}
         if self.true_cfg_scale is not None and self.true_cfg_scale > 1:
             wanted.setdefault("negative_prompt", "")  # without one these pipelines do not guide at all
-        known = _parameters(pipe)
-        if unknown := sorted(set(wanted) - set(known)):
+        if unknown := sorted(set(wanted) - set(parameters(pipe))):
             raise BadInput(f"{type(pipe).__name__} takes no {', '.join(unknown)}; leave it out")
         return wanted
+
+    def resolved(self, pipe: Any) -> GenerationSettings:
+        """The same with the pipeline's own values in the place of None, where its call has any by itself.
+
+        ``true_cfg_scale`` stays as it is: its default guides only together with a negative prompt.
+        """
+        names = ("num_inference_steps", "guidance_scale", "height", "width", "num_frames")
+        return replace(self, **{n: default_of(pipe, n) for n in names if getattr(self, n) is None})
+
+    def brief(self, pipe: Any, steps: int) -> GenerationSettings:
+        """The same with ``steps`` steps, where the pipeline's call takes a number of them."""
+        return replace(self, num_inference_steps=steps) if "num_inference_steps" in parameters(pipe) else self
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,12 +92,6 @@ class Clip:
     noise_levels: tuple[float, ...]
     loop_seconds: float
     seconds: float
-
-
-def denoisers(pipe: Any) -> list[torch.nn.Module]:
-    """The pipeline's denoising networks (two in Wan 2.2)."""
-    found = [pipe.components.get(name) for name in ("transformer", "transformer_2", "unet")]
-    return [module for module in found if isinstance(module, torch.nn.Module)]
 
 
 class LoopTimer:
@@ -153,30 +172,30 @@ def generate_clip(
 
     ``on_step`` gets every step's index and latents when it has ended; what it raises ends the generation.
     """
-    arguments = settings.arguments(pipe)
+    more: dict[str, Any] = {}
     if on_step is not None:
-        if "callback_on_step_end" not in _parameters(pipe):
+        if "callback_on_step_end" not in parameters(pipe):
             raise BadInput(f"{type(pipe).__name__} cannot be watched step by step: it takes no callback_on_step_end")
 
         def callback(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             on_step(step, tensors["latents"])
             return tensors
 
-        arguments["callback_on_step_end"] = callback
+        more["callback_on_step_end"] = callback
     timer = LoopTimer(denoisers(pipe))
     start = time.perf_counter()
-    with timer.running(), torch.no_grad():
-        output = pipe(prompt=prompt, generator=torch.Generator("cpu").manual_seed(seed), output_type="pt", **arguments)
+    with timer.running():
+        output = call_pipeline(pipe, prompt, seed, settings, "pt", **more)
     frames = _frames(output)  # waits for the device
     seconds = time.perf_counter() - start
     return Clip(prompt, seed, frames, _noise_levels(pipe), timer.seconds, seconds)
 
 
 def check_seeds(seeds: Iterable[int]) -> tuple[int, ...]:
-    """The seeds as a tuple. Raises :class:`BadInput` where one is negative, stands twice, or none is given."""
+    """The seeds as a tuple. Raises :class:`BadInput` where one is out of range, stands twice, or none is given."""
     checked = tuple(seeds)
-    if not checked or min(checked) < 0 or len(set(checked)) != len(checked):
-        raise BadInput(f"seeds must be distinct integers of at least 0, got {list(checked)}")
+    if not checked or min(checked) < 0 or max(checked) > MAX_SEED or len(set(checked)) != len(checked):
+        raise BadInput(f"seeds must be distinct integers from 0 to {MAX_SEED}, got {shorten(str(list(checked)), 100)}")
     return checked
 
 

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from diffsparse.codec import PlanError
 from diffsparse.plan import SparsityPlan
 from diffsparse.presets import PRESETS, conservative, preset
-from diffsparse.search.columns import shorten
+from diffsparse.search.columns import printable, shorten
 from diffsparse.search.errors import BadInput
+from diffsparse.search.signature import makes_videos, parameters
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +30,7 @@ __all__ = [
     "check_model_name",
     "check_output",
     "check_plan_fits",
+    "check_plan_runs",
     "check_shape",
     "choose_device",
     "choose_dtype",
@@ -58,7 +60,8 @@ def read_prompts(path: str | os.PathLike[str]) -> list[str]:
     if not file.is_file():
         raise BadInput(f"no prompts file at {str(path)!r}; it is a text file with one prompt a line")
     try:
-        lines = file.read_text("utf-8-sig").splitlines()
+        # By newlines alone, whatever else Unicode calls the end of a line: a prompt may hold it.
+        lines = file.read_text("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise BadInput(
             f"{str(path)!r} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
@@ -212,8 +215,7 @@ def shape_rule(pipe: Any) -> ShapeRule:
     height, width = spatial * patch[1], spatial * patch[2]
     if type(pipe).__name__.startswith("Wan"):  # Wan's pipelines refuse anything but multiples of 16, whatever the model
         height, width = math.lcm(height, 16), math.lcm(width, 16)
-    video = "num_frames" in _call_parameters(pipe)
-    return ShapeRule(height, width, temporal if video else None)
+    return ShapeRule(height, width, temporal if makes_videos(pipe) else None)
 
 
 def compression(pipe: Any) -> tuple[int, int]:
@@ -277,12 +279,6 @@ def load_shapes(folder: str) -> Any:
     return pipe
 
 
-def _call_parameters(pipe: Any) -> Any:
-    import inspect
-
-    return inspect.signature(type(pipe).__call__).parameters
-
-
 def check_shape(pipe: Any, height: int | None, width: int | None, num_frames: int | None) -> None:
     """Raises :class:`BadInput` for a size that this model cannot take, with the nearest sizes that it can."""
     rule = shape_rule(pipe)
@@ -295,6 +291,8 @@ def check_shape(pipe: Any, height: int | None, width: int | None, num_frames: in
         return
     if rule.frames is None:
         raise BadInput(f"--num-frames {num_frames}: {type(pipe).__name__} makes images; leave it out")
+    if "num_frames" not in parameters(pipe):
+        raise BadInput(f"--num-frames {num_frames}: {type(pipe).__name__} takes no number of frames; leave it out")
     if num_frames < 1 or (num_frames - 1) % rule.frames:
         raise BadInput(
             f"--num-frames {num_frames}: this model takes {rule.frames}k+1 frames, for example "
@@ -337,12 +335,29 @@ def check_plan_fits(plan: SparsityPlan, pipe: Any) -> None:
     from diffsparse.pipelines import architecture_of, find_transformers
 
     for transformer in find_transformers(pipe).values():
-        differences = plan.check_architecture(architecture_of(transformer))
+        model = architecture_of(transformer)
+        differences = plan.check_architecture(model)
+        named = [] if plan.is_uniform else list(plan.layers)
+        lacking = [n for n in dict.fromkeys([*named, *plan.schedule.dense_layers]) if n not in model.layers]
+        if lacking and not any(d.startswith("layers:") for d in differences):
+            names = printable(shorten(", ".join(lacking[:3]), 200)) + (", ..." if len(lacking) > 3 else "")
+            differences.append(f"it names {names}, which the model lacks")
         if differences:
             raise BadInput(
                 f"the plan is for another model: {'; '.join(differences)}. Search one for this model with "
                 "`diffsparse search`, or use one of " + ", ".join(NAMED_PLANS)
             )
+
+
+def check_plan_runs(plan: SparsityPlan, pipe: Any, backend: str) -> None:
+    """Enables the plan and disables it again. Raises :class:`BadInput` with the reason where that is not possible."""
+    from diffsparse.search.evaluate import check_plan
+
+    check_plan_fits(plan, pipe)
+    try:
+        check_plan(pipe, plan, backend)
+    except (PlanError, ValueError, RuntimeError) as error:
+        raise BadInput(_one_line(str(error))) from error
 
 
 def quiet_libraries() -> None:

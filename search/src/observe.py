@@ -20,6 +20,7 @@ from diffsparse.kernels import sparse_attention
 from diffsparse.layout import BlockLayout
 from diffsparse.order import TokenOrder
 from diffsparse.pipelines import find_transformers, tap_attention
+from diffsparse.search.call import call_pipeline
 from diffsparse.search.generate import GenerationSettings
 from diffsparse.search.score import BlockIndex, projection_roots, score_call
 
@@ -38,13 +39,7 @@ __all__ = [
 
 def final_latents(pipe: Any, prompt: str, seed: int, settings: GenerationSettings) -> torch.Tensor:
     """One generation without decoding: the final latents as fp32 on the CPU."""
-    with torch.no_grad():
-        output = pipe(
-            prompt=prompt,
-            generator=torch.Generator("cpu").manual_seed(seed),
-            output_type="latent",
-            **settings.arguments(pipe),
-        )
+    output = call_pipeline(pipe, prompt, seed, settings, "latent")
     latents = output.frames if hasattr(output, "frames") else output.images
     return torch.as_tensor(latents).detach().to("cpu", torch.float32)
 

@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from diffsparse.search.compose import Candidate, Composer, strides
 from diffsparse.search.cost import CostModel, measure_costs
 from diffsparse.search.environment import environment
 from diffsparse.search.errors import BadInput
-from diffsparse.search.generate import GenerationSettings, generate_clip
+from diffsparse.search.generate import MAX_SEED, GenerationSettings, generate_clip
 from diffsparse.search.load import sparse_backend
 from diffsparse.search.measured import HeadFigures, PooledAttention, plan_digest
 from diffsparse.search.observe import Recording, Tracer, final_latents, partial_error, record, replaying, step_effect
@@ -40,7 +40,9 @@ from diffsparse.search.options import (
     HeadScores,
     reference_mask,
 )
+from diffsparse.search.signature import check_generates, parameters
 from diffsparse.search.store import SearchStore
+from diffsparse.search.columns import shorten
 
 __all__ = ["SearchConfig", "run_search", "thoroughness"]
 
@@ -63,8 +65,8 @@ class SearchConfig:
     ``trace_steps``: steps of the generations that are measured. ``trace_prompts``: how many of the prompts are traced.
     ``samples``: queries sampled of every query block. ``dense_steps`` fixes the number of dense first steps, which the
     search chooses otherwise. ``validation_prompts``: on how many prompts that were not traced whole generations choose
-    among the best ``candidates`` plans (0: the predicted best is taken). Sizes are in pixels; None is the pipeline's
-    default.
+    among the best ``candidates`` plans (0: the predicted best is taken). Sizes are in pixels. Steps, guidance and sizes
+    that are None are the pipeline's own (:meth:`resolved`).
     """
 
     budget: float | None = 0.4
@@ -72,8 +74,8 @@ class SearchConfig:
     height: int | None = None
     width: int | None = None
     num_frames: int | None = None
-    steps: int = 20
-    guidance_scale: float = 5.0
+    steps: int | None = None
+    guidance_scale: float | None = None
     true_cfg_scale: float | None = None
     seed: int = 0
     block_size: int = 64
@@ -91,14 +93,41 @@ class SearchConfig:
         if share is None or not 0 < share <= 1:
             raise BadInput(f"a budget or density is a share in (0, 1], got {share}")
         for name in ("steps", "trace_steps", "trace_prompts", "samples", "candidates"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"{name} must be at least 1, got {getattr(self, name)}")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise BadInput(f"{name} must be at least 1, got {value}")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise BadInput(f"the seed is an integer from 0 to {MAX_SEED}, got {shorten(str(self.seed), 60)}")
         if self.validation_prompts < 0:
             raise BadInput(f"validation_prompts must be at least 0, got {self.validation_prompts}")
-        if self.dense_steps is not None and not 0 <= self.dense_steps < self.steps:
+        if self.dense_steps is not None and self.dense_steps < 0:
+            raise BadInput(f"dense_steps must be at least 0, got {self.dense_steps}")
+        if self.dense_steps is not None and self.steps is not None and self.dense_steps >= self.steps:
             raise BadInput(f"dense_steps lies between 0 and {self.steps - 1}, got {self.dense_steps}")
 
-    def settings(self, steps: int) -> GenerationSettings:
+    def resolved(self, pipe: Any) -> SearchConfig:
+        """The same with the pipeline's own steps, guidance and sizes in the place of None.
+
+        Raises :class:`BadInput` where no search is possible with this pipeline, with the reason.
+        """
+        check_generates(pipe)
+        if "num_inference_steps" not in parameters(pipe):
+            raise BadInput(
+                f"{type(pipe).__name__} takes no num_inference_steps, and a search measures generations of few steps; "
+                "search with another pipeline of this model: a plan fits every pipeline with the same transformer"
+            )
+        own = self.settings(self.steps).resolved(pipe)
+        if own.num_inference_steps is None:
+            raise BadInput(f"{type(pipe).__name__} has no number of steps of its own; give it: --steps, or steps=")
+        return replace(
+            self,
+            steps=own.num_inference_steps,
+            guidance_scale=own.guidance_scale,
+            height=own.height,
+            width=own.width,
+            num_frames=own.num_frames,
+        )
+
+    def settings(self, steps: int | None) -> GenerationSettings:
         """Of a generation with this many steps, all else as it is searched for."""
         return GenerationSettings(
             steps, self.guidance_scale, self.height, self.width, self.num_frames, true_cfg_scale=self.true_cfg_scale
@@ -475,6 +504,7 @@ def run_search(
         raise BadInput("a search needs at least one prompt")
     say = say or log.info
     out = Path(out)
+    config = config.resolved(pipe)
     with SearchStore(out / "search.sqlite") as store:
         search = _Search(pipe, tuple(prompts), config, store, progress, say, on_stage or (lambda *_: None))
         resumed = store.claim(
@@ -551,10 +581,9 @@ def _record(search: _Search, grid: TokenGrid, costs: CostModel) -> dict[str, Any
             "grid": str(grid),
             "steps": config.steps,
             "trace_steps": config.trace_steps,
-            "guidance_scale": config.guidance_scale,
             **{
                 name: value
-                for name in ("true_cfg_scale", "height", "width", "num_frames")
+                for name in ("guidance_scale", "true_cfg_scale", "height", "width", "num_frames")
                 if (value := getattr(config, name)) is not None
             },
         },

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -90,7 +90,7 @@ class _Pair:
         """On a GPU the first calls compile kernels and fetch memory; that belongs to neither side's time."""
         if self.studio.pipe.device.type != "cuda":
             return
-        settings = replace(self.settings, num_inference_steps=WARM_UP_STEPS)
+        settings = self.settings.brief(self.studio.pipe, WARM_UP_STEPS)
         yield Update("busy", f"{side}: preparing, which is not timed")
         for _ in denoise(self.studio.pipe, plan, self.prompt, 0, settings, self.job, self.studio.lock):
             pass

@@ -116,8 +116,9 @@ class PlanView:
     @cached_property
     def steps(self) -> int:
         """The number of denoising steps that the plan was searched for; 20 where it does not say."""
-        steps = (self.plan.record.get("calibration") or {}).get("steps")
-        return steps if isinstance(steps, int) and 1 <= steps <= 1000 else 20
+        calibration = self.plan.record.get("calibration")
+        steps = calibration.get("steps") if isinstance(calibration, dict) else None
+        return steps if isinstance(steps, int) and not isinstance(steps, bool) and 1 <= steps <= 1000 else 20
 
     def check(self, phase: Any, layer: Any, head: Any) -> tuple[int, int, int]:
         """Raises :class:`BadInput` for a phase, layer or head that the plan does not have."""

@@ -158,7 +158,9 @@ class _Page:
                     )
                 with gr.Accordion("Size and guidance", open=False):
                     with gr.Row():
-                        guidance = gr.Number(known.guidance_scale, label="Guidance", min_width=90)
+                        guidance = gr.Number(
+                            known.guidance_scale, label="Guidance", min_width=90, visible=studio.takes("guidance_scale")
+                        )
                         height = gr.Number(known.height, label="Height (pixels)", precision=0, min_width=90)
                         width = gr.Number(known.width, label="Width (pixels)", precision=0, min_width=90)
                         frames = gr.Number(

@@ -43,7 +43,7 @@ class SearchUpdate:
 
 
 def _prompts(studio: Studio, text: Any) -> list[str]:
-    lines = text.splitlines() if isinstance(text, str) else []
+    lines = text.split("\n") if isinstance(text, str) else []
     found = list(dict.fromkeys(studio.prompt(line) for line in lines if line.strip()))
     if not found:
         raise BadInput("there is no prompt to search with; write a few, one a line")

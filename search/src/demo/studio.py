@@ -22,6 +22,8 @@ from diffsparse.search.demo.sessions import Session
 from diffsparse.search.demo.upload import read_uploaded_plan
 from diffsparse.search.errors import BadInput
 from diffsparse.search.generate import GenerationSettings
+from diffsparse.search.recorded import recorded
+from diffsparse.search.signature import check_generates, parameters
 
 __all__ = [
     "CONSERVATIVE",
@@ -75,6 +77,11 @@ class Studio:
         precision = load.choose_dtype(dtype, place)
         load.quiet_libraries()
         pipe = load.load_pipeline(model, device=place, dtype=precision)
+        check_generates(pipe)
+        if "num_inference_steps" not in parameters(pipe):
+            raise BadInput(
+                f"{type(pipe).__name__} takes no num_inference_steps, which the demo asks for; name another model"
+            )
         name = Path(model).name if Path(model).is_dir() else model
         studio = cls(pipe, name, _prompts_of(model, "heldout"), _prompts_of(model, "calibration"))
         folder = Path(model) / PLAN_FOLDER
@@ -95,12 +102,16 @@ class Studio:
     def is_video(self) -> bool:
         return load.shape_rule(self.pipe).frames is not None
 
+    def takes(self, argument: str) -> bool:
+        """Has the pipeline's call an argument of this name?"""
+        return argument in parameters(self.pipe)
+
     def defaults(self) -> GenerationSettings:
-        """What the shipped plan was searched with; else 20 steps, guidance 5 and the pipeline's own size."""
-        known = self.shipped.plan.record.get("calibration", {}) if self.shipped else {}
-        names = ("height", "width", "num_frames", "guidance_scale", "true_cfg_scale")
-        sizes = {name: known[name] for name in names if known.get(name) is not None}
-        return GenerationSettings(num_inference_steps=known.get("steps", 20), **sizes)
+        """What the shipped plan was searched with; else the pipeline's own steps, guidance and size."""
+        found = recorded(self.shipped.plan.record) if self.shipped else {}
+        values = {"num_inference_steps" if name == "steps" else name: value for name, value in found.items()}
+        known = parameters(self.pipe)
+        return GenerationSettings(**{n: v for n, v in values.items() if n in known}).resolved(self.pipe)
 
     def grid(self, settings: GenerationSettings) -> TokenGrid | None:
         """Visual tokens of one clip, where its size is known; text tokens are left out."""
@@ -147,7 +158,8 @@ class Studio:
 
         count = _whole("the number of steps", steps, 1, MAX_STEPS)
         scale = pick(guidance, known.guidance_scale)
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale <= 50:
+        number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+        if scale is not None and not (number and 0 <= scale <= 50):
             raise BadInput(f"guidance must be a number from 0 to 50, got {scale!r}")
         sizes: dict[str, Any] = {}
         asked = {"height": height, "width": width, **({"num_frames": num_frames} if self.is_video else {})}
@@ -158,7 +170,8 @@ class Studio:
             load.check_shape(self.pipe, sizes["height"], sizes["width"], sizes.get("num_frames"))
         except BadInput as error:  # it speaks of options of the command line
             raise BadInput(str(error).replace("--num-frames", "frames:").replace("--", "")) from None
-        settings = GenerationSettings(count, float(scale), **sizes, true_cfg_scale=known.true_cfg_scale)
+        scale = None if scale is None else float(scale)
+        settings = GenerationSettings(count, scale, **sizes, true_cfg_scale=known.true_cfg_scale)
         settings.arguments(self.pipe)
         grid = self.grid(settings)
         limit = MAX_TOKENS["cuda" if self.pipe.device.type == "cuda" else "cpu"]
