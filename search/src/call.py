@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from diffsparse.search.columns import printable, shorten
 from diffsparse.search.errors import BadInput
 from diffsparse.search.signature import inputs_beside_prompt
-from diffsparse.search.columns import printable, shorten
 
 __all__ = ["call_pipeline", "denoisers", "sizes_seen"]
 

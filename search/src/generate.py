@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from diffsparse.search.call import call_pipeline, denoisers
+from diffsparse.search.columns import shorten
 from diffsparse.search.errors import BadInput
 from diffsparse.search.signature import check_generates, default_of, parameters
-from diffsparse.search.columns import shorten
 
 __all__ = [
     "MAX_SEED",

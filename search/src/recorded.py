@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from diffsparse.search.errors import BadInput
 from diffsparse.search.columns import printable, shorten
+from diffsparse.search.errors import BadInput
 
 __all__ = ["RECORDED", "recorded", "recorded_value"]
 

@@ -27,6 +27,7 @@ from diffsparse.pipelines import sparse_attention as attached
 from diffsparse.plan import SparsityPlan
 from diffsparse.search import metrics
 from diffsparse.search.candidates import orders_for
+from diffsparse.search.columns import shorten
 from diffsparse.search.compose import Candidate, Composer, strides
 from diffsparse.search.cost import CostModel, measure_costs
 from diffsparse.search.environment import environment
@@ -42,7 +43,6 @@ from diffsparse.search.options import (
 )
 from diffsparse.search.signature import check_generates, parameters
 from diffsparse.search.store import SearchStore
-from diffsparse.search.columns import shorten
 
 __all__ = ["SearchConfig", "run_search", "thoroughness"]
 
