@@ -19,17 +19,18 @@ from pathlib import Path
 from typing import Any
 
 # ruff: noqa: E402
-# This file's folder, first on the path, would have it stand in for Hugging Face's package `kernels`.
-sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
+# The clone in the place of this folder, in which kernels.py would stand in for Hugging Face's package `kernels`.
+_HERE = Path(__file__).resolve().parent
+sys.path[:] = [str(_HERE.parent), *(p for p in sys.path if Path(p or ".").resolve() != _HERE)]
 
 import torch
 
+from benchmarks.library.cases import CASES, cases, uniform_case
+from benchmarks.library.measure import OK, TIMED_BACKENDS, Row, bench_case, describe
+from benchmarks.library.peers import PEERS
 from diffsparse.entry import NUMERICS
 from diffsparse.kernels import BACKENDS
-from diffsparse.kernels.bench import OK, TIMED_BACKENDS, Row, bench_case, describe
-from diffsparse.kernels.bench_cases import CASES, cases, uniform_case
 from diffsparse.kernels.dense import DENSE_KERNELS
-from diffsparse.kernels.peers import PEERS
 from diffsparse.search import script
 from diffsparse.search.environment import stamp
 from diffsparse.search.errors import BadInput

@@ -20,16 +20,18 @@ from pathlib import Path
 from typing import Any
 
 # ruff: noqa: E402
-# This file's folder, first on the path, would have it stand in for Hugging Face's package `kernels`.
-sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
+# The clone in the place of this folder, in which kernels.py would stand in for Hugging Face's package `kernels`.
+_HERE = Path(__file__).resolve().parent
+sys.path[:] = [str(_HERE.parent), *(p for p in sys.path if Path(p or ".").resolve() != _HERE)]
 
 import numpy as np
 import torch
 
+from benchmarks.library.cases import with_outliers
 from diffsparse.entry import HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels import available_backends, sparse_attention
-from diffsparse.kernels.bench_cases import random_rows, with_outliers
+from diffsparse.kernels.random_rows import random_rows
 from diffsparse.layout import BlockLayout, build_layout
 from diffsparse.pipelines import tap_attention
 from diffsparse.plan import SparsityPlan

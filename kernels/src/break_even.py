@@ -23,12 +23,12 @@ import torch
 from diffsparse.entry import TAILS, Execution, HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels.api import sparse_attention
-from diffsparse.kernels.bench_cases import random_rows
 from diffsparse.kernels.cache import cache_root
 from diffsparse.kernels.call import GATHERED, SKIP, TAIL
 from diffsparse.kernels.checks import choose_backend
 from diffsparse.kernels.clock import samples_ms, timing
 from diffsparse.kernels.dense import DENSE_KERNELS, dense_attention, race_dense
+from diffsparse.kernels.random_rows import random_rows
 from diffsparse.layout import BlockLayout
 from diffsparse.order import AxisOrder, RasterOrder
 

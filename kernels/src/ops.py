@@ -19,10 +19,10 @@ from diffsparse.layout import unpack
 __all__ = ["sparse_attention_op"]
 
 _MODULES = {
-    "reference": "diffsparse.kernels.reference",
-    "cpu": "diffsparse.kernels.cpu",
-    "triton": "diffsparse.kernels.triton_fwd",
-    "gluon_sm90": "diffsparse.kernels.gluon_sm90",
+    "reference": "diffsparse.kernels.backends.reference.forward",
+    "cpu": "diffsparse.kernels.backends.cpu.forward",
+    "triton": "diffsparse.kernels.backends.triton.host",
+    "gluon_sm90": "diffsparse.kernels.backends.gluon_sm90.host",
 }
 _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor gather, Tensor scatter, Tensor block_start, Tensor head_order, "
@@ -35,7 +35,7 @@ _SCHEMA = (
 
 def _lists(call: AttentionCall) -> torch.Tensor:
     if call.col_idx.is_cuda:
-        from diffsparse.kernels.unpack import unpack_lists
+        from diffsparse.kernels.backends.triton.unpack import unpack_lists
 
         return unpack_lists(call, call.col_idx)  # type: ignore[no-any-return]
     return unpack(call.col_idx, call.block_start, call.head_order, call.block_size, call.text_before, call.num_visual)

@@ -33,7 +33,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     listed = _run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT)
     for name in filter(None, listed.split("\0")):
         origin = ROOT / name
-        if name.startswith(("examples/", "benchmarks/", "tests/")) or not (origin.is_symlink() or origin.is_file()):
+        if name.startswith(("examples/", "tests/")) or not (origin.is_symlink() or origin.is_file()):
             continue
         target = tree / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path, source: Path) -> 
     assert wheel.name.endswith("-py3-none-any.whl")
     assert {
         "diffsparse/py.typed",
-        "diffsparse/kernels/cpu_compiled.c",
+        "diffsparse/kernels/backends/cpu/attend.c",
         "diffsparse/search/inspector.html",
         f"{info}/licenses/LICENSE",
         f"{info}/entry_points.txt",
@@ -98,6 +98,17 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path, source: Path) -> 
         folder = source / room / "src"
         expected |= {f"diffsparse/{room}/{path.relative_to(folder)}" for path in folder.rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == expected
+
+
+def test_wheel_holds_every_backend_and_no_benchmark(wheel: Path, source: Path) -> None:
+    backends = {path.name for path in (source / "kernels" / "src" / "backends").iterdir() if path.is_dir()}
+    assert {"reference", "cpu", "triton", "gluon_sm90"} <= backends
+    library = {path.stem for path in (source / "benchmarks" / "library").glob("*.py")} - {"__init__"}
+    assert library, "the sources have benchmarks, so that the wheel could have them too"
+    with zipfile.ZipFile(wheel) as archive:
+        kernels = [name.split("/")[2:] for name in archive.namelist() if name.startswith("diffsparse/kernels/")]
+    assert {parts[1] for parts in kernels if len(parts) > 2 and parts[0] == "backends"} >= backends
+    assert not library & {parts[-1].removesuffix(".py") for parts in kernels}
 
 
 def test_sdist_builds_alone(built: Path) -> None:

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 
 from diffsparse.entry import Execution, HeadEntry
 from diffsparse.grid import TokenGrid
-from diffsparse.kernels import cpu_compiled, reference_attention
-from diffsparse.kernels.compiler import compiled_library
+from diffsparse.kernels import reference_attention
+from diffsparse.kernels.backends.cpu import compiled
+from diffsparse.kernels.backends.cpu.compiler import compiled_library
 from diffsparse.layout import BlockLayout, build_layout
 from diffsparse.order import AxisOrder, CurveOrder, PhaseOrder, RasterOrder, TileOrder, TokenOrder
 
@@ -129,7 +130,7 @@ def cannot_compile() -> str | None:
     """Why the CPU backend has no compiled code on this machine, or None."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return "compiled code is for AVX-512"
-    return None if compiled_library(cpu_compiled._SOURCE) is not None else "no C compiler"
+    return None if compiled_library(compiled._SOURCE) is not None else "no C compiler"
 
 
 def with_wide_queries(q: torch.Tensor) -> torch.Tensor:
@@ -137,9 +138,9 @@ def with_wide_queries(q: torch.Tensor) -> torch.Tensor:
 
     None of them is in the sample from which heads are told.
     """
-    from diffsparse.kernels import gluon_range  # needs Triton
+    from diffsparse.kernels.backends.gluon_sm90 import wide  # needs Triton
 
     q, seq = q.clone(), q.shape[1]
-    sampled = {i * seq // gluon_range.SAMPLE for i in range(gluon_range.SAMPLE)}
+    sampled = {i * seq // wide.SAMPLE for i in range(wide.SAMPLE)}
     q[:, [t for t in range(300, seq, 61) if t not in sampled]] *= 200
     return q

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from diffsparse.grid import TokenGrid
+from diffsparse.kernels.backends.triton.host import choose_config, launch, some_partial
+from diffsparse.kernels.backends.triton.prepare import summaries, variance_dtype
 from diffsparse.kernels.call import make_call
-from diffsparse.kernels.triton_fwd import choose_config, launch, some_partial
-from diffsparse.kernels.triton_prepare import summaries, variance_dtype
 from diffsparse.order import TileOrder
 from tests.kernels.cases import head, inputs, random_layout
 
@@ -67,9 +67,9 @@ def assembled(ptx: str) -> dict[str, int | bool]:
 def compile_gluon(slow: bool) -> None:
     import triton
 
-    from diffsparse.kernels import gluon_prepare, gluon_quantize, gluon_range, gluon_sm90
+    from diffsparse.kernels.backends.gluon_sm90 import host, prepare, quantize, wide
 
-    gluon_sm90.TWO_PASSES = 0
+    host.TWO_PASSES = 0
     grid = TokenGrid(2, 16, 16, text_after=70)
     cases = [(128, 128, torch.bfloat16, "none", False, "auto")]
     if slow:
@@ -87,8 +87,8 @@ def compile_gluon(slow: bool) -> None:
         means = (mean, mean, mean[:, :, 0].to(variance_dtype(dtype))) if call.has_tail else None
         bias = torch.empty(heads * call.num_blocks, 2 * call.num_blocks, dtype=torch.float16)
         out, lse = torch.empty_like(call.q), torch.empty(batch, seq, heads)
-        config = gluon_sm90.choose_config(block, dim, numerics)
-        for kernel in gluon_sm90.launch(call, numerics, config, out, lse, means, bias, warmup=True):
+        config = host.choose_config(block, dim, numerics)
+        for kernel in host.launch(call, numerics, config, out, lse, means, bias, warmup=True):
             found = {
                 "case": f"{dim}-{block}-{str(dtype)[6:]}-{tail}-{numerics}",
                 "triton": triton.__version__,
@@ -99,17 +99,17 @@ def compile_gluon(slow: bool) -> None:
             }
             print(json.dumps(found), flush=True)
         if dtype == torch.bfloat16 and numerics == "auto":
-            work = gluon_prepare.work_list(call, heads)
-            sampled = gluon_range.mark_wide_heads(call, work, torch.empty(9, dtype=torch.int32), heads, warmup=True)
+            work = prepare.work_list(call, heads)
+            sampled = wide.mark_wide_heads(call, work, torch.empty(9, dtype=torch.int32), heads, warmup=True)
             assert sampled.metadata.shared <= 227 << 10 and not assembled(sampled.asm["ptx"])["spill_bytes"]
         if call.needs_gather and numerics == "auto":
             copies = [torch.empty(batch, heads, seq, dim, dtype=dtype)] * 3
             for summed in (None, means) if means else (None,):
-                moved = gluon_prepare.reorder(call, copies, 0, heads, summed, warmup=True)
+                moved = prepare.reorder(call, copies, 0, heads, summed, warmup=True)
                 assert moved.metadata.shared <= 49152 and assembled(moved.asm["ptx"])["spill_bytes"] < 256
         if numerics != "auto":
             # Only whether they compile, and use the matrix units for the rotation.
-            small = gluon_quantize.quantize(call, numerics, means and means[:2], warmup=True)
+            small = quantize.quantize(call, numerics, means and means[:2], warmup=True)
             assert [k.metadata.name for k in small[2:]] == ["_quantize_kernel", "_quantize_means_kernel"][
                 : len(small) - 2
             ]

@@ -11,7 +11,8 @@ import torch
 from diffsparse.entry import NUMERICS as NAMES
 from diffsparse.entry import TAILS
 from diffsparse.grid import TokenGrid
-from diffsparse.kernels import gluon_quantize, reference_attention
+from diffsparse.kernels import reference_attention
+from diffsparse.kernels.backends.gluon_sm90 import quantize
 from diffsparse.kernels.call import TAIL, AttentionCall, make_call
 from diffsparse.order import AxisOrder, TileOrder
 from tests.kernels import gluon_emulator
@@ -92,17 +93,17 @@ FAULTS = (
 
 def quantized(
     call: AttentionCall, numerics: str, means: tuple[torch.Tensor, torch.Tensor] | None = None
-) -> gluon_quantize.Quantized:
-    """As ``gluon_quantize.quantize``, block by block in plain torch (Triton's interpreter rounds to fp8 wrongly).
+) -> quantize.Quantized:
+    """As ``quantize.quantize``, block by block in plain torch (Triton's interpreter rounds to fp8 wrongly).
 
     Of heads that run in other numerics nothing is made.
     """
     k_mean, v_mean = (x.float().mean(1) for x in (call.k, call.v))
     v_scale = (call.v.float() - v_mean[:, None]).abs().amax(1) / 448.0
     block, dim = call.block_size, call.q.shape[3]
-    turn = gluon_quantize.rotation(dim, torch.float32, call.q.device)
+    turn = quantize.rotation(dim, torch.float32, call.q.device)
     whole = dict(k_mean=k_mean, v_mean=v_mean, v_scale=v_scale, turned_mean=k_mean @ turn)
-    out = replace(gluon_quantize.empty_quantized(call, numerics), **whole)
+    out = replace(quantize.empty_quantized(call, numerics), **whole)
     largest = 448.0 if numerics == "fp8" else 127.0
     q8, k8, v8 = (x.transpose(1, 2) for x in (out.q, out.k, out.v))
 
@@ -117,7 +118,7 @@ def quantized(
         put(k.float() - k_mean[b, h], k8, out.k_scale, b, h, i)
         padded = torch.zeros(block, dim)
         padded[: len(v)] = (v.float() - v_mean[b, h]) / v_scale[b, h]
-        v8[b, h, i * dim : (i + 1) * dim] = padded[gluon_quantize.value_order(block)].T.to(v8.dtype)
+        v8[b, h, i * dim : (i + 1) * dim] = padded[quantize.value_order(block)].T.to(v8.dtype)
 
     kinds, n = call.head_kinds().tolist(), call.num_blocks
     for b, h in product(range(call.q.shape[0]), range(call.q.shape[2])):
@@ -141,8 +142,8 @@ def dequantized(call: AttentionCall, numerics: str) -> list[torch.Tensor]:
     """q, k and v as they are once they have been rounded to 8 bits, keys without their mean: what the kernel gets."""
     small = quantized(call, numerics)
     block, dim = call.block_size, call.q.shape[3]
-    turn = gluon_quantize.rotation(dim, torch.float32, call.q.device) / dim**0.5
-    back = gluon_quantize.value_order(block).argsort()
+    turn = quantize.rotation(dim, torch.float32, call.q.device) / dim**0.5
+    back = quantize.value_order(block).argsort()
     found = [x.float().clone() for x in (call.q, call.k, call.v)]
     for b, h in product(range(call.q.shape[0]), range(call.q.shape[2])):
         order = int(call.head_order[h])
@@ -238,7 +239,7 @@ def check_quantize_kernel() -> None:
     v[:, 2::2] = -v[:, 1:-1:2]
     v[:, -1] = -448.0 - v[:, 1:-1].sum(1)
     call = make_call(q, k, v, layout, numerics="int8")
-    got, want = gluon_quantize.quantize(call, "int8"), quantized(call, "int8")
+    got, want = quantize.quantize(call, "int8"), quantized(call, "int8")
     for name in ("q_scale", "k_scale", "v_scale", "k_mean", "v_mean", "turned_mean"):
         torch.testing.assert_close(getattr(got, name), getattr(want, name), msg=name)
     for name in ("q", "k"):

@@ -336,25 +336,27 @@ def _four_fp8(*bits: torch.Tensor) -> torch.Tensor:
     return whole.to(torch.uint8).view(torch.float8_e4m3fn)
 
 
+_PACKAGE = "diffsparse.kernels.backends.gluon_sm90"
 #: The kernel's modules, in the order in which they import one another, and what of each looks into bits or is assembly.
 _MODULES: dict[str, dict[str, Any]] = {
-    "gluon_parts": {},
-    "gluon_eight": {
+    "parts": {},
+    "eight": {
         "_as_float": lambda x: x.float() + 12582912.0,
         "_four_fp8": _four_fp8,
         "ones": lambda block: Shared(torch.ones(8, block).to(torch.float8_e4m3fn)),
         "_unpacked": lambda x: x.reshape(64, -1),
     },
-    "gluon_sm90": {
+    "device": {
         "_cut": lambda p: (p.view(torch.int32) & -65536).view(torch.float32),
         "_pairs": lambda p, dtype: p.to(dtype),
         "_operand": lambda p, dtype, layout: p,
     },
+    "host": {},
 }
 
 
 def load_emulated(multiprocessors: int, edit: tuple[str, str] | None = None) -> types.ModuleType:
-    """The Hopper kernel's module, with Gluon put in by emulation, on a GPU of so many multiprocessors.
+    """The module that launches the Hopper kernel, with Gluon put in by emulation, on a GPU of so many multiprocessors.
 
     ``edit``: a piece of its text and what to put there, to see whether a fault is noticed.
     """
@@ -376,16 +378,16 @@ def load_emulated(multiprocessors: int, edit: tuple[str, str] | None = None) -> 
     compat.tensor_descriptor = lambda x, shape, strides, box: Descriptor(x, box)  # type: ignore[attr-defined]
     experimental = types.ModuleType("emulated_experimental")
     experimental.gluon = gluon  # type: ignore[attr-defined]
-    modules = {f"diffsparse.kernels.{name}": types.ModuleType(f"emulated_{name}") for name in _MODULES}
+    modules = {f"{_PACKAGE}.{name}": types.ModuleType(f"emulated_{name}") for name in _MODULES}
     stand_ins = {
         "triton.experimental": experimental,
         "triton.experimental.gluon": gluon,
         "triton.experimental.gluon.language": gl,
         "triton.experimental.gluon.language.nvidia.hopper": hopper,
-        "diffsparse.kernels.gluon_compat": compat,
+        f"{_PACKAGE}.compat": compat,
         **modules,
     }
-    folder = Path(__file__).resolve().parents[2] / "kernels" / "src"
+    folder = Path(__file__).resolve().parents[2] / "kernels" / "src" / "backends" / "gluon_sm90"
     sources = {name: (folder / f"{name}.py").read_text("utf-8") for name in _MODULES}
     if edit is not None:
         count = sum(source.count(edit[0]) for source in sources.values())

@@ -11,8 +11,8 @@ import torch
 
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels import reference_attention
+from diffsparse.kernels.backends.triton.host import Config, launch
 from diffsparse.kernels.call import AttentionCall, make_call
-from diffsparse.kernels.triton_fwd import Config, launch
 from diffsparse.layout import BlockLayout
 from diffsparse.order import AxisOrder, TileOrder
 from tests.kernels.apart import case, finish
@@ -35,7 +35,7 @@ SLOW = [
 
 def check_work_list(call: AttentionCall, layout: BlockLayout, group: int) -> None:
     """Every tile once, group by group, longest first, with what the layout says of it."""
-    from diffsparse.kernels.gluon_prepare import work_list
+    from diffsparse.kernels.backends.gluon_sm90.prepare import work_list
 
     n, block, grid = layout.max_blocks, layout.block_size, layout.grid
     heads = layout.num_heads
@@ -69,8 +69,8 @@ def check_work_list(call: AttentionCall, layout: BlockLayout, group: int) -> Non
 
 def check_preparations() -> None:
     """What the Hopper kernel is given beside q, k and v, against plain torch."""
-    from diffsparse.kernels.gluon_prepare import head_kinds, reorder, tail_bias
-    from diffsparse.kernels.triton_prepare import summaries
+    from diffsparse.kernels.backends.gluon_sm90.prepare import head_kinds, reorder, tail_bias
+    from diffsparse.kernels.backends.triton.prepare import summaries
 
     grid, block = TokenGrid(2, 9, 15, text_before=70, text_after=20), 64
     entries = [
@@ -130,8 +130,8 @@ def check_preparations() -> None:
 
 def check_sample() -> None:
     """Of heads that have wide logits every tile is marked, item by item, and of the others none."""
-    from diffsparse.kernels.gluon_prepare import work_list
-    from diffsparse.kernels.gluon_range import SAMPLE, WIDE, mark_wide_heads
+    from diffsparse.kernels.backends.gluon_sm90.prepare import work_list
+    from diffsparse.kernels.backends.gluon_sm90.wide import SAMPLE, WIDE, mark_wide_heads
 
     for grid, dim, heads, block in ((TokenGrid(2, 9, 15, text_after=20), 24, 4, 64), (TokenGrid(1, 5, 9), 64, 3, 128)):
         layout = random_layout(grid, [head()] * heads, block, 0.3)
@@ -159,8 +159,8 @@ def check_sample() -> None:
 
 def check_unpacking() -> None:
     """Lists made from bits, against those that the layout was built with."""
-    from diffsparse.kernels.gluon_prepare import work_list
-    from diffsparse.kernels.unpack import unpack_lists
+    from diffsparse.kernels.backends.gluon_sm90.prepare import work_list
+    from diffsparse.kernels.backends.triton.unpack import unpack_lists
 
     entries = [head(), head(TileOrder(1, 8, 8)), head(mode="skip"), head(AxisOrder("WHF"))]
     for grid, density, width in (

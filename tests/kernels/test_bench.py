@@ -15,14 +15,15 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.library.cases import CASES, cases, uniform_case, with_outliers
+from benchmarks.library.measure import OK, Row, bench_case, executed
+from benchmarks.library.peers import PEERS, BlockLists, Inputs, Peer, Prepared, block_lists, cannot_express
+from benchmarks.library.sampled import sampled_error
 from diffsparse.entry import Execution, HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels import reference_attention, sparse_attention
-from diffsparse.kernels.bench import OK, Row, bench_case, executed
-from diffsparse.kernels.bench_cases import CASES, cases, random_rows, uniform_case, with_outliers
 from diffsparse.kernels.clock import samples_ms, timing
-from diffsparse.kernels.peers import PEERS, BlockLists, Inputs, Peer, Prepared, block_lists, cannot_express
-from diffsparse.kernels.sampled import sampled_error
+from diffsparse.kernels.random_rows import random_rows
 from diffsparse.layout import BlockLayout
 from diffsparse.order import CurveOrder, TileOrder
 from tests.kernels.cases import MIXED, head, inputs, random_layout

@@ -12,7 +12,6 @@ import torch
 
 from diffsparse.entry import TAILS
 from diffsparse.grid import TokenGrid
-from diffsparse.kernels.bench_cases import random_rows
 from diffsparse.kernels.break_even import (
     FORMAT,
     BreakEvenTable,
@@ -23,6 +22,7 @@ from diffsparse.kernels.break_even import (
     save_local,
 )
 from diffsparse.kernels.break_even import _read as read
+from diffsparse.kernels.random_rows import random_rows
 from diffsparse.order import AxisOrder
 from tests.kernels.cases import head
 

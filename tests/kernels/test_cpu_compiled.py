@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from diffsparse.grid import TokenGrid
-from diffsparse.kernels import compiler, cpu_compiled, reference_attention, sparse_attention
-from diffsparse.kernels.compiler import SWITCH, compiled_library, find_compiler
-from diffsparse.kernels.workers import on_workers
+from diffsparse.kernels import reference_attention, sparse_attention
+from diffsparse.kernels.backends.cpu import compiled as cpu_compiled
+from diffsparse.kernels.backends.cpu import compiler
+from diffsparse.kernels.backends.cpu.compiler import SWITCH, compiled_library, find_compiler
+from diffsparse.kernels.backends.cpu.workers import on_workers
 from tests.kernels.cases import MIXED, cannot_compile, inputs, random_layout
 
 needs_compiler = pytest.mark.skipif(cannot_compile() is not None, reason=str(cannot_compile()))

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from diffsparse.grid import TokenGrid
-from diffsparse.kernels import cpu_rows, reference_attention, sparse_attention
+from diffsparse.kernels import reference_attention, sparse_attention
+from diffsparse.kernels.backends.cpu import rows as cpu_rows
 from tests.kernels.cases import head, inputs, random_layout
 
 GRID = TokenGrid(2, 9, 13)

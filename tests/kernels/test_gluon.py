@@ -68,7 +68,7 @@ def test_compiles_with_triton_3_6(repo_root: Path, tmp_path: Path) -> None:
 
 def test_small_calls_take_one_pass() -> None:
     """And so does what has not the range for the first of two."""
-    from diffsparse.kernels.gluon_sm90 import passes_of
+    from diffsparse.kernels.backends.gluon_sm90.host import passes_of
 
     def passes(tokens: int, dtype: torch.dtype = torch.bfloat16, numerics: str = "auto", batch: int = 1) -> int:
         return len(passes_of(torch.empty(batch, tokens, 24, 128, dtype=dtype, device="meta"), numerics))

@@ -38,9 +38,9 @@ BACKENDS = ("triton", pytest.param("gluon_sm90", marks=HOPPER))
 @pytest.fixture
 def two_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the Hopper kernel in bf16, however small a call is."""
-    from diffsparse.kernels import gluon_sm90
+    from diffsparse.kernels.backends.gluon_sm90 import host
 
-    monkeypatch.setattr(gluon_sm90, "TWO_PASSES", 0)
+    monkeypatch.setattr(host, "TWO_PASSES", 0)
 
 
 def names(values: object) -> str:
@@ -108,14 +108,14 @@ def test_logits_of_any_width(dim: int, block_size: int, backend: str) -> None:
 @HOPPER
 @pytest.mark.parametrize("block_size", [64, 128])
 def test_one_pass_or_two(block_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from diffsparse.kernels import gluon_sm90
+    from diffsparse.kernels.backends.gluon_sm90 import host
 
     grid = TokenGrid(3, 13, 11, text_after=20)
     layout = random_layout(grid, MIXED, block_size, 0.4, diagonal=True).to("cuda")
     q, k, v = inputs(grid, len(MIXED), 128, dtype=torch.bfloat16, device="cuda")
     found = []
     for least in (0, 1 << 62):
-        monkeypatch.setattr(gluon_sm90, "TWO_PASSES", least)
+        monkeypatch.setattr(host, "TWO_PASSES", least)
         found.append(sparse_attention(q, k, v, layout, backend="gluon_sm90", return_lse=True))
         assert_like_torch(*found[-1], q, k, v, layout)
     assert not torch.equal(found[0][0], found[1][0])
@@ -167,7 +167,7 @@ def test_strides_as_models_have_them(backend: str) -> None:
 
 def test_tiles_fed_by_descriptors_and_by_pointers_agree() -> None:
 
-    from diffsparse.kernels.triton_fwd import _device_limits, choose_config, launch
+    from diffsparse.kernels.backends.triton.host import _device_limits, choose_config, launch
 
     grid = TokenGrid(3, 16, 16, text_after=50)
     layout = random_layout(grid, MIXED, 128, 0.3, diagonal=True).to("cuda")
@@ -195,7 +195,7 @@ def test_runs_are_bitwise_equal_and_items_independent(backend: str) -> None:
 
 
 def test_summaries_and_bits() -> None:
-    from diffsparse.kernels.triton_prepare import kept_bits, summaries
+    from diffsparse.kernels.backends.triton.prepare import kept_bits, summaries
 
     grid = TokenGrid(3, 16, 16)
     entries = [head(tail="moments")] * 2

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from diffsparse.entry import TAILS
 from diffsparse.grid import TokenGrid
-from diffsparse.kernels import cpu, cpu_compiled, merge_attention, reference_attention, sparse_attention
+from diffsparse.kernels import merge_attention, reference_attention, sparse_attention
+from diffsparse.kernels.backends.cpu import compiled as cpu_compiled
+from diffsparse.kernels.backends.cpu import forward as cpu_forward
 from diffsparse.layout import BlockLayout, build_layout
 from diffsparse.order import TileOrder
 from tests.kernels.cases import MIXED, ORDERS, assert_like_torch, cannot_compile, head, inputs, random_layout, rms
@@ -49,7 +51,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param != "compiled":
         monkeypatch.setattr(cpu_compiled, "can_attend", lambda call: False)
         if request.param == "by heads":
-            monkeypatch.setattr(cpu, "_divide_well", lambda jobs, kept, threads: threads > 1)
+            monkeypatch.setattr(cpu_forward, "_divide_well", lambda jobs, kept, threads: threads > 1)
     elif why := cannot_compile():
         pytest.skip(why)
     return str(request.param)
@@ -222,7 +224,7 @@ def test_cpu_is_faster_than_dense() -> None:
     """The tiny model's shapes, interleaved runs."""
     import time
 
-    from diffsparse.kernels.bench import random_rows
+    from diffsparse.kernels.random_rows import random_rows
 
     grid = TokenGrid(5, 32, 32)
     q, k, v = inputs(grid, 4, 64)

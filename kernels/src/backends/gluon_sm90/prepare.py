@@ -11,8 +11,8 @@ import triton.language as tl
 from torch.utils.weak import WeakIdKeyDictionary
 
 from diffsparse.entry import NUMERICS
+from diffsparse.kernels.backends.triton.prepare import store_summary, summary_warps, tokens_of
 from diffsparse.kernels.call import AttentionCall
-from diffsparse.kernels.triton_prepare import store_summary, summary_warps, tokens_of
 from diffsparse.layout import unpack_bits
 
 __all__ = ["head_kinds", "reorder", "tail_bias", "text_blocks", "work_list"]
@@ -263,7 +263,7 @@ def reorder(
 
     ``copies``: three tensors ``[B, group, S, D]``, written from their first head on. Heads that read the sequence in
     the model's order are left as they are, and so are those that run in 8 bits. ``means``: as
-    :func:`triton_prepare.summaries` makes them; those of the heads in question are written, but for centroids.
+    :func:`triton.prepare.summaries` makes them; those of the heads in question are written, but for centroids.
     """
     batch, seq, num_heads, dim = call.q.shape
     columns = triton.next_power_of_2(dim)

@@ -1,4 +1,4 @@
-"""The CPU backend's rows in compiled code (``cpu_compiled.c``): no gathers, no padding of rows, logits never in memory.
+"""The CPU backend's rows in compiled code (``attend.c``): no gathers, no padding of rows, logits never in memory.
 
 Keys, values and queries are laid out by torch as for the uncompiled way; rows are attended by a function that every
 thread runs until all rows are taken. A row is always attended by one thread in one order, so that results do not
@@ -14,15 +14,15 @@ from pathlib import Path
 
 import torch
 
+from diffsparse.kernels.backends.cpu.compiler import compiled_library
+from diffsparse.kernels.backends.cpu.rows import HeadRows, closed_keys
+from diffsparse.kernels.backends.cpu.table import Workspace, fill_table
+from diffsparse.kernels.backends.cpu.workers import on_workers
 from diffsparse.kernels.call import AttentionCall
-from diffsparse.kernels.compiler import compiled_library
-from diffsparse.kernels.cpu_rows import HeadRows, closed_keys
-from diffsparse.kernels.cpu_table import Workspace, fill_table
-from diffsparse.kernels.workers import on_workers
 
 __all__ = ["attend", "can_attend"]
 
-_SOURCE = Path(__file__).with_name("cpu_compiled.c")
+_SOURCE = Path(__file__).with_name("attend.c")
 _QUERIES = 64  # as in the source, and MAX_DIM and STRIP
 _MAX_DIM = 256
 _DIM_STEP = 4

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 
 from diffsparse.entry import NUMERICS
+from diffsparse.kernels.backends.gluon_sm90.prepare import head_kinds
 from diffsparse.kernels.call import AttentionCall
-from diffsparse.kernels.gluon_prepare import head_kinds
 
 __all__ = ["Quantized", "empty_quantized", "quantize", "rotation", "value_order"]
 

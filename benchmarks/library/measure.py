@@ -12,18 +12,18 @@ from functools import partial
 
 import torch
 
+from benchmarks.library.cases import Case, Setting, with_outliers
+from benchmarks.library.peers import PEERS, Inputs, Prepared, block_lists, cannot_express, cannot_run_peer
+from benchmarks.library.sampled import sampled_error, tolerance
 from diffsparse.entry import HeadEntry
 from diffsparse.kernels.api import sparse_attention
-from diffsparse.kernels.bench_cases import Case, Setting, random_rows, with_outliers
 from diffsparse.kernels.call import BACKENDS
 from diffsparse.kernels.checks import check
 from diffsparse.kernels.clock import samples_ms, timing
 from diffsparse.kernels.dense import DENSE_KERNELS, cannot_run_dense, dense_attention
-from diffsparse.kernels.peers import PEERS, Inputs, Prepared, block_lists, cannot_express, cannot_run_peer
-from diffsparse.kernels.sampled import sampled_error, tolerance
 from diffsparse.layout import BlockLayout, build_layout
 
-__all__ = ["OK", "TIMED_BACKENDS", "Executed", "Row", "bench_case", "describe", "executed", "random_rows"]
+__all__ = ["OK", "TIMED_BACKENDS", "Executed", "Row", "bench_case", "describe", "executed"]
 
 OK = "ok"
 #: ``reference`` defines what is right and is not made for speed.

@@ -33,7 +33,7 @@ def sums_layout():
 @gluon.jit
 def tile_of(work, t, tiles, total_tiles, PASS: gl.constexpr):
     """What tile ``t`` of the work list is: item, head, head in its group, query block, its order, its borders, its
-    list, how much of it is plain, its head's tail and how its tokens are reached. See `gluon_prepare.work_list`.
+    list, how much of it is plain, its head's tail and how its tokens are reached. See `prepare.work_list`.
 
     In the first ``PASS`` a tile that is marked (see `mark`) is empty; in the second it is the ``t``-th that is marked.
     """

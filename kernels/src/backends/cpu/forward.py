@@ -1,4 +1,4 @@
-"""The CPU backend: compiled code where there is a compiler for it (``cpu_compiled``), else torch's operators, as here.
+"""The CPU backend: compiled code where there is a compiler for it (``compiled``), else torch's operators, as here.
 
 A few rows' kept blocks are gathered, multiplied, put through a softmax and multiplied again. Query blocks are taken in
 chunks small enough for their logits to stay in cache, rows with similar numbers of kept blocks together. A tail needs
@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 
 from diffsparse.entry import TAILS
-from diffsparse.kernels import cpu_compiled
+from diffsparse.kernels.backends.cpu import compiled as compiled_code
+from diffsparse.kernels.backends.cpu.rows import HeadRows, closed_keys, head_rows
+from diffsparse.kernels.backends.cpu.table import Workspace, fill_table
+from diffsparse.kernels.backends.cpu.workers import on_workers
 from diffsparse.kernels.call import SKIP, TAIL, AttentionCall
-from diffsparse.kernels.cpu_rows import HeadRows, closed_keys, head_rows
-from diffsparse.kernels.cpu_table import Workspace, fill_table
-from diffsparse.kernels.workers import on_workers
 
 __all__ = ["run"]
 
@@ -40,7 +40,7 @@ def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     full = [kept[h] == real[order_of[h]] ** 2 and not modes[h][SKIP] for h in range(heads)]
     if all(full) and not call.return_lse:
         return _dense(call, call.q, call.k, call.v), lse
-    compiled = cpu_compiled.can_attend(call)
+    compiled = compiled_code.can_attend(call)
     dense, todo = [], []
     for h in range(heads):
         if modes[h][SKIP]:
@@ -56,7 +56,7 @@ def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     workers = threads if not compiled and _divide_well(batch * len(todo), kept_keys, threads) else 1
     listed = [(h, head_rows(call, h, order_of[h], TAILS[modes[h][TAIL]], threads // workers)) for h in todo]
     if compiled:
-        cpu_compiled.attend(call, listed, out, lse)
+        compiled_code.attend(call, listed, out, lse)
     else:
         # What takes longest is taken first, from the end.
         jobs = sorted(((b, h, rows) for h, rows in listed for b in range(batch)), key=lambda job: job[2].work)

@@ -49,8 +49,8 @@ def mark_wide_heads(
 ) -> Any:
     """Mark all tiles of heads that have wide logits, which then are attended in the second pass only.
 
-    ``records``: those of the work list (`gluon_prepare.work_list`) of heads that run together, ``tiles`` in all for
-    each item of the batch. ``marked``: see `gluon_parts.mark`.
+    ``records``: those of the work list (`prepare.work_list`) of heads that run together, ``tiles`` in all for
+    each item of the batch. ``marked``: see `parts.mark`.
     """
     batch, seq, _, dim = call.q.shape
     n = call.num_blocks

@@ -16,8 +16,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from diffsparse.kernels.gluon_compat import copy_tile
-from diffsparse.kernels.gluon_parts import (
+from diffsparse.kernels.backends.gluon_sm90.compat import copy_tile
+from diffsparse.kernels.backends.gluon_sm90.parts import (
     checked,
     entry_of,
     next_slot,

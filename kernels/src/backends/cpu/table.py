@@ -6,8 +6,8 @@ import math
 
 import torch
 
+from diffsparse.kernels.backends.cpu.rows import HeadRows
 from diffsparse.kernels.call import AttentionCall
-from diffsparse.kernels.cpu_rows import HeadRows
 from diffsparse.kernels.summaries import summarize, summarize_halves
 
 __all__ = ["Workspace", "fill_table"]

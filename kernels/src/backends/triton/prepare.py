@@ -215,7 +215,7 @@ def summaries(call: AttentionCall, head_kinds: torch.Tensor | None = None, warmu
     Blocks of a head with the tail ``centroids`` have two means, those of other heads one, which comes first.
     Means are rounded to the inputs' dtype, as the keys and values they stand for have been: so the tail runs on the
     same matrix units, and a block of equal keys and values stays exact. Heads without a tail are left unwritten, and
-    never read; second means of blocks that have one are 0. So are heads that :func:`gluon_prepare.reorder` sums up,
+    never read; second means of blocks that have one are 0. So are heads that ``gluon_sm90.prepare.reorder`` sums up,
     where the call is given with its ``head_kinds``. With ``warmup`` only compile, and return the kernels.
     """
     k, v = call.k, call.v

@@ -1,0 +1,1 @@
+"""One folder a backend, with everything that is true of it."""

@@ -1,0 +1,1 @@
+"""The CPU: compiled C where there is a compiler, else torch's operators. Blocks that are dropped cost nothing."""

@@ -1,0 +1,1 @@
+"""Plain torch in fp32: slow, and what every backend should compute."""
