@@ -16,13 +16,13 @@ class Schedule:
     Intervals are closed above, so a level equal to a bound belongs to the lower interval.
 
     ``sparse_below``: steps at a higher level than this run dense.
-    ``dense_below``: steps at this level or below run dense again.
+    ``dense_below``: steps at this level or below run dense again; 0 means none, not even a last step at level 0.
     ``phase_bounds``: descending levels between phases; ``n`` bounds make ``n + 1`` phases.
     ``dense_layers``: names of layers that always run dense.
 
     >>> schedule = Schedule(sparse_below=0.9, phase_bounds=(0.5,))
-    >>> [schedule.phase(level) for level in (1.0, 0.9, 0.6, 0.5)]
-    [None, 0, 0, 1]
+    >>> [schedule.phase(level) for level in (1.0, 0.9, 0.6, 0.5, 0.0)]
+    [None, 0, 0, 1, 1]
     """
 
     sparse_below: float = 1.0
@@ -44,7 +44,8 @@ class Schedule:
 
     def phase(self, noise_level: float) -> int | None:
         """The phase of a step, or None where it runs dense."""
-        if noise_level > self.sparse_below or noise_level <= self.dense_below:
+        # Schedulers like Euler and DPM++ end with a step at level 0, which is a step like any other.
+        if noise_level > self.sparse_below or 0 < self.dense_below >= noise_level:
             return None
         return sum(noise_level <= bound for bound in self.phase_bounds)
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffsparse.codec import decode_entry, encode_entry
+from diffsparse.codec import decode_entry, decode_schedule, encode_entry
 from diffsparse.entry import Execution, HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.order import AxisOrder, RasterOrder, TileOrder
@@ -235,6 +235,14 @@ def test_presets_refuse_what_they_do_not_have():
 def test_schedule_intervals_are_closed_above():
     schedule = Schedule(sparse_below=0.8, dense_below=0.1, phase_bounds=(0.6, 0.3))
     assert schedule.phases([1.0, 0.81, 0.8, 0.61, 0.6, 0.3, 0.11, 0.1, 0.0]) == [None, None, 0, 0, 1, 2, 2, None, None]
+
+
+def test_a_last_step_at_level_zero_is_dense_only_where_the_schedule_says_so():
+    assert Schedule().phases([1.0, 0.0]) == [0, 0]
+    assert Schedule(phase_bounds=(0.5,)).phase(0.0) == 1
+    assert Schedule(dense_below=0.01).phases([0.02, 0.01, 0.0]) == [0, None, None]
+    old = decode_schedule({"sparse_below": 0.9, "dense_below": 0.0, "phase_bounds": [], "dense_layers": []})
+    assert old.phases([0.95, 0.5, 0.0]) == [None, 0, 0]
 
 
 @pytest.mark.parametrize(
