@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -31,6 +30,7 @@ from diffsparse.kernels.dense import DENSE_KERNELS, dense_attention, race_dense
 from diffsparse.kernels.random_rows import random_rows
 from diffsparse.layout import BlockLayout
 from diffsparse.order import AxisOrder, RasterOrder
+from diffsparse.saving import write_whole
 
 __all__ = ["BreakEvenTable", "device_name", "find_table", "local_file", "measure_break_even", "save_local"]
 
@@ -167,9 +167,7 @@ def save_local(table: BreakEvenTable, root: Path | None = None) -> Path:
     same = (table.backend, table.head_dim)
     kept = [t for t in _read(path) if (t.backend, t.head_dim) != same] if path.is_file() else []
     text = json.dumps({"format": FORMAT, "tables": [t.to_dict() for t in (*kept, table)]}, indent=1) + "\n"
-    scratch = path.with_suffix(f".{os.getpid()}.tmp")
-    scratch.write_text(text)
-    scratch.replace(path)
+    write_whole(path, text.encode())
     _read_cached.cache_clear()
     return path
 

@@ -8,11 +8,20 @@ from pathlib import Path
 
 import torch
 
-from diffsparse.kernels.break_even import DENSITIES, FORMAT, TOKENS, BreakEvenTable, measure_break_even, save_local
+from diffsparse.kernels.break_even import (
+    DENSITIES,
+    FORMAT,
+    TOKENS,
+    BreakEvenTable,
+    local_file,
+    measure_break_even,
+    save_local,
+)
 from diffsparse.layout import BLOCK_SIZES
+from diffsparse.saving import write_whole
 from diffsparse.search.columns import text_table
 from diffsparse.search.environment import stamp
-from diffsparse.search.errors import BadInput
+from diffsparse.search.errors import BadInput, writing
 
 __all__ = ["bench_break_even", "break_even_text"]
 
@@ -55,16 +64,25 @@ def bench_break_even(
         about={**stamp(device), "command": "diffsparse bench break-even"},
         say=say,
     )
-    if not out:
-        return table, save_local(table)
-    path = Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"format": FORMAT, "tables": [table.to_dict()]}, indent=1) + "\n")
-    return table, path
+    path = Path(out) if out else local_file(table.device)
+    try:
+        with writing(path):
+            if not out:
+                return table, save_local(table)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            content = json.dumps({"format": FORMAT, "tables": [table.to_dict()]}, indent=1) + "\n"
+            return table, write_whole(path, content.encode())
+    except BadInput:
+        say(_figures(table))  # minutes of measuring are not lost with the file
+        raise
 
 
 def break_even_text(table: BreakEvenTable, path: Path) -> str:
-    """For each length the density up to which sparse is faster, by tail."""
+    """For each length the density up to which sparse is faster, by tail; and the file."""
+    return f"{_figures(table)}\nwritten: {path}"
+
+
+def _figures(table: BreakEvenTable) -> str:
     tails = list(table.ratio)
     rows = [
         [f"{n:,}", *(f"{table.break_even(n, tail):.2f}" for tail in tails), f"{share:.2f}"]
@@ -76,4 +94,4 @@ def break_even_text(table: BreakEvenTable, path: Path) -> str:
     )
     header = ["tokens", *(f"tail {tail}" for tail in tails), "gather / dense"]
     grid = text_table(rows, header=header, right=range(len(header)))
-    return f"{head}\n\n{grid}\nwritten: {path}"
+    return f"{head}\n\n{grid}"

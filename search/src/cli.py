@@ -209,7 +209,6 @@ def search_command(
         precision = load.choose_dtype(dtype, place)
         folder = load.check_output(out)
         from diffsparse.search.search import SearchConfig, run_search, thoroughness
-        from diffsparse.search.store import StoreMismatch
 
         load.quiet_libraries()
         pipe = load.load_pipeline(model, device=place, dtype=precision)
@@ -229,10 +228,7 @@ def search_command(
             validation_prompts=validate,
             **thoroughness(place, trace_prompts, samples),
         )
-        try:
-            plan = run_search(pipe, found, config, folder, say=_say)
-        except StoreMismatch as error:
-            raise BadInput(str(error)) from None
+        plan = run_search(pipe, found, config, folder, say=_say)
         from diffsparse.search.measured import figures_beside
         from diffsparse.search.show import describe, grid_of, plan_table
 
@@ -306,7 +302,11 @@ def eval_command(
         if folder is not None:
             from diffsparse.search.report import write_report
 
-            data["files"] = [str(p) for p in write_report(folder, report, dense)]
+            try:
+                data["files"] = [str(p) for p in write_report(folder, report, dense)]
+            except BadInput:
+                answer(data, text)  # what was measured is not lost with the files
+                raise
             text += "\n\nwritten: " + ", ".join(data["files"])
         answer(data, text)
         if not report.passed:
@@ -566,6 +566,15 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         code = app(arguments, prog_name="diffsparse", standalone_mode=False)
     except BadInput as error:
         _stop(f"error: {error}", BAD_INPUT)
+    except OSError as error:
+        from diffsparse.saving import is_full
+
+        if not is_full(error):
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        _stop(
+            f"error: the disk is full: no room to write{where}; make room there, then run the command again", BAD_INPUT
+        )
     except _ClickException as error:
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "diffsparse"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,9 +29,7 @@ from diffsparse.search.options import (
     work_density,
 )
 
-__all__ = ["Candidate", "Composer", "strides", "target_levels"]
-
-log = logging.getLogger("diffsparse")
+__all__ = ["Candidate", "Composer", "distinct", "strides"]
 
 # On the small model the search stopped at four: a fifth no longer lowered the predicted error by PHASE_GAIN.
 MAX_PHASES = 6
@@ -55,22 +51,15 @@ def strides(levels: np.ndarray) -> np.ndarray:
     return -np.diff(levels, append=0.0)
 
 
-def target_levels(scheduler: Any, steps: int, traced: Sequence[float]) -> np.ndarray:
-    """Noise levels of a generation with ``steps`` steps, descending.
+def distinct(levels: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Steps of a generation from the noise levels of its model calls: each step's level, and its number of calls.
 
-    From a copy of the scheduler; where that needs more than the number of steps (a shift that depends on the
-    resolution), from the traced levels as a function of the share of steps done.
+    Calls that follow each other at one level are a step. A scheduler may call the model twice in most steps (Heun), and
+    guidance may do so in some.
     """
-    scheduler = copy.deepcopy(scheduler)
-    try:
-        scheduler.set_timesteps(steps)
-        levels = np.asarray(scheduler.timesteps, dtype=np.float64) / scheduler.config.num_train_timesteps
-        if len(levels) == steps and abs(levels[0] - traced[0]) < 0.05:
-            return levels
-    except (TypeError, ValueError, AttributeError) as error:
-        log.debug("noise levels are interpolated from the trace: %s", error)
-    n = len(traced)
-    return np.interp(np.arange(steps) / steps, np.arange(n + 1) / n, [*traced, 0.0])
+    every = np.asarray(levels, dtype=np.float64)
+    first = np.flatnonzero(np.abs(np.diff(every, prepend=np.inf)) > 1e-6)
+    return every[first], np.diff(first, append=len(every))
 
 
 class Measurements(Protocol):
@@ -131,13 +120,13 @@ class Composer:
 
     ``effects``: squared change of the guided output per squared error of a layer, ``[traced steps, layers]``.
     ``growth``: of a squared error from the latent where it is made to the final one, ``[traced steps]``. ``traced``:
-    noise levels of the traced steps.
+    noise levels of the traced steps. ``levels``: of every model call of the generation that the plan is for.
     """
 
     def __init__(
         self,
         search: Measurements,
-        scheduler: Any,
+        levels: Sequence[float],
         grid: TokenGrid,
         orders: Mapping[tuple[str, int], TokenOrder],
         costs: CostModel,
@@ -148,8 +137,8 @@ class Composer:
         self.search, self.config, self.grid, self.orders, self.costs = search, search.config, grid, orders, costs
         self.effects, self.growth = effects, growth
         self.layers, self.heads = search.layers, search.architecture.heads
-        self.steps = self.config.steps
-        self.levels = target_levels(scheduler, self.steps, traced)
+        self.levels, self.calls = distinct(levels)
+        self.steps = len(self.levels)
         # The traced step that stands for each step.
         self.bins = np.abs(self.levels[:, None] - np.array(traced)).argmin(1)
         # A step's error moves the final latent by this, times the root of the model's output error. Steps beside each
@@ -159,13 +148,17 @@ class Composer:
         self.wanted = float(share)
         self.blocks = len(search.table(grid, orders_for(grid, self.config.block_size)[0]).weight)
 
-    @property
-    def total(self) -> int:
-        return self.steps * len(self.layers) * self.heads
+    def head_calls(self, steps: slice = slice(None)) -> int:
+        """Calls of single heads in some of the steps."""
+        return int(self.calls[steps].sum()) * len(self.layers) * self.heads
 
     def room(self, dense: int) -> float:
         """What is left of the budget, in dense head calls, after the dense steps."""
-        return self.wanted * self.total - dense * len(self.layers) * self.heads
+        return self.wanted * self.head_calls() - self.head_calls(slice(dense))
+
+    def density(self, plan: SparsityPlan) -> float:
+        """Of the whole trajectory."""
+        return plan.trajectory_density(self.grid, np.repeat(self.levels, self.calls))
 
     def cost(self, option: Option, order: TokenOrder) -> float:
         """Of one head call, over a dense one: in time, or in work where a density is wanted."""
@@ -200,7 +193,7 @@ class Composer:
                     options, errors, prices = prune(options, partial(self.cost, order=table.order))
                     found.options.append(options)
                     found.errors.append(errors)
-                    found.prices.append(prices * len(members))
+                    found.prices.append(prices * int(self.calls[members].sum()))
                     found.scores.append(scores)
         return found
 
@@ -252,10 +245,10 @@ class Composer:
                 block_size=self.config.block_size,
                 architecture=self.search.architecture,
             )
-            excess = plan.trajectory_density(self.grid, self.levels) - (self.config.density or 1.0)
+            excess = self.density(plan) - (self.config.density or 1.0)
             if excess <= 0:
                 break
-            room = max(room - 1.5 * excess * self.total, sum(float(p.min()) for p in items.prices))
+            room = max(room - 1.5 * excess * self.head_calls(), sum(float(p.min()) for p in items.prices))
         plan.record["search"] = {
             "dense_steps": dense,
             "of_steps": self.steps,
@@ -265,7 +258,7 @@ class Composer:
             "predicted_by_dense_steps": {str(k): v for k, v in scan.items()},
             "growth": [float(v) for v in self.growth],
             "unstable_heads": sorted(f"{name}/{head}" for name, head in items.unstable),
-            "trajectory_density": plan.trajectory_density(self.grid, self.levels),
+            "trajectory_density": self.density(plan),
             "call_density": float(plan.call_densities(self.grid).mean()),
             "predicted_attention_time": self._attention_time(trial, items, result),
         }
@@ -302,10 +295,10 @@ class Composer:
 
     def _attention_time(self, trial: _Trial, items: _Items, result: Assignment) -> float:
         """Attention time of the whole trajectory over dense, by the measured costs."""
-        members = np.bincount(trial.phase_of, minlength=trial.phases)
-        spent = float(trial.dense * len(self.layers) * self.heads)
+        calls = np.bincount(trial.phase_of, self.calls[trial.dense :], minlength=trial.phases)
+        spent = float(self.head_calls(slice(trial.dense)))
         for i, (options, choice) in enumerate(zip(items.options, result.choice, strict=True)):
             layer, head = divmod(i // trial.phases, self.heads)
             order = self.orders[self.layers[layer], head]
-            spent += self._time(options[choice], order) * int(members[i % trial.phases])
-        return spent / self.total
+            spent += self._time(options[choice], order) * float(calls[i % trial.phases])
+        return spent / self.head_calls()

@@ -23,8 +23,9 @@ from diffsparse.entry import HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.order import TokenOrder
 from diffsparse.plan import SparsityPlan
+from diffsparse.saving import write_whole
 from diffsparse.schedule import Schedule
-from diffsparse.search.errors import BadInput
+from diffsparse.search.errors import BadInput, writing
 from diffsparse.search.explain import HeadForecaster, recorded_costs
 from diffsparse.search.measured import PooledAttention, fitting_attention
 from diffsparse.search.sheet import colour_ramp, heat_of, kept_share
@@ -63,12 +64,9 @@ def write_html(
         raise BadInput("the grid to show the plan on is not known; give --grid T,H,W, for example --grid 21,30,52")
     name = Path(folder).resolve().name if folder is not None else str(plan.record.get("preset", ""))
     page = inspector(plan, grid, fitting_attention(plan, grid, folder), phase=phase or 0, name=name)
-    try:
+    with writing(path, "--html"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page, "utf-8")
-    except OSError as error:
-        raise BadInput(f"cannot write {str(file)!r}: {error.strerror}; choose another --html") from None
-    return path
+        return write_whole(path, page.encode())
 
 
 def inspector(

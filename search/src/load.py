@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from diffsparse.codec import PlanError
 from diffsparse.plan import SparsityPlan
 from diffsparse.presets import PRESETS, conservative, preset
+from diffsparse.saving import is_full
 from diffsparse.search.columns import printable, shorten
-from diffsparse.search.errors import BadInput
+from diffsparse.search.errors import BadInput, DiskFull
 from diffsparse.search.signature import makes_videos, parameters
 
 if TYPE_CHECKING:
@@ -386,5 +387,7 @@ def check_output(path: str | os.PathLike[str]) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
+        if is_full(error):
+            raise DiskFull(path) from None
         raise BadInput(f"cannot write to {str(path)!r}: {error.strerror}; choose another --out") from None
     return folder

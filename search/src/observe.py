@@ -20,6 +20,7 @@ from diffsparse.kernels import sparse_attention
 from diffsparse.layout import BlockLayout
 from diffsparse.order import TokenOrder
 from diffsparse.pipelines import find_transformers, tap_attention
+from diffsparse.pipelines.context import CTX
 from diffsparse.search.call import call_pipeline
 from diffsparse.search.generate import GenerationSettings
 from diffsparse.search.score import BlockIndex, projection_roots, score_call
@@ -28,6 +29,7 @@ __all__ = [
     "Recording",
     "StepCounter",
     "Tracer",
+    "call_levels",
     "final_latents",
     "partial_error",
     "record",
@@ -278,11 +280,54 @@ def replaying(pipe: Any, recording: Recording, until: int) -> Iterator[None]:
             module.forward = wrap(forward)
         yield
     finally:
-        for module, own, _ in originals:
-            if own is None:
-                del module.forward
-            else:
-                module.forward = own
+        _put_back(originals)
+
+
+def call_levels(pipe: Any, prompt: str, seed: int, settings: GenerationSettings) -> list[float]:
+    """The noise level of every model call of a generation, in order.
+
+    The pipeline itself is asked, since only it knows which levels it runs: sigmas of its own, a shift that depends on
+    the size, schedulers that call the model twice in a step. The transformers are computed once for each shape of
+    their inputs, and that output stands for the others.
+    """
+    modules = list(find_transformers(pipe).values())
+    originals = [(m, m.__dict__.get("forward"), m.forward) for m in modules]
+    levels: list[float] = []
+    known: dict[Any, Any] = {}
+
+    def wrap(module: torch.nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            assert CTX.call is not None  # set by the hooks of the tap
+            levels.append(CTX.call.noise_level)
+            key = (module, _shapes((args, tuple(kwargs.items()))))
+            if key not in known:
+                known[key] = _clone(forward(*args, **kwargs))
+            return _clone(known[key])
+
+        return called
+
+    try:
+        for module, _, forward in originals:
+            module.forward = wrap(module, forward)
+        with tap_attention(pipe, lambda call: None):
+            final_latents(pipe, prompt, seed, settings)
+    finally:
+        _put_back(originals)
+    return levels
+
+
+def _shapes(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.shape
+    return tuple(_shapes(v) for v in value) if isinstance(value, (list, tuple)) else type(value)
+
+
+def _put_back(originals: list[tuple[torch.nn.Module, Any, Any]]) -> None:
+    for module, own, _ in originals:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
 
 
 def sparse_callback(layouts: Callable[[Any], BlockLayout | None]) -> Callable[[Any], torch.Tensor | None]:

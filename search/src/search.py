@@ -31,11 +31,20 @@ from diffsparse.search.columns import shorten
 from diffsparse.search.compose import Candidate, Composer, strides
 from diffsparse.search.cost import CostModel, measure_costs
 from diffsparse.search.environment import environment
-from diffsparse.search.errors import BadInput
+from diffsparse.search.errors import BadInput, writing
 from diffsparse.search.generate import MAX_SEED, GenerationSettings, generate_clip
 from diffsparse.search.load import sparse_backend
 from diffsparse.search.measured import HeadFigures, PooledAttention, plan_digest
-from diffsparse.search.observe import Recording, Tracer, final_latents, partial_error, record, replaying, step_effect
+from diffsparse.search.observe import (
+    Recording,
+    Tracer,
+    call_levels,
+    final_latents,
+    partial_error,
+    record,
+    replaying,
+    step_effect,
+)
 from diffsparse.search.options import (
     FamilyTable,
     HeadScores,
@@ -293,6 +302,14 @@ class _Search:
             self.recording = record(self.pipe, self.prompts[0], self.config.seed, settings, None)
         return self.recording
 
+    def call_levels(self) -> list[float]:
+        """The noise level of every model call of the generation that the plan is for."""
+        name = f"levels/{self.config.steps}"
+        if name not in self.store:
+            settings = self.config.settings(self.config.steps)
+            self.store.put_json(name, call_levels(self.pipe, self.prompts[0], self.config.seed, settings))
+        return [float(v) for v in self.store.get_json(name)]
+
     # -- validation ------------------------------------------------------------------------------------------------
 
     def validate(self, candidates: list[Candidate]) -> tuple[Candidate, dict[str, Any]]:
@@ -543,7 +560,7 @@ def _run(search: _Search, out: Path) -> SparsityPlan:
     effects = search.effects(reference, predicted)
     traced = [float(v) for v in store.get_json("trace/0/levels")]
     growth = search.amplification(reference, (effects * predicted).sum(1))
-    composer = Composer(search, search.pipe.scheduler, grid, orders, costs, effects, growth, traced)
+    composer = Composer(search, search.call_levels(), grid, orders, costs, effects, growth, traced)
     with search.bar(1, "assign") as bar:
         candidates = composer.candidates(config.candidates if config.validation_prompts else 1)
         bar.update()
@@ -560,11 +577,13 @@ def _run(search: _Search, out: Path) -> SparsityPlan:
     plan.record.update(about)
     about = plan.record["search"]
     say(
-        f"chosen: {about['dense_steps']} of {config.steps} steps dense, {about['phases']} phase(s), "
+        f"chosen: {about['dense_steps']} of {about['of_steps']} steps dense, {about['phases']} phase(s), "
         f"whole-trajectory density {about['trajectory_density']:.3f}"
     )
-    plan.save_pretrained(out)
-    _measured(search, chosen, grid, traced).save(out)
+    measured = _measured(search, chosen, grid, traced)
+    with writing(out, then="run the same command again: it goes on from what was measured"):
+        plan.save_pretrained(out)
+        measured.save(out)
     return plan
 
 

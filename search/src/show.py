@@ -205,6 +205,7 @@ def draw(
     phase: int | None = None,
 ) -> Path:
     """Write the sheet of every layer's and head's pattern as a PNG; over its measured attention where that is known."""
+    from diffsparse.search.report import write_picture
     from diffsparse.search.sheet import plan_sheet
 
     if grid is None:
@@ -215,9 +216,4 @@ def draw(
     path = Path(file)
     if path.suffix.lower() != ".png":
         raise BadInput(f"--png {str(file)!r}: the name must end in .png")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
-    except OSError as error:
-        raise BadInput(f"cannot write {str(file)!r}: {error.strerror}; choose another --png") from None
-    return path
+    return write_picture(picture, path, "--png")

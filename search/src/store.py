@@ -5,32 +5,62 @@ from __future__ import annotations
 import io
 import json
 import sqlite3
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-__all__ = ["SearchStore", "StoreMismatch"]
+from diffsparse.search.errors import BadInput, DiskFull, disk_is_full
+
+__all__ = ["SearchStore", "StoreDamaged", "StoreLocked", "StoreMismatch"]
+
+#: How long to wait for another process that has the file, which may be about to end.
+LOCK_SECONDS = 2.0
 
 
-class StoreMismatch(ValueError):
-    """The folder holds another search."""
+class StoreMismatch(BadInput):
+    """The folder holds another search, or something else."""
+
+
+class StoreLocked(BadInput):
+    """Another process is searching with the file."""
+
+
+class StoreDamaged(BadInput, KeyError):
+    """The file lacks what it must have, or holds what was never written."""
+
+    __str__ = BaseException.__str__  # that of KeyError quotes
 
 
 class SearchStore:
-    """Named JSON values and arrays, each written in a transaction of its own. A context manager."""
+    """Named JSON values and arrays, each written in a transaction of its own. A context manager.
+
+    The file is its process's alone until it is closed: two searches in one folder would undo each other's plan. Every
+    value has a checksum. Raises :class:`StoreLocked`, :class:`StoreMismatch`, :class:`StoreDamaged`,
+    :class:`~diffsparse.search.errors.DiskFull` and :class:`~diffsparse.search.errors.BadInput`.
+    """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         try:
-            self._db = sqlite3.connect(path)
-            self._db.execute("CREATE TABLE IF NOT EXISTS item (name TEXT PRIMARY KEY, kind TEXT, value BLOB)")
-            self._db.commit()
-        except sqlite3.DatabaseError as error:
-            raise StoreMismatch(
-                f"{path} is not a search record ({error}); move it away or choose another --out"
-            ) from error
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"cannot write to {str(path.parent)!r}: {error.strerror}; choose another --out") from None
+        with self._errors(opening=True):
+            self._db = sqlite3.connect(path, timeout=LOCK_SECONDS)
+        try:
+            with self._errors(opening=True):
+                self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
+                self._db.execute("BEGIN EXCLUSIVE")
+                self._db.execute("CREATE TABLE IF NOT EXISTS item (name TEXT PRIMARY KEY, kind TEXT, value BLOB)")
+                self._db.commit()
+        except BaseException:
+            self._db.close()
+            raise
 
     def __enter__(self) -> SearchStore:
         return self
@@ -38,24 +68,68 @@ class SearchStore:
     def __exit__(self, *exc: object) -> None:
         self._db.close()
 
+    @contextmanager
+    def _errors(self, opening: bool = False) -> Iterator[None]:
+        """Sqlite's errors as what the user can do about them."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            # Errors of the module itself have no code.
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                raise StoreLocked(
+                    f"another search is running on {self.path}; wait until it has ended, or choose another --out"
+                ) from error
+            # A write that fails for want of space is reported by several names.
+            if code == sqlite3.SQLITE_FULL or (
+                code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN) and disk_is_full(self.path)
+            ):
+                raise DiskFull(self.path, "run the same command again to go on from there") from error
+            if code == sqlite3.SQLITE_NOTADB and opening:
+                raise StoreMismatch(
+                    f"{self.path} is not a search record ({error}); move it away or choose another --out"
+                ) from error
+            if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_IOERR):
+                raise BadInput(
+                    f"the search's record {self.path} cannot be read or written ({error}); "
+                    "put that right and run the same command again, or choose another --out"
+                ) from error
+            raise self._damaged(str(error)) from error
+
+    def _damaged(self, what: str) -> StoreDamaged:
+        return StoreDamaged(
+            f"the search's record {self.path} is damaged ({what}); delete it to search anew, or choose another --out"
+        )
+
     def __contains__(self, name: str) -> bool:
-        return self._db.execute("SELECT 1 FROM item WHERE name = ?", (name,)).fetchone() is not None
+        with self._errors():
+            return self._db.execute("SELECT 1 FROM item WHERE name = ?", (name,)).fetchone() is not None
 
     def _put(self, name: str, kind: str, value: bytes) -> None:
-        with self._db:
-            self._db.execute("INSERT OR REPLACE INTO item VALUES (?, ?, ?)", (name, kind, value))
+        with self._errors(), self._db:
+            row = (name, f"{kind} {zlib.crc32(name.encode() + value):08x}", value)
+            self._db.execute("INSERT OR REPLACE INTO item VALUES (?, ?, ?)", row)
 
     def _get(self, name: str, kind: str) -> bytes:
-        row = self._db.execute("SELECT value FROM item WHERE name = ? AND kind = ?", (name, kind)).fetchone()
+        with self._errors():
+            row = self._db.execute("SELECT kind, value FROM item WHERE name = ?", (name,)).fetchone()
         if row is None:
-            raise KeyError(name)
-        return bytes(row[0])
+            raise self._damaged(f"it lacks {name}")
+        known, value = row
+        # Records of before have no checksums.
+        if not isinstance(value, bytes) or known not in (kind, f"{kind} {zlib.crc32(name.encode() + value):08x}"):
+            raise self._damaged(f"{name} is not what was written")
+        return value
 
     def put_json(self, name: str, value: Any) -> None:
         self._put(name, "json", json.dumps(value, allow_nan=False).encode())
 
     def get_json(self, name: str) -> Any:
-        return json.loads(self._get(name, "json"))
+        value = self._get(name, "json")
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise self._damaged(f"{name} cannot be read") from error
 
     def put_arrays(self, name: str, arrays: dict[str, np.ndarray]) -> None:
         buffer = io.BytesIO()
@@ -63,12 +137,17 @@ class SearchStore:
         self._put(name, "npz", buffer.getvalue())
 
     def get_arrays(self, name: str) -> dict[str, np.ndarray]:
-        with np.load(io.BytesIO(self._get(name, "npz")), allow_pickle=False) as data:
-            return {key: data[key] for key in data.files}
+        value = self._get(name, "npz")
+        try:
+            with np.load(io.BytesIO(value), allow_pickle=False) as data:
+                return {key: data[key] for key in data.files}
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise self._damaged(f"{name} cannot be read") from error
 
     def names(self, prefix: str = "") -> list[str]:
-        rows = self._db.execute("SELECT name FROM item WHERE name LIKE ? ORDER BY name", (prefix + "%",))
-        return [row[0] for row in rows]
+        with self._errors():
+            rows = self._db.execute("SELECT name FROM item WHERE name LIKE ? ORDER BY name", (prefix + "%",))
+            return [row[0] for row in rows]
 
     def claim(self, identity: dict[str, Any]) -> bool:
         """Bind the file to a search's settings; True where it already held that same search.
@@ -77,6 +156,8 @@ class SearchStore:
         Raises :class:`StoreMismatch` naming the setting that differs.
         """
         if "identity" not in self:
+            if self.names():
+                raise self._damaged("it lacks the search's settings")
             self.put_json("identity", identity)
             return False
         known = self.get_json("identity")

@@ -186,12 +186,12 @@ def test_the_model_ships_a_plan_that_auto_takes() -> None:
 
     import diffsparse
     from diffsparse.grid import TokenGrid
-    from diffsparse.search.compose import target_levels
 
     pipe = WanPipeline.from_pretrained(MODEL)
     pipe.set_progress_bar_config(disable=True)
     plan = diffsparse.SparsityPlan.from_pretrained(MODEL / "sparse_plan")
-    levels = target_levels(pipe.scheduler, 20, [1.0])
+    pipe.scheduler.set_timesteps(20)
+    levels = (pipe.scheduler.timesteps / 1000).tolist()
     assert 0.2 < plan.trajectory_density(TokenGrid(5, 32, 32), levels) <= 0.25
     caption = (MODEL / "prompts" / "heldout.txt").read_text().splitlines()[0]
     # Another size than the one that the plan was searched at: bitmaps give way to their fallbacks.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,11 @@ from diffsparse.order import RasterOrder, TileOrder
 from diffsparse.patterns import Empty, Window
 from diffsparse.plan import Architecture, SparsityPlan
 from diffsparse.schedule import Schedule
+from diffsparse.search import load
+from diffsparse.search.cli import main
 from tests.search.tiny import PROMPTS, build_pipeline
+
+Cli = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="session")
@@ -65,3 +70,23 @@ def make_plan(layers: int = 2, heads: int = 2, head_dim: int = 32) -> SparsityPl
 def plan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A plan that was made for the tiny pipeline."""
     return make_plan().save_pretrained(tmp_path_factory.mktemp("plans") / "plan")
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
+    """Runs a command and gives exit code, stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        return int(stopped.value.code or 0), out, err
+
+    return run
+
+
+@pytest.fixture
+def once_loaded(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny pipeline in memory in the place of loading it anew."""
+    monkeypatch.setattr(load, "load_pipeline", lambda *args, **kwargs: pipe)

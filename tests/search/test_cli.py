@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +12,10 @@ import torch
 from diffsparse.search import load
 from diffsparse.search.cli import main
 from diffsparse.search.errors import BadInput
-from tests.search.conftest import make_plan
+from tests.search.conftest import Cli, make_plan
 from tests.search.tiny import PROMPTS
 
-Cli = Callable[..., tuple[int, str, str]]
 SHAPE = ["--height", "48", "--width", "48", "--num-frames", "9", "--steps", "2"]
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Runs a command and gives exit code, stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main([str(a) for a in arguments])
-        out, err = capsys.readouterr()
-        return int(stopped.value.code or 0), out, err
-
-    return run
-
-
-@pytest.fixture
-def once_loaded(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tiny pipeline in memory in the place of loading it anew."""
-    monkeypatch.setattr(load, "load_pipeline", lambda *args, **kwargs: pipe)
 
 
 # -- help --------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from diffsparse.order import RasterOrder, TileOrder, TokenOrder
 from diffsparse.patterns import Band
 from diffsparse.plan import Architecture
 from diffsparse.search.candidates import fill
-from diffsparse.search.compose import Candidate, Composer
+from diffsparse.search.compose import Candidate, Composer, distinct
 from diffsparse.search.cost import CostModel
 from diffsparse.search.options import FamilyTable, HeadScores, Option, head_entry, head_options
 from diffsparse.search.score import LADDER
@@ -25,11 +25,7 @@ LAYERS = ("blocks.0.attn1", "blocks.1.attn1")
 TRACED = (1.0, 0.7, 0.4, 0.1)
 
 
-class Scheduler:
-    """Whose noise levels nobody can ask for: they come from the trace."""
-
-    def set_timesteps(self, steps: int) -> None:
-        raise ValueError("needs a size")
+LEVELS = np.interp(np.arange(6) / 6, np.arange(5) / 4, [*TRACED, 0.0]).tolist()
 
 
 class Scores:
@@ -66,12 +62,12 @@ class Scores:
         return self.tables[order]
 
 
-def found(count: int = 1, **changes: Any) -> tuple[Scores, list[Candidate]]:
+def found(count: int = 1, levels: Sequence[float] = LEVELS, **changes: Any) -> tuple[Scores, list[Candidate]]:
     search = Scores(SearchConfig(**{"budget": None, "density": 0.5, "steps": 6, "validation_prompts": 0} | changes))
     costs = CostModel("cpu", 1.0, (0.02, 0.1, 0.3, 0.6), {tail: (0.1, 0.2, 0.4, 0.7) for tail in TAILS})
     orders = {(layer, head): TILE for layer in LAYERS for head in range(2)}
     effects, growth = np.full((len(TRACED), 2), 1.0), np.array([4.0, 2.0, 1.0, 1.0])
-    return search, Composer(search, Scheduler(), GRID, orders, costs, effects, growth, TRACED).candidates(count)
+    return search, Composer(search, levels, GRID, orders, costs, effects, growth, TRACED).candidates(count)
 
 
 @pytest.mark.parametrize("changes", [{}, {"density": None, "budget": 0.4}, {"density": 0.25, "dense_steps": 1}])
@@ -83,7 +79,7 @@ def test_a_heads_error_is_that_of_the_option_that_was_chosen(changes: dict[str, 
         assert error.shape == plan.index.shape and np.isfinite(error).all()
         assert (error >= 0).all() and (error <= 1).all()
         table = search.table(GRID, TILE)
-        levels = np.interp(np.arange(6) / 6, np.arange(5) / 4, [*TRACED, 0.0])
+        levels = np.array(LEVELS)
         growth = np.sqrt(np.interp(-levels, -np.array(TRACED), [4.0, 2.0, 1.0, 1.0]))
         push = -np.diff(levels, append=0.0) * growth
         for phase, j, head in np.ndindex(plan.index.shape):
@@ -101,6 +97,25 @@ def test_a_heads_error_is_that_of_the_option_that_was_chosen(changes: dict[str, 
     assert len(kinds) > 1, "the budget leaves too little choice to tell anything"
 
 
+def test_steps_are_told_by_their_levels() -> None:
+    levels, calls = distinct([1.0, 0.7, 0.7, 0.2, 0.2, 0.0])
+    assert levels.tolist() == [1.0, 0.7, 0.2, 0.0] and calls.tolist() == [1, 2, 2, 1]
+
+
+@pytest.mark.parametrize("changes", [{"density": 0.5}, {"density": 0.4, "dense_steps": 2}])
+def test_steps_that_call_the_model_twice_count_twice(changes: dict[str, Any]) -> None:
+    """As Heun's do, all but the first: sparse steps and dense ones."""
+    twice = [LEVELS[0], *np.repeat(LEVELS[1:], 2)]
+    (candidate,) = found(levels=twice, **changes)[1]
+    plan, about = candidate.plan, candidate.plan.record["search"]
+    assert about["trajectory_density"] == pytest.approx(plan.trajectory_density(GRID, twice), abs=1e-12)
+    assert changes["density"] - 0.1 < about["trajectory_density"] <= changes["density"]
+    # The same plan costs another share where every step is one call.
+    assert abs(plan.trajectory_density(GRID, LEVELS) - about["trajectory_density"]) > 1e-3
+    (timed,) = found(levels=twice, density=None, budget=0.5)[1]
+    assert 0.4 < timed.plan.record["search"]["predicted_attention_time"] <= 0.5 + 1e-9
+
+
 def test_orders_that_fill_their_blocks_less_cost_more() -> None:
     grid, orders = TokenGrid(2, 15, 26), (RasterOrder(), TILE)
     full = [fill(order, grid, 64) for order in orders]
@@ -111,7 +126,7 @@ def test_orders_that_fill_their_blocks_less_cost_more() -> None:
     of_heads = {(layer, head): orders[head] for layer in LAYERS for head in range(2)}
     for config in ({"budget": 0.5}, {"budget": None, "density": 0.5}):
         search = Scores(SearchConfig(steps=6, validation_prompts=0, **config))
-        composer = Composer(search, Scheduler(), grid, of_heads, costs, *rest)  # type: ignore[arg-type]
+        composer = Composer(search, LEVELS, grid, of_heads, costs, *rest)  # type: ignore[arg-type]
         option = Option(0.0, 0.2, "mean", "family", Band(0.1))
         first, second = (composer.cost(option, order) for order in orders)
         if "density" in config:
@@ -139,8 +154,7 @@ def test_heads_that_compute_all_or_nothing() -> None:
 
 @pytest.mark.parametrize("density", [0.3, 0.5, 0.7])
 def test_a_plan_that_came_out_too_dense_is_made_again(density: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    levels = np.interp(np.arange(6) / 6, np.arange(5) / 4, [*TRACED, 0.0])
     monkeypatch.setattr("diffsparse.search.compose.DENSITY_MARGIN", -0.06)  # as if costs were told too low
     (candidate,) = found(density=density, dense_steps=1)[1]
-    assert density - 0.1 < candidate.plan.trajectory_density(GRID, levels) <= density
+    assert density - 0.1 < candidate.plan.trajectory_density(GRID, LEVELS) <= density
     assert candidate.plan.record["search"]["trajectory_density"] <= density

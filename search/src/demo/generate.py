@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from diffsparse.plan import PlanError, SparsityPlan
+from diffsparse.saving import is_full
 from diffsparse.search.demo.compare import Comparison, compare
 from diffsparse.search.demo.live import Cancelled, Made, Step, denoise
 from diffsparse.search.demo.sessions import Job, Session
@@ -67,6 +68,8 @@ def explain(error: Exception) -> str:
     """One line for the page. What is not the user's to put right is logged with its traceback, and named here."""
     if isinstance(error, (BadInput, PlanError)):
         return " ".join(str(error).split())
+    if isinstance(error, OSError) and is_full(error):
+        return "the disk of the machine that runs this demo is full; make room there, then try again"
     log.error("the demo failed", exc_info=error)
     kind = type(error).__name__
     if kind == "OutOfMemoryError":

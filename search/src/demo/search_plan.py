@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from diffsparse.pipelines import find_transformers
-from diffsparse.search.columns import shorten
 from diffsparse.search.demo.generate import duration, explain
 from diffsparse.search.demo.inspector import PlanView
 from diffsparse.search.demo.live import Cancelled, follow
@@ -20,7 +19,6 @@ from diffsparse.search.demo.sessions import Job, Session
 from diffsparse.search.demo.studio import Studio
 from diffsparse.search.errors import BadInput
 from diffsparse.search.search import FREE_SETTINGS, SearchConfig, run_search, thoroughness
-from diffsparse.search.store import StoreMismatch
 
 __all__ = ["SearchUpdate", "search_plan"]
 
@@ -155,8 +153,6 @@ def search_plan(
                 yield event
     except Cancelled:
         yield SearchUpdate("stopped", "cancelled; searching again with these settings goes on from here", log.lines)
-    except StoreMismatch as error:
-        yield SearchUpdate("error", shorten(str(error), 300), log.lines)
     except Exception as error:
         yield SearchUpdate("error", explain(error), log.lines)
     finally:
