@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -197,6 +198,37 @@ class Composer:
                     found.scores.append(scores)
         return found
 
+    def least(self) -> float:
+        """The share of a plan in which every head attends to something, as cheaply as it can.
+
+        Below it heads would be left out only to fit. One that puts out nothing may be left out all the same.
+        """
+        dense = self.config.dense_steps or 0
+        items = self.items(_Trial.even(self.steps, dense, 1))
+        spent = float(self.head_calls(slice(dense)))
+        for options, prices in zip(items.options, items.prices, strict=True):
+            spent += min((p for o, p in zip(options, prices, strict=True) if o.kind != "skip"), default=0.0)
+        return spent / self.head_calls()
+
+    def check_share(self) -> None:
+        """Raises :class:`BadInput` where less is asked for than can be had, with the least."""
+        name = "density" if self.config.density is not None else "budget"
+        asked = float(getattr(self.config, name))
+        least = self.least() + (asked - self.wanted)
+        if asked >= least:
+            return
+        ask = math.ceil(least * 1000 + 1e-6) / 1000
+        steps = f" with {self.config.dense_steps} dense steps" if self.config.dense_steps else ""
+        if ask > 1:
+            raise BadInput(
+                f"a {name} of {asked:g} cannot be had on this model{steps}: the cheapest plan is no cheaper than dense "
+                "attention; ask for fewer dense steps, or leave the model dense"
+            )
+        raise BadInput(
+            f"a {name} of {asked:g} cannot be had on this model{steps}: the least is {least:.3f}, and below it whole "
+            f"heads would be left out; ask for {ask:g} or more"
+        )
+
     def scan(self) -> dict[int, float]:
         """Predicted error of the best plan with one phase for each number of dense steps that fits the budget."""
         counts = range(self.steps) if self.config.dense_steps is None else [self.config.dense_steps]
@@ -212,12 +244,11 @@ class Composer:
             # With ever less left for the others, the error only rises from here on.
             if found[dense] > 4 * WORTH_TRYING * min(found.values()):
                 break
-        if not found:
-            raise BadInput(f"a share of {self.wanted:.3g} is below what any plan can reach; ask for more")
         return found
 
     def candidates(self, count: int) -> list[Candidate]:
         """The predicted best plan, and up to ``count - 1`` others with other numbers of dense steps worth trying."""
+        self.check_share()
         scan = self.scan()
         least = min(scan, key=lambda k: scan[k])
         near = [k for k in sorted(scan) if scan[k] <= WORTH_TRYING * scan[least]]

@@ -33,6 +33,7 @@ from diffsparse.search.cost import CostModel, measure_costs
 from diffsparse.search.environment import environment
 from diffsparse.search.errors import BadInput, writing
 from diffsparse.search.generate import MAX_SEED, GenerationSettings, generate_clip
+from diffsparse.search.identity import model_identity
 from diffsparse.search.load import sparse_backend
 from diffsparse.search.measured import HeadFigures, PooledAttention, plan_digest
 from diffsparse.search.observe import (
@@ -529,6 +530,7 @@ def run_search(
                 "format": STORE_FORMAT,
                 "version": diffsparse.__version__,
                 "architecture": search.architecture.fingerprint,
+                **model_identity(pipe),
                 "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
                 **{k: v for k, v in asdict(config).items() if k not in FREE_SETTINGS},
             }

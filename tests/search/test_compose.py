@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from diffsparse.plan import Architecture
 from diffsparse.search.candidates import fill
 from diffsparse.search.compose import Candidate, Composer, distinct
 from diffsparse.search.cost import CostModel
+from diffsparse.search.errors import BadInput
 from diffsparse.search.options import FamilyTable, HeadScores, Option, head_entry, head_options
 from diffsparse.search.score import LADDER
 from diffsparse.search.search import SearchConfig
@@ -31,6 +33,8 @@ LEVELS = np.interp(np.arange(6) / 6, np.arange(5) / 4, [*TRACED, 0.0]).tolist()
 class Scores:
     """A search's measurements. Head 1 of the first layer puts out nothing at all."""
 
+    silent: tuple[int, int] | None = (0, 1)
+
     def __init__(self, config: SearchConfig) -> None:
         self.config = config
         self.architecture = Architecture("WanTransformer3DModel", LAYERS, 2, 32, (1, 1, 1))
@@ -40,7 +44,7 @@ class Scores:
     def head(self, layer: str, head: int, step: int) -> HeadScores:
         """Of one traced step: block scores that fall off with distance, and some noise."""
         j = LAYERS.index(layer)
-        silent = (j, head) == (0, 1)
+        silent = (j, head) == self.silent
         rng = np.random.default_rng([j, head, step])
         n = len(self.table(GRID, TILE).weight)
         near = np.exp(-abs(np.arange(n)[:, None] - np.arange(n)) / (1 + 2 * j + head))
@@ -62,9 +66,11 @@ class Scores:
         return self.tables[order]
 
 
-def found(count: int = 1, levels: Sequence[float] = LEVELS, **changes: Any) -> tuple[Scores, list[Candidate]]:
+def found(
+    count: int = 1, levels: Sequence[float] = LEVELS, costs: CostModel | None = None, **changes: Any
+) -> tuple[Scores, list[Candidate]]:
     search = Scores(SearchConfig(**{"budget": None, "density": 0.5, "steps": 6, "validation_prompts": 0} | changes))
-    costs = CostModel("cpu", 1.0, (0.02, 0.1, 0.3, 0.6), {tail: (0.1, 0.2, 0.4, 0.7) for tail in TAILS})
+    costs = costs or CostModel("cpu", 1.0, (0.02, 0.1, 0.3, 0.6), {tail: (0.1, 0.2, 0.4, 0.7) for tail in TAILS})
     orders = {(layer, head): TILE for layer in LAYERS for head in range(2)}
     effects, growth = np.full((len(TRACED), 2), 1.0), np.array([4.0, 2.0, 1.0, 1.0])
     return search, Composer(search, levels, GRID, orders, costs, effects, growth, TRACED).candidates(count)
@@ -114,6 +120,32 @@ def test_steps_that_call_the_model_twice_count_twice(changes: dict[str, Any]) ->
     assert abs(plan.trajectory_density(GRID, LEVELS) - about["trajectory_density"]) > 1e-3
     (timed,) = found(levels=twice, density=None, budget=0.5)[1]
     assert 0.4 < timed.plan.record["search"]["predicted_attention_time"] <= 0.5 + 1e-9
+
+
+@pytest.mark.parametrize("changes", [{}, {"dense_steps": 2}, {"dense_steps": 5}])
+@pytest.mark.parametrize("name", ["budget", "density"])
+def test_the_least_that_can_be_had_is_said_and_works(name: str, changes: dict[str, Any]) -> None:
+    asked = {"budget": None, "density": None} | changes
+    for share in (0.001, 0.01):
+        with pytest.raises(BadInput, match=f"a {name} of {share} cannot be had on this model") as caught:
+            found(**asked | {name: share})
+    said = re.search(r"the least is (0\.\d{3}), .*; ask for (0\.\d+) or more", str(caught.value))
+    assert said is not None and "\n" not in str(caught.value)
+    least, ask = float(said[1]), float(said[2])
+    assert changes.get("dense_steps", 0) / 6 < least <= ask < least + 0.002
+    with pytest.raises(BadInput, match="cannot be had"):
+        found(**asked | {name: least - 0.001})
+    (candidate,) = found(**asked | {name: ask})[1]
+    about = candidate.plan.record["search"]
+    reached = about["predicted_attention_time" if name == "budget" else "trajectory_density"]
+    assert least - 0.1 < reached <= ask + 1e-6
+
+
+def test_a_budget_that_only_dense_attention_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scores, "silent", None)
+    costs = CostModel("cpu", 1.0, (0.02, 0.1, 0.3, 0.6), {tail: (1.5, 1.5, 1.5, 1.5) for tail in TAILS})
+    with pytest.raises(BadInput, match=r"a budget of 0\.5 cannot be had .*: the cheapest plan is no cheaper"):
+        found(costs=costs, density=None, budget=0.5)
 
 
 def test_orders_that_fill_their_blocks_less_cost_more() -> None:
