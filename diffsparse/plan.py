@@ -20,9 +20,10 @@ import numpy as np
 from diffsparse.codec import PlanError, decode_entry, decode_schedule, encode_entry, encode_schedule
 from diffsparse.entry import HeadEntry
 from diffsparse.grid import TokenGrid
-from diffsparse.layout import BLOCK_SIZES, BlockLayout, build_layout
+from diffsparse.layout import BlockLayout, build_layout
 from diffsparse.saving import ARRAYS_NAME, CARD_NAME, DIGEST_KEY, JSON_NAME, arrays_digest, write_plan
 from diffsparse.schedule import Schedule
+from diffsparse.tokens import BLOCK_SIZES
 from diffsparse.typed import Reading
 
 __all__ = ["FORMAT_VERSION", "Architecture", "PlanError", "SparsityPlan"]

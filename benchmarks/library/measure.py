@@ -84,13 +84,13 @@ class Executed:
 
 def executed(layout: BlockLayout) -> Executed:
     """Count what a layout keeps. Summaries of tails are not counted."""
-    heads, n = layout.num_heads, layout.max_blocks
-    length = layout.block_start.diff(dim=1).double()[layout.head_order.long()]  # [H, N]
-    row = torch.repeat_interleave(torch.arange(heads * n, device=layout.device), layout.row_ptr.diff().long())
+    heads, n = layout.num_heads, layout.num_blocks
+    length = layout.tokens.block_start.diff(dim=1).double()[layout.tokens.head_order.long()]  # [H, N]
+    row = torch.repeat_interleave(torch.arange(heads * n, device=layout.device), layout.index.row_ptr[0].diff().long())
     head = row // n
-    pairs = float((length.view(-1)[row] * length.view(-1)[head * n + layout.col_idx.long()]).sum())
+    pairs = float((length.view(-1)[row] * length.view(-1)[head * n + layout.index.col_idx.long()]).sum())
     real = (length > 0).sum(1).double()
-    return Executed(layout.col_idx.numel(), int((real * real).sum()), pairs)
+    return Executed(layout.index.col_idx.numel(), int((real * real).sum()), pairs)
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def bench_case(
         share = shares[setting.like] if setting.like is not None else None
         own = setting.layout(case.grid, case.block_size, share).to(device)
         found = timed(_own_candidates(base, case, setting, own, inputs, backends, numerics))
-        if case.peers and not own.has_tail:
+        if case.peers and not own.heads.has_tail:
             found += timed(_peer_candidates(base, case, setting, own, inputs, peers, share))
         best_peer = min((r.ms for r in found if r.kind == "peer" and r.ms is not None), default=None)
         against = {(r.name, r.numerics): r for r in done.get(setting.baseline or "", ())}

@@ -41,13 +41,13 @@ class BlockLists:
 
 def cannot_express(layout: BlockLayout) -> str | None:
     """Why no peer's mask form can hold a layout, or None."""
-    if layout.needs_gather:
+    if layout.tokens.needs_gather:
         return "heads with an order of their own"
-    if layout.has_tail:
+    if layout.heads.has_tail:
         return "tails"
-    if bool((layout.head_mode[:, 0] != 0).any()):
+    if bool((layout.heads.table[:, 0] != 0).any()):
         return "skipped heads"
-    sizes = layout.block_start[0].diff()
+    sizes = layout.tokens.block_start[0].diff()
     if bool((sizes[:-1] != layout.block_size).any()):
         return "short blocks inside the sequence (text segments)"
     return None
@@ -57,14 +57,14 @@ def block_lists(layout: BlockLayout) -> BlockLists:
     """A layout in the form that peers know. Raises ValueError where it has none."""
     if (reason := cannot_express(layout)) is not None:
         raise ValueError(f"peers' masks cannot express {reason}")
-    heads, n = layout.num_heads, layout.max_blocks
-    count = layout.row_ptr.diff().view(heads, n)
+    heads, n = layout.num_heads, layout.num_blocks
+    count = layout.index.row_ptr[0].diff().view(heads, n)
     place = torch.arange(n, device=count.device)
     index = torch.zeros(heads, n, n, dtype=torch.int32, device=count.device)
-    index[place < count[..., None]] = layout.col_idx
+    index[place < count[..., None]] = layout.index.col_idx
     if bool((count == count[:1]).all()) and bool((index == index[:1]).all()):
         count, index = count[:1], index[:1]
-    sizes = layout.block_start[layout.head_order[0].long()].diff()
+    sizes = layout.tokens.block_start[layout.tokens.head_order[0].long()].diff()
     return BlockLists(count.contiguous(), index.contiguous(), sizes.contiguous(), layout.block_size)
 
 

@@ -7,7 +7,8 @@ import math
 import torch
 
 from diffsparse.entry import TAILS
-from diffsparse.kernels.call import SKIP, TAIL, key_mask_of
+from diffsparse.heads import SKIP, TAIL
+from diffsparse.kernels.call import key_mask_of
 from diffsparse.layout import BlockLayout
 
 __all__ = ["sampled_error", "tolerance"]
@@ -50,11 +51,11 @@ def sampled_error(
     picked = sorted({round(i * (total - 1) / max(1, min(heads, total) - 1)) for i in range(min(heads, total))})
     off = size = 0.0
     for h in picked:
-        if int(layout.head_mode[h, SKIP]):
+        if int(layout.heads.table[h, SKIP]):
             if bool(out[0, :, h].any()):
                 return math.inf
             continue
-        tail = TAILS[int(layout.head_mode[h, TAIL])]
+        tail = TAILS[int(layout.heads.table[h, TAIL])]
         if tail == "centroids":
             raise ValueError("the sampled check knows no centroids tail: use reference_attention on a small case")
         tokens = torch.cat([torch.randint(seq, (max(0, rows - 2),), generator=draw), torch.tensor([0, seq - 1])])
@@ -77,14 +78,16 @@ def _rows(
     mask: torch.Tensor | None,
 ) -> torch.Tensor:
     """Exact outputs fp64 ``[len(tokens), D]`` of one head of the first item."""
-    n, order = layout.max_blocks, int(layout.head_order[head])
-    start = layout.block_start[order].long()
+    n, order = layout.num_blocks, int(layout.tokens.head_order[head])
+    start = layout.tokens.block_start[order].long()
     length = start.diff()
-    block_of = torch.repeat_interleave(torch.arange(n, device=length.device), length)[layout.scatter[order].long()]
+    block_of = torch.repeat_interleave(torch.arange(n, device=length.device), length)[
+        layout.tokens.scatter[order].long()
+    ]
     key, value = k[0, :, head].double(), v[0, :, head].double()
     keep = torch.zeros(len(tokens), n, dtype=torch.bool, device=key.device)
     for i, row in enumerate((head * n + block_of[tokens]).tolist()):
-        kept = layout.col_idx[int(layout.row_ptr[row]) : int(layout.row_ptr[row + 1])].long()
+        kept = layout.index.col_idx[int(layout.index.row_ptr[0, row]) : int(layout.index.row_ptr[0, row + 1])].long()
         keep[i, kept] = True
     query = q[0, tokens, head].double() * scale
     logits = query @ key.T

@@ -22,13 +22,13 @@ from diffsparse import plan as plans
 from diffsparse.codec import encode_entry, encode_pattern
 from diffsparse.entry import MODES, NUMERICS, SELECTIONS, TAILS, Execution, HeadEntry
 from diffsparse.grid import TokenGrid
-from diffsparse.layout import BLOCK_SIZES
 from diffsparse.order import AxisOrder, CurveOrder, PhaseOrder, RasterOrder, TileOrder, TokenOrder, parse_order
 from diffsparse.patterns import Bitmap, Pattern, Sink, Window, pattern_kinds
 from diffsparse.patterns.registry import RETIRED
 from diffsparse.plan import Architecture, SparsityPlan
 from diffsparse.saving import DIGEST_KEY
 from diffsparse.schedule import Schedule
+from diffsparse.tokens import BLOCK_SIZES
 
 PAGE = Path(__file__).resolve().parents[1] / "plan_format.md"
 

@@ -8,6 +8,7 @@ import torch
 
 from diffsparse.kernels.call import BACKENDS
 from diffsparse.kernels.checks import cannot_run, input_error
+from diffsparse.kernels.operands import as_operands
 from diffsparse.kernels.ops import sparse_attention_op
 from diffsparse.layout import BlockLayout
 
@@ -94,23 +95,11 @@ def sparse_attention(
         q,
         k,
         v,
-        layout.gather,
-        layout.scatter,
-        layout.block_start,
-        layout.head_order,
-        layout.row_ptr,
-        layout.col_idx,
-        layout.head_mode,
+        *as_operands(layout),
         kv_len,
         float(q.shape[-1] ** -0.5 if scale is None else scale),
-        layout.block_size,
-        layout.grid.text_before,
-        layout.grid.num_visual,
-        layout.has_tail,
-        layout.needs_gather,
         return_lse,
         backend,
         numerics,
-        ",".join(layout.numerics),
     )
     return (out, lse) if return_lse else out

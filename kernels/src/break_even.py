@@ -21,9 +21,9 @@ import torch
 
 from diffsparse.entry import TAILS, Execution, HeadEntry
 from diffsparse.grid import TokenGrid
+from diffsparse.heads import GATHERED, SKIP, TAIL
 from diffsparse.kernels.api import sparse_attention
 from diffsparse.kernels.cache import cache_root
-from diffsparse.kernels.call import GATHERED, SKIP, TAIL
 from diffsparse.kernels.checks import choose_backend
 from diffsparse.kernels.clock import samples_ms, timing
 from diffsparse.kernels.dense import DENSE_KERNELS, dense_attention, race_dense
@@ -101,11 +101,11 @@ class BreakEvenTable:
 
     def layout_ratio(self, layout: BlockLayout) -> float:
         """Predicted time of a call over its dense time: the mean over its heads, of which skipped ones take none."""
-        heads, n = layout.num_heads, layout.max_blocks
+        heads, n = layout.num_heads, layout.num_blocks
         tokens = self.tokens_of(layout.seq_len, heads)
-        counts = layout.row_ptr.diff().view(heads, n).sum(1).tolist()
-        blocks = (layout.block_start.diff(dim=1) > 0).sum(1).tolist()
-        order, mode = layout.head_order.tolist(), layout.head_mode.tolist()
+        counts = layout.index.row_ptr[0].diff().view(heads, n).sum(1).tolist()
+        blocks = (layout.tokens.lengths() > 0).sum(1).tolist()
+        order, mode = layout.tokens.head_order.tolist(), layout.heads.table.tolist()
         known: dict[tuple[float, int, int], float] = {}
         total = 0.0
         for h in range(heads):

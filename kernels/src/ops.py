@@ -6,15 +6,18 @@ layers of a compiled model share one graph.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
 import torch
 
+from diffsparse.blocks import BlockIndex
 from diffsparse.kernels.call import AttentionCall, key_mask_of
 from diffsparse.kernels.checks import choose_backend, kv_len_error, possible_numerics
-from diffsparse.layout import unpack
+from diffsparse.kernels.operands import from_operands
+from diffsparse.tokens import TokenLayout
 
 __all__ = ["sparse_attention_op"]
 
@@ -25,20 +28,18 @@ _MODULES = {
     "gluon_sm90": "diffsparse.kernels.backends.gluon_sm90.host",
 }
 _SCHEMA = (
-    "(Tensor q, Tensor k, Tensor v, Tensor gather, Tensor scatter, Tensor block_start, Tensor head_order, "
-    "Tensor row_ptr, Tensor col_idx, Tensor head_mode, Tensor? kv_len, float scale, int block_size, int text_before, "
-    "int num_visual, bool has_tail, bool needs_gather, bool return_lse, str backend, str numerics, "
-    "str head_numerics) -> "
-    "(Tensor, Tensor)"
+    "(Tensor q, Tensor k, Tensor v, Tensor[] layout, int[] cut, str traits, Tensor? kv_len, float scale, "
+    "bool return_lse, str backend, str numerics) -> (Tensor, Tensor)"
 )
 
 
-def _lists(call: AttentionCall) -> torch.Tensor:
-    if call.col_idx.is_cuda:
+def _lists(packed: BlockIndex, tokens: TokenLayout) -> BlockIndex:
+    """The lists of a packed index that serves all items, on a GPU without waiting for it."""
+    if packed.col_idx.is_cuda:
         from diffsparse.kernels.backends.triton.unpack import unpack_lists
 
-        return unpack_lists(call, call.col_idx)  # type: ignore[no-any-return]
-    return unpack(call.col_idx, call.block_start, call.head_order, call.block_size, call.text_before, call.num_visual)
+        return replace(packed, col_idx=unpack_lists(packed, tokens))
+    return packed.unpacked(tokens)
 
 
 @torch.library.custom_op("diffsparse::sparse_attention", mutates_args=(), schema=_SCHEMA)
@@ -46,64 +47,61 @@ def sparse_attention_op(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    gather: torch.Tensor,
-    scatter: torch.Tensor,
-    block_start: torch.Tensor,
-    head_order: torch.Tensor,
-    row_ptr: torch.Tensor,
-    col_idx: torch.Tensor,
-    head_mode: torch.Tensor,
+    layout: Sequence[torch.Tensor],
+    cut: Sequence[int],
+    traits: str,
     kv_len: torch.Tensor | None,
     scale: float,
-    block_size: int,
-    text_before: int,
-    num_visual: int,
-    has_tail: bool,
-    needs_gather: bool,
     return_lse: bool,
     backend: str,
     numerics: str,
-    head_numerics: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run one call; the log-sum-exp is an empty tensor unless asked for. Arguments as in ``AttentionCall``.
+    """Run one call; the log-sum-exp is an empty tensor unless asked for.
 
-    ``head_numerics``: names between commas.
+    ``layout``, ``cut``, ``traits``: as ``operands.as_operands`` makes them; the rest as in ``AttentionCall``.
     """
-    seq = q.shape[1]
-    if (reason := kv_len_error(kv_len, seq, text_before, num_visual)) is not None:
+    tokens, index, heads = from_operands(layout, cut, traits)
+    if (reason := kv_len_error(kv_len, tokens.seq_len, tokens.text_before, tokens.num_visual)) is not None:
         raise ValueError(reason)
     name = choose_backend(backend, q)
     call = AttentionCall(
         q=q,
         k=k,
         v=v,
-        gather=gather,
-        scatter=scatter,
-        block_start=block_start,
-        head_order=head_order,
-        row_ptr=row_ptr,
-        col_idx=col_idx,
-        head_mode=head_mode,
-        key_mask=key_mask_of(kv_len, seq),
+        tokens=tokens,
+        index=index,
+        heads=replace(heads, numerics=possible_numerics(name, q.shape[3], heads.numerics)),
+        key_mask=key_mask_of(kv_len, tokens.seq_len),
         scale=scale,
-        block_size=block_size,
-        text_before=text_before,
-        num_visual=num_visual,
-        has_tail=has_tail,
-        needs_gather=needs_gather,
         return_lse=return_lse,
         numerics=numerics,
-        head_numerics=possible_numerics(name, q.shape[3], tuple(head_numerics.split(","))),
     )
-    if col_idx.dtype == torch.uint8:
-        call = replace(call, col_idx=_lists(call), bits=col_idx)
-    out, lse = import_module(_MODULES[name]).run(call)
+    run = import_module(_MODULES[name]).run
+    results = [run(_with_lists(one)) for one in call.by_lists()]
+    out, lse = results[0] if len(results) == 1 else (torch.cat(parts) for parts in zip(*results))
     return out, lse if return_lse else q.new_empty(0, dtype=torch.float32)
 
 
+def _with_lists(call: AttentionCall) -> AttentionCall:
+    if not call.index.is_packed:
+        return call
+    return replace(call, index=_lists(call.index, call.tokens), packed=call.index)
+
+
 @sparse_attention_op.register_fake
-def _(q: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return_lse = args[-4]
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: Sequence[torch.Tensor],
+    cut: Sequence[int],
+    traits: str,
+    kv_len: torch.Tensor | None,
+    scale: float,
+    return_lse: bool,
+    backend: str,
+    numerics: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     return out, torch.empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32, device=q.device)
 

@@ -144,7 +144,7 @@ class LayoutCache:
     def num_bytes(self) -> int:
         """Memory of all distinct block lists."""
         layouts = {id(x): x for group in self.groups.values() for x in group.values() if isinstance(x, BlockLayout)}
-        return sum(x.col_idx.nbytes + x.row_ptr.nbytes + x.gather.nbytes + x.scatter.nbytes for x in layouts.values())
+        return sum(x.index.nbytes + x.tokens.gather.nbytes + x.tokens.scatter.nbytes for x in layouts.values())
 
 
 class ModelState:
@@ -252,9 +252,7 @@ class ModelState:
 
         def build() -> tuple[BlockLayout, torch.Tensor]:
             heads = torch.tensor([entry.is_dense for entry in entries])
-            mode = layout.head_mode.clone()
-            mode[heads.to(device), 0] = 1
-            return replace(layout, head_mode=mode), heads
+            return replace(layout, heads=layout.heads.skipping(heads)), heads
 
         found: tuple[BlockLayout, torch.Tensor] = self.layouts.get(
             (grid, phase, device, uniform), ("without dense heads", entries), build
@@ -280,7 +278,7 @@ class ModelState:
         packed = _is_packed(device, grid, len(entries), self.plan.block_size)
         layout = build_layout(grid, entries, self.plan.block_size, packed=packed)
         eight = self.backend in ("auto", "gluon_sm90") and has_8_bits(device, self.architecture.head_dim)
-        if is_full(layout.densities, layout.numerics, eight):
+        if is_full(layout.densities, layout.heads.numerics, eight):
             return FULL
         table = find_table(device, self.architecture.head_dim) if self.backend == "auto" else None
         if table is not None and table.layout_ratio(layout) >= 1:

@@ -13,27 +13,33 @@ from diffsparse.plan import SparsityPlan
 __all__ = ["alike", "mark_sizes"]
 
 # Axes whose lengths depend on a layer's entries: number of orders, of blocks, of kept blocks.
-_VARYING = {"gather": (0,), "scatter": (0,), "block_start": (0, 1), "row_ptr": (0,), "col_idx": (0, 1)}
+_VARYING_TOKENS = {"gather": (0,), "scatter": (0,), "block_start": (0, 1)}
+_VARYING_INDEX = {"row_ptr": (1,), "col_idx": (0,)}
+_VARYING_PACKED = {"row_ptr": (1,), "col_idx": (1, 2)}
 
 
 def alike(layout: BlockLayout, plan: SparsityPlan) -> BlockLayout:
     """The layout with what Dynamo makes constants of (flags, sizes of 1) the same for all layers of a plan."""
     orders = {}
-    if layout.gather.shape[0] == 1:
+    if layout.tokens.gather.shape[0] == 1:
         # A size of 1 is a constant even where the axis may vary; no head points at the second row.
-        orders = {name: getattr(layout, name).repeat(2, 1) for name in ("gather", "scatter", "block_start")}
+        orders = {name: getattr(layout.tokens, name).repeat(2, 1) for name in _VARYING_TOKENS}
+    needs_gather = any(not entry.order.is_raster for entry in plan.entries)
     return replace(
         layout,
-        has_tail=any(entry.execution.tail != "none" for entry in plan.entries),
-        numerics=tuple(n for n in NUMERICS if any(entry.execution.numerics == n for entry in plan.entries)),
-        needs_gather=any(not entry.order.is_raster for entry in plan.entries),
-        **orders,
+        tokens=replace(layout.tokens, needs_gather=needs_gather, **orders),
+        heads=replace(
+            layout.heads,
+            has_tail=any(entry.execution.tail != "none" for entry in plan.entries),
+            numerics=tuple(n for n in NUMERICS if any(entry.execution.numerics == n for entry in plan.entries)),
+        ),
     )
 
 
 def mark_sizes(layout: BlockLayout) -> BlockLayout:
     """The same layout, whose varying sizes Dynamo takes for variables at once, not only after it saw a second one."""
-    for name, axes in _VARYING.items():
-        tensor = getattr(layout, name)
-        torch._dynamo.maybe_mark_dynamic(tensor, axes[: tensor.ndim])  # lists have one axis, packed ones two
+    of_index = _VARYING_PACKED if layout.is_packed else _VARYING_INDEX
+    for part, varying in ((layout.tokens, _VARYING_TOKENS), (layout.index, of_index)):
+        for name, axes in varying.items():
+            torch._dynamo.maybe_mark_dynamic(getattr(part, name), axes)
     return layout

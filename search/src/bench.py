@@ -13,10 +13,11 @@ from diffsparse.entry import TAILS, Execution, HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels import BACKENDS, sparse_attention
 from diffsparse.kernels.checks import cannot_run
-from diffsparse.layout import BLOCK_SIZES, build_layout
+from diffsparse.layout import build_layout
 from diffsparse.search.columns import text_table
 from diffsparse.search.environment import environment
 from diffsparse.search.errors import BadInput
+from diffsparse.tokens import BLOCK_SIZES
 
 __all__ = ["bench_kernels", "bench_table", "parse_densities"]
 

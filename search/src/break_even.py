@@ -17,11 +17,11 @@ from diffsparse.kernels.break_even import (
     measure_break_even,
     save_local,
 )
-from diffsparse.layout import BLOCK_SIZES
 from diffsparse.saving import write_whole
 from diffsparse.search.columns import text_table
 from diffsparse.search.environment import stamp
 from diffsparse.search.errors import BadInput, writing
+from diffsparse.tokens import BLOCK_SIZES
 
 __all__ = ["bench_break_even", "break_even_text"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from diffsparse.density import TAIL_COST
 from diffsparse.entry import HeadEntry
 from diffsparse.grid import TokenGrid
-from diffsparse.layout import TAIL_COST
 
 __all__ = ["call_density", "kept_density"]
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from diffsparse.density import TAIL_COST
 from diffsparse.entry import TAILS, HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels.break_even import BreakEvenTable, find_table
 from diffsparse.kernels.checks import choose_backend, has_8_bits
-from diffsparse.layout import TAIL_COST
 from diffsparse.pipelines.family import Family, UnsupportedModelError, family_by_class
 from diffsparse.pipelines.state import FULL, SLOWER, is_full, sparse_entries
 from diffsparse.plan import Architecture, SparsityPlan

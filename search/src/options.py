@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from diffsparse.density import TAIL_COST
 from diffsparse.entry import TAILS, Execution, HeadEntry
 from diffsparse.grid import TokenGrid
-from diffsparse.layout import TAIL_COST
 from diffsparse.order import TokenOrder
 from diffsparse.patterns import Bitmap, Empty, Full, Pattern
 from diffsparse.search.candidates import BITMAP_DENSITIES, families, top_columns

@@ -102,7 +102,7 @@ def compile_gluon(slow: bool) -> None:
             work = prepare.work_list(call, heads)
             sampled = wide.mark_wide_heads(call, work, torch.empty(9, dtype=torch.int32), heads, warmup=True)
             assert sampled.metadata.shared <= 227 << 10 and not assembled(sampled.asm["ptx"])["spill_bytes"]
-        if call.needs_gather and numerics == "auto":
+        if call.tokens.needs_gather and numerics == "auto":
             copies = [torch.empty(batch, heads, seq, dim, dtype=dtype)] * 3
             for summed in (None, means) if means else (None,):
                 moved = prepare.reorder(call, copies, 0, heads, summed, warmup=True)

@@ -11,9 +11,10 @@ import torch
 from diffsparse.entry import NUMERICS as NAMES
 from diffsparse.entry import TAILS
 from diffsparse.grid import TokenGrid
+from diffsparse.heads import TAIL
 from diffsparse.kernels import reference_attention
 from diffsparse.kernels.backends.gluon_sm90 import quantize
-from diffsparse.kernels.call import TAIL, AttentionCall, make_call
+from diffsparse.kernels.call import AttentionCall, make_call
 from diffsparse.order import AxisOrder, TileOrder
 from tests.kernels import gluon_emulator
 from tests.kernels.apart import case, finish
@@ -124,12 +125,12 @@ def quantized(
     for b, h in product(range(call.q.shape[0]), range(call.q.shape[2])):
         if kinds[h] != NAMES.index(numerics):
             continue
-        order = int(call.head_order[h])
-        for i, (start, end) in enumerate(pairwise(call.block_start[order].tolist())):
-            token = call.gather[order, start:end].long()
+        order = int(call.tokens.head_order[h])
+        for i, (start, end) in enumerate(pairwise(call.tokens.block_start[order].tolist())):
+            token = call.tokens.gather[order, start:end].long()
             put(call.q[b, token, h].float(), q8, out.q_scale, b, h, i)
             put_keys(call.k[b, token, h], call.v[b, token, h], b, h, i)
-        tail = TAILS[int(call.head_mode[h, TAIL])]
+        tail = TAILS[int(call.heads.table[h, TAIL])]
         if tail == "none" or means is None:
             continue
         rows = [x[b, h].reshape(2 * n, dim)[: 2 * n if tail == "centroids" else n] for x in means]
@@ -146,9 +147,9 @@ def dequantized(call: AttentionCall, numerics: str) -> list[torch.Tensor]:
     back = quantize.value_order(block).argsort()
     found = [x.float().clone() for x in (call.q, call.k, call.v)]
     for b, h in product(range(call.q.shape[0]), range(call.q.shape[2])):
-        order = int(call.head_order[h])
-        for i, (start, end) in enumerate(pairwise(call.block_start[order].tolist())):
-            token, rows = call.gather[order, start:end].long(), slice(i * block, i * block + end - start)
+        order = int(call.tokens.head_order[h])
+        for i, (start, end) in enumerate(pairwise(call.tokens.block_start[order].tolist())):
+            token, rows = call.tokens.gather[order, start:end].long(), slice(i * block, i * block + end - start)
             found[0][b, token, h] = small.q[b, rows, h].float() * small.q_scale[b, h, i] @ turn.T
             found[1][b, token, h] = small.k[b, rows, h].float() * small.k_scale[b, h, i] @ turn.T
             v = small.v[b, i * dim : (i + 1) * dim, h].float().T[back][: end - start]
@@ -207,7 +208,7 @@ def check_eight_bits() -> None:
         k[:, ::37] *= 3
         kv_len = None if text is None else torch.tensor([grid.seq_len - grid.text_after + text, grid.seq_len])
         want, want_lse = reference_attention(q, k, v, layout, kv_len=kv_len)
-        for numerics in ("auto",) if layout.numerics != ("auto",) else ("int8", "fp8"):
+        for numerics in ("auto",) if layout.heads.numerics != ("auto",) else ("int8", "fp8"):
             with case(numerics, grid, block, dim) as told:
                 call = make_call(q, k, v, layout, kv_len=kv_len, return_lse=True, numerics=numerics)
                 out, lse = kernel.run(call)
@@ -218,7 +219,7 @@ def check_eight_bits() -> None:
                     difference = (out[:, :, h].double() - want[:, :, h]).norm()
                     assert float(difference) <= most * float(want[:, :, h].norm()), (h, kind, difference)
                     torch.testing.assert_close(lse[:, :, h].double(), want_lse[:, :, h], atol=most_lse, rtol=1e-3)
-                if numerics != "auto" and not layout.has_tail:
+                if numerics != "auto" and not layout.heads.has_tail:
                     # What the kernel adds to the rounding of its inputs: probabilities in fp8, which has 4 bits.
                     exact, exact_lse = reference_attention(*dequantized(call, numerics), layout, kv_len=kv_len)
                     assert float((out.double() - exact).norm() / exact.norm()) < 1.5e-2

@@ -37,7 +37,7 @@ def check_work_list(call: AttentionCall, layout: BlockLayout, group: int) -> Non
     """Every tile once, group by group, longest first, with what the layout says of it."""
     from diffsparse.kernels.backends.gluon_sm90.prepare import work_list
 
-    n, block, grid = layout.max_blocks, layout.block_size, layout.grid
+    n, block, grid = layout.num_blocks, layout.block_size, layout.grid
     heads = layout.num_heads
     work = work_list(call, group).view(heads, n, 8)
     assert work_list(call, group).data_ptr() == work.data_ptr()
@@ -49,16 +49,16 @@ def check_work_list(call: AttentionCall, layout: BlockLayout, group: int) -> Non
         assert sorted(head_of[start : start + group, 0].tolist()) == list(range(start, min(start + group, heads)))
         assert bool((listed[start : start + group].sum(1).diff() <= 0).all()), "longest first"
     for h, i, *found in zip(*(x.flatten().tolist() for x in (head_of, block_of, row, end, first, listed, plain, mode))):
-        skipped, tail, _, gathered = layout.head_mode[h].tolist()
-        order = int(layout.head_order[h])
-        borders = layout.block_start[order, i : i + 2].tolist()
-        at, stop = layout.row_ptr[h * n + i : h * n + i + 2].tolist()
+        skipped, tail, _, gathered = layout.heads.table[h].tolist()
+        order = int(layout.tokens.head_order[h])
+        borders = layout.tokens.block_start[order, i : i + 2].tolist()
+        at, stop = layout.index.row_ptr[0, h * n + i : h * n + i + 2].tolist()
         assert found[:3] == [*borders, at]
         assert found[3] == (0 if skipped else stop - at)
         assert found[5] == (0 if skipped else tail) + 4 * gathered + 16 * order + 65536 * (h % group)
         # Two blocks of text before the video, one after it; what is plain is full and of the video.
-        blocks = layout.col_idx[at:stop].long()
-        start, length = layout.block_start[order][blocks], layout.block_start[order].diff()[blocks]
+        blocks = layout.index.col_idx[at:stop].long()
+        start, length = layout.tokens.block_start[order][blocks], layout.tokens.block_start[order].diff()[blocks]
         visual = (start >= grid.text_before) & (start < grid.text_before + grid.num_visual)
         full = visual & (length == block)
         assert found[4] == (0 if skipped else int(full.sum()))
@@ -91,7 +91,7 @@ def check_preparations() -> None:
         reorder(call, copies, first, heads, parts)
         for copy, x in zip(copies, (call.q, call.k, call.v)):
             for h in range(max(first, 1), min(first + heads, 5)):
-                want = x[:, layout.gather[int(layout.head_order[h])].long(), h]
+                want = x[:, layout.tokens.gather[int(layout.tokens.head_order[h])].long(), h]
                 assert torch.equal(copy[:, h - first], want)
             assert not copy[:, heads:].any()
         for part, one in zip(parts, whole):
@@ -101,8 +101,8 @@ def check_preparations() -> None:
             assert torch.equal(part[:, 2], one[:, 2])
 
     for h in (0, 1, 3):
-        start = layout.block_start[int(layout.head_order[h])].tolist()
-        token = layout.gather[int(layout.head_order[h])].long()
+        start = layout.tokens.block_start[int(layout.tokens.head_order[h])].tolist()
+        token = layout.tokens.gather[int(layout.tokens.head_order[h])].long()
         for i, (begin, end) in enumerate(pairwise(start)):
             if begin < end:
                 for x, mean in zip((call.k, call.v), whole):
@@ -111,10 +111,10 @@ def check_preparations() -> None:
                 want = call.k[:, token[begin:end], h].double().var(1, unbiased=False)
                 torch.testing.assert_close(whole[2][:, h, i].double(), want, atol=1e-10, rtol=1e-4)
 
-    n = layout.max_blocks
+    n = layout.num_blocks
     bias = tail_bias(call).view(len(entries), n, 2, n)
     for h, halves in ((1, 1), (2, 2), (3, 1)):
-        start = layout.block_start[int(layout.head_order[h])]
+        start = layout.tokens.block_start[int(layout.tokens.head_order[h])]
         length = start.diff()
         first = length // 2 if halves == 2 else length
         for part, count in enumerate((first, length - first)[:halves]):
@@ -170,13 +170,13 @@ def check_unpacking() -> None:
     ):
         layout, packed = (random_layout(grid, entries, 64, density, packed=p) for p in (False, True))
         call = make_call(*inputs(grid, len(entries), 16), layout)
-        made = unpack_lists(call, packed.col_idx, width)
-        assert torch.equal(made[: len(layout.col_idx)], layout.col_idx)
-        room = replace(call, row_ptr=call.row_ptr.clone(), col_idx=made, bits=packed.col_idx)
+        made = unpack_lists(packed.index, packed.tokens, width)
+        assert torch.equal(made[: len(layout.index.col_idx)], layout.index.col_idx)
+        index = replace(call.index, row_ptr=call.index.row_ptr.clone(), col_idx=made)
+        room = replace(call, index=index, packed=packed.index)
         assert torch.equal(work_list(room, 3), work_list(call, 3))
-    many = replace(call, block_start=call.block_start.new_zeros(1, (1 << 16) + 1))
     try:
-        unpack_lists(many, packed.col_idx)
+        unpack_lists(replace(packed.index, num_blocks=1 << 16), packed.tokens)
     except ValueError as error:
         assert "up to 65,535 blocks a head, got 65,536" in str(error)
     else:

@@ -15,6 +15,7 @@ from diffsparse.entry import HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels import available_backends, check, checks, sparse_attention
 from diffsparse.kernels.call import make_call
+from diffsparse.kernels.operands import as_operands
 from diffsparse.kernels.ops import sparse_attention_op
 from tests.kernels.cases import MIXED, head, inputs, random_layout
 
@@ -105,7 +106,7 @@ def test_heads_in_8_bits_run_in_16_where_there_are_none(caplog: pytest.LogCaptur
     checks._log_once.cache_clear()
     a = good()
     a["layout"] = random_layout(GRID, [replace_numerics(e) for e in MIXED], 64, 0.4)
-    assert a["layout"].numerics == ("auto", "int8")
+    assert a["layout"].heads.numerics == ("auto", "int8")
     with caplog.at_level(logging.INFO, "diffsparse"):
         for _ in range(2):
             assert torch.equal(sparse_attention(**a), sparse_attention(**good() | {n: a[n] for n in "qkv"}))
@@ -139,11 +140,8 @@ def test_import_loads_no_triton() -> None:
 @pytest.mark.parametrize("masked", [False, True])
 def test_opcheck(return_lse: bool, masked: bool) -> None:
     a = good()
-    layout = LAYOUT
     kv_len = odd_lengths(150) if masked else None
-    arguments = (a["q"], a["k"], a["v"], layout.gather, layout.scatter, layout.block_start, layout.head_order)
-    arguments += (layout.row_ptr, layout.col_idx, layout.head_mode, kv_len, 0.1, 64, 0, 144)
-    arguments += (layout.has_tail, layout.needs_gather, return_lse, "auto", "auto", "auto")  # type: ignore[assignment]
+    arguments = (a["q"], a["k"], a["v"], *as_operands(LAYOUT), kv_len, 0.1, return_lse, "auto", "auto")
     torch.library.opcheck(sparse_attention_op, arguments)
 
 

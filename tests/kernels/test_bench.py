@@ -100,7 +100,7 @@ def test_executed_pairs_are_those_of_the_token_masks() -> None:
 def test_random_rows_have_one_length(shared: bool) -> None:
     grid = TokenGrid(1, 1, 1000)
     layout = random_rows(grid, [head()] * 3, 64, 0.25, shared=shared)
-    assert set(layout.row_ptr.diff().tolist()) == {4}
+    assert set(layout.index.row_ptr[0].diff().tolist()) == {4}
     same = bool((layout.mask(0) == layout.mask(1)).all())
     assert same == shared
     assert executed(layout).share == pytest.approx(0.25)

@@ -76,9 +76,9 @@ def test_a_list_changed_in_place_is_seen(builds: list[int]) -> None:
     q, k, v = inputs(GRID, 1, 16)
     layout = random_layout(GRID, [head()], 64, 0.4)
     run(layout, q, k, v)
-    kept = layout.row_ptr.tolist()
+    kept = layout.index.row_ptr[0].tolist()
     row = next(i for i in range(len(kept) - 1) if kept[i + 1] - kept[i] == 1)
-    layout.col_idx[kept[row]] = (int(layout.col_idx[kept[row]]) + 1) % (len(kept) - 1)
+    layout.index.col_idx[kept[row]] = (int(layout.index.col_idx[kept[row]]) + 1) % (len(kept) - 1)
     run(layout, q, k, v)
     assert len(builds) == 2
 

@@ -13,6 +13,7 @@ from diffsparse.entry import NUMERICS
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels import reference_attention, sparse_attention
 from diffsparse.kernels.call import make_call
+from diffsparse.kernels.select import select_blocks
 from diffsparse.kernels.summaries import summarize, summarize_halves
 from diffsparse.layout import build_layout
 from diffsparse.order import TileOrder
@@ -203,7 +204,7 @@ def test_summaries_and_bits() -> None:
     q, k, v = inputs(grid, 2, 88, device="cuda")
     call = make_call(q, k, v, layout.to("cuda"))
     got = summaries(call)
-    n = layout.max_blocks
+    n = layout.num_blocks
     length = torch.full((n,), 64, device="cuda")
     for h in range(2):
         want = summarize(k[0, :, h].reshape(n, 64, 88), v[0, :, h].reshape(n, 64, 88), length, moments=True)
@@ -240,7 +241,7 @@ def test_more_than_2_to_the_31_elements(backend: str) -> None:
         layout = build_layout(grid, [entry] * heads, block, masks=[near] * heads)
         out = sparse_attention(q, k, v, layout.to("cuda"), backend=backend)
         # The last block of the last head, worked out apart.
-        gather = layout.gather[0].long()
+        gather = layout.tokens.gather[0].long()
         rows, cols = gather[-block:].cuda(), gather[-2 * block :].cuda()
         for h in (0, heads - 1):
             want = F.scaled_dot_product_attention(q[:, rows, h].float(), k[:, cols, h].float(), v[:, cols, h].float())
@@ -343,3 +344,36 @@ def test_a_call_can_be_captured_in_a_graph(packed: bool, backend: str) -> None:
         out.fill_(float("nan"))
         graph.replay()
         assert torch.equal(out, wanted)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_rule_that_reads_q_and_k_never_waits_for_the_gpu(backend: str) -> None:
+    """Blocks picked on the device reach the kernel without a copy to the host."""
+    grid = TokenGrid(2, 16, 24, text_after=70)
+    layout = build_layout(grid, MIXED).to("cuda")
+    q, k, v = inputs(grid, len(MIXED), 64, batch=2, dtype=torch.bfloat16, device="cuda")
+    sparse_attention(q, k, v, select_blocks("pooled", q, k, layout, 0.3), backend=backend)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        picked = select_blocks("pooled", q, k, layout, 0.3)
+        out, lse = sparse_attention(q, k, v, picked, backend=backend, return_lse=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    want, want_lse = reference_attention(q, k, v, picked)
+    assert float((out.double() - want).norm() / want.norm()) < 8e-3
+    finite = want_lse.isfinite()
+    assert torch.equal(lse.isfinite(), finite)
+    assert float((lse.double() - want_lse)[finite].abs().max()) < 2e-2
+    assert picked.index.batch == 2 and not torch.equal(picked.index.mask()[0], picked.index.mask()[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_part_of_the_heads_is_a_part_of_the_output(backend: str) -> None:
+    grid = TokenGrid(2, 16, 24, text_after=70)
+    layout = random_layout(grid, MIXED, 64, 0.4).to("cuda")
+    q, k, v = inputs(grid, len(MIXED), 64, dtype=torch.bfloat16, device="cuda")
+    whole = sparse_attention(q, k, v, layout, backend=backend)
+    for part in (slice(0, 4), slice(4, 9)):
+        mine = sparse_attention(*(x[:, :, part] for x in (q, k, v)), layout.of_heads(part), backend=backend)
+        assert torch.equal(mine, whole[:, :, part])

@@ -47,10 +47,10 @@ def test_errors_and_clips_of_a_model(script: ModuleType, monkeypatch: pytest.Mon
     sizes = {"auto": 0.0, "int8": 1e-3, "fp8": 1e-2}
 
     def inexact(q: Any, k: Any, v: Any, layout: Any, **options: Any) -> torch.Tensor:
-        assert options.pop("backend") == "gluon_sm90" and layout.has_tail
+        assert options.pop("backend") == "gluon_sm90" and layout.heads.has_tail
         out = sparse_attention(q, k, v, layout, **options)
         noise = torch.randn_like(out)
-        (numerics,) = layout.numerics
+        (numerics,) = layout.heads.numerics
         return out + sizes[numerics] * noise * (out.norm() / noise.norm())
 
     monkeypatch.setattr(script, "sparse_attention", inexact)

@@ -140,8 +140,8 @@ def test_tails_are_exact_where_a_blocks_keys_and_values_are_equal(order: object,
     grid = TokenGrid(3, 13, 10, text_after=9)
     layout = random_layout(grid, [head(order, tail)], 64, 0.2)  # type: ignore[arg-type]
     q, k, v = inputs(grid, 1, 32)
-    start, gather = layout.block_start[0].long(), layout.gather[0].long()
-    for i in range(layout.max_blocks):
+    start, gather = layout.tokens.block_start[0].long(), layout.tokens.gather[0].long()
+    for i in range(layout.num_blocks):
         tokens = gather[start[i] : start[i + 1]]
         k[:, tokens], v[:, tokens] = k[:, tokens[:1]], v[:, tokens[:1]]
     want = F.scaled_dot_product_attention(*(x.double().transpose(1, 2) for x in (q, k, v))).transpose(1, 2)

@@ -230,7 +230,7 @@ def masked_attention(plan: SparsityPlan) -> Callable[[AttentionCall], torch.Tens
             return None
         out = torch.zeros_like(call.q)
         for head in range(call.q.shape[2]):
-            if layout.head_mode[head, 0]:
+            if layout.heads.table[head, 0]:
                 continue
             mask = layout.token_mask(head)[None, None]
             if call.kv_len is not None:

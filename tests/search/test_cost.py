@@ -30,7 +30,7 @@ def proportional(full: float | None) -> CostModel:
 def test_cost_is_that_of_the_blocks_multiplied(pattern: Pattern, order: TokenOrder, measured_on: TokenOrder) -> None:
     grid, block = TokenGrid(5, 30, 52), 128
     entry = HeadEntry(order, pattern)
-    multiplied = len(build_layout(grid, [entry], block).col_idx) * block**2 / grid.seq_len**2
+    multiplied = len(build_layout(grid, [entry], block).index.col_idx) * block**2 / grid.seq_len**2
     costs = proportional(fill(measured_on, grid, block))
     found = costs.relative(kept_density(entry, grid, block), "none", fill(order, grid, block))
     # A pattern may keep more of the short blocks than there are on average, or fewer: here by up to 18%.

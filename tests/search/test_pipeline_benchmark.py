@@ -104,7 +104,7 @@ def test_plans_have_the_density_asked_for(script: ModuleType) -> None:
         layout = build_layout(model.grid, plan.entries, 128)
         assert layout.density == pytest.approx(density, abs=0.005)
         # What kernels multiply, whole blocks, is no more than that.
-        executed = layout.row_ptr[-1].item() * 128**2 / layout.num_heads
+        executed = layout.index.row_ptr[0, -1].item() * 128**2 / layout.num_heads
         assert executed / model.grid.seq_len**2 == pytest.approx(layout.density, rel=0.005)
 
 

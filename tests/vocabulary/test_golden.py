@@ -43,7 +43,7 @@ def test_it_keeps_the_same_blocks_bit_for_bit(layout):
     for head in range(layout.num_heads):
         kept = np.packbits(layout.mask(head).numpy())
         assert np.array_equal(kept, then["kept"][head]), head
-        assert np.array_equal(layout.gather[layout.head_order[head]].numpy(), then["gather"][head]), head
+        assert np.array_equal(layout.tokens.gather[layout.tokens.head_order[head]].numpy(), then["gather"][head]), head
     assert np.allclose(layout.densities, then["densities"], rtol=1e-12, atol=0)
 
 
@@ -51,7 +51,7 @@ def test_it_keeps_the_same_blocks_bit_for_bit(layout):
 def test_it_gives_the_same_outputs(plan, layout, backend):
     """Heads without a tail, against torch's attention under the masks that were kept then."""
     then = load_file(FOLDER / "kept_blocks.safetensors")
-    heads, blocks = layout.num_heads, layout.max_blocks
+    heads, blocks = layout.num_heads, layout.num_blocks
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, GRID.seq_len, heads, plan.architecture.head_dim, generator=generator) for _ in range(3))
     out = sparse_attention(q, k, v, layout, backend=backend)
@@ -61,7 +61,7 @@ def test_it_gives_the_same_outputs(plan, layout, backend):
             assert not out[:, :, head].any()
         elif entry.execution.tail == "none":
             mask = np.unpackbits(then["kept"][head], count=blocks * blocks).reshape(blocks, blocks).astype(bool)
-            sizes = layout.block_start[layout.head_order[head]].diff().numpy()
+            sizes = layout.tokens.block_start[layout.tokens.head_order[head]].diff().numpy()
             order = then["gather"][head]
             block = np.empty(GRID.seq_len, np.int64)
             block[order] = np.repeat(np.arange(blocks), sizes)

@@ -25,14 +25,16 @@ entries = st.builds(
 @settings(max_examples=80, deadline=None)
 def test_layouts_hold_exactly_the_masks(grid, heads, block_size):
     layout = build_layout(grid, heads, block_size)
-    n, text = layout.max_blocks, -(-grid.text_before // block_size)
-    assert layout.row_ptr.shape == (len(heads) * n + 1,)
-    assert layout.col_idx.dtype == layout.gather.dtype == torch.int32
+    n, text = layout.num_blocks, -(-grid.text_before // block_size)
+    assert layout.index.row_ptr.shape == (1, len(heads) * n + 1)
+    assert layout.index.col_idx.dtype == layout.tokens.gather.dtype == torch.int32
     assert 0 <= layout.density <= 1
     for h, entry in enumerate(heads):
-        o = int(layout.head_order[h])
-        assert torch.equal(layout.gather[o][layout.scatter[o].long()], torch.arange(grid.seq_len, dtype=torch.int32))
-        start = layout.block_start[o]
+        o = int(layout.tokens.head_order[h])
+        assert torch.equal(
+            layout.tokens.gather[o][layout.tokens.scatter[o].long()], torch.arange(grid.seq_len, dtype=torch.int32)
+        )
+        start = layout.tokens.block_start[o]
         assert int(start[0]) == 0
         assert int(start[-1]) == grid.seq_len
         assert int(start.diff().max()) <= block_size
@@ -57,10 +59,10 @@ def test_layouts_hold_exactly_the_masks(grid, heads, block_size):
 def test_packed_layouts_hold_the_same(grid, heads, block_size):
     layout, packed = (build_layout(grid, heads, block_size, packed=p) for p in (False, True))
     assert packed.is_packed and not layout.is_packed
-    assert packed.col_idx.nbytes == len(heads) * layout.max_blocks * -(-layout.max_blocks // 8)
-    assert torch.equal(packed.unpacked().col_idx, layout.col_idx)
-    assert packed.unpacked().col_idx.dtype == torch.int32
-    assert torch.equal(packed.row_ptr, layout.row_ptr)
+    assert packed.index.col_idx.nbytes == len(heads) * layout.num_blocks * -(-layout.num_blocks // 8)
+    assert torch.equal(packed.unpacked().index.col_idx, layout.index.col_idx)
+    assert packed.unpacked().index.col_idx.dtype == torch.int32
+    assert torch.equal(packed.index.row_ptr, layout.index.row_ptr)
     assert packed.densities == layout.densities
     for h in range(len(heads)):
         assert torch.equal(packed.mask(h), layout.mask(h))
@@ -76,10 +78,10 @@ def test_density_counts_tokens_and_not_blocks():
 def test_orders_are_shared_between_heads():
     heads = [HeadEntry(AxisOrder("HWF")), HeadEntry(), HeadEntry(AxisOrder("HWF"))]
     layout = build_layout(TokenGrid(2, 9, 9), heads)
-    assert layout.gather.shape[0] == 2
-    assert layout.head_order.tolist() == [0, 1, 0]
-    assert layout.needs_gather
-    assert not build_layout(TokenGrid(2, 9, 9), [HeadEntry(RasterOrder())]).needs_gather
+    assert layout.tokens.gather.shape[0] == 2
+    assert layout.tokens.head_order.tolist() == [0, 1, 0]
+    assert layout.tokens.needs_gather
+    assert not build_layout(TokenGrid(2, 9, 9), [HeadEntry(RasterOrder())]).tokens.needs_gather
 
 
 def test_bad_layouts_are_refused():
@@ -104,8 +106,8 @@ def kind(block, start, grid, block_size):
 @settings(max_examples=60, deadline=None)
 def test_lists_have_text_then_full_blocks_then_short_ones_then_text(grid, heads, block_size):
     layout = build_layout(grid, heads, block_size)
-    ends = layout.row_ptr.tolist()
+    ends = layout.index.row_ptr[0].tolist()
     for row, (first, end) in enumerate(zip(ends, ends[1:])):
-        start = layout.block_start[int(layout.head_order[row // layout.max_blocks])].tolist()
-        places = [(kind(j, start, grid, block_size), j) for j in layout.col_idx[first:end].tolist()]
+        start = layout.tokens.block_start[int(layout.tokens.head_order[row // layout.num_blocks])].tolist()
+        places = [(kind(j, start, grid, block_size), j) for j in layout.index.col_idx[first:end].tolist()]
         assert places == sorted(places)

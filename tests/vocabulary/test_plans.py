@@ -267,7 +267,7 @@ def test_numerics_of_a_whole_plan():
     assert got == small.layer_entries(0, "a", 5)
     assert [e.execution.numerics for e in got] == ["auto", "auto", "auto", "int8", "int8"]
     assert [str(e) for e in got[3:]] == [f"{entries[3]} in int8", f"{entries[4]} in int8"]
-    assert small.layout(0, "a", 5, GRID).numerics == ("auto", "int8")
+    assert small.layout(0, "a", 5, GRID).heads.numerics == ("auto", "int8")
     # There and back, and through other numerics.
     assert small.with_numerics("auto").layer_entries(0, "a", 5) == tuple(entries)
     assert small.with_numerics("fp8").layer_entries(0, "a", 5)[3].execution.numerics == "fp8"

@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 
 from diffsparse.entry import TAILS
+from diffsparse.heads import SKIP, TAIL
 from diffsparse.kernels.backends.cpu import compiled as compiled_code
 from diffsparse.kernels.backends.cpu.rows import HeadRows, closed_keys, head_rows
 from diffsparse.kernels.backends.cpu.table import Workspace, fill_table
 from diffsparse.kernels.backends.cpu.workers import on_workers
-from diffsparse.kernels.call import SKIP, TAIL, AttentionCall
+from diffsparse.kernels.call import AttentionCall
 
 __all__ = ["run"]
 
@@ -34,9 +35,9 @@ def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     n = call.num_blocks
     out = torch.empty(call.q.shape, dtype=call.q.dtype)
     lse = torch.empty((batch, seq, heads) if call.return_lse else (0,), dtype=torch.float32)
-    kept = call.row_ptr.diff().view(heads, n).sum(1).tolist()
-    real = (call.block_start.diff(dim=1) > 0).sum(1).tolist()
-    order_of, modes = call.head_order.tolist(), call.head_mode.tolist()
+    kept = call.index.row_ptr.diff().view(heads, n).sum(1).tolist()
+    real = (call.tokens.block_start.diff(dim=1) > 0).sum(1).tolist()
+    order_of, modes = call.tokens.head_order.tolist(), call.heads.table.tolist()
     full = [kept[h] == real[order_of[h]] ** 2 and not modes[h][SKIP] for h in range(heads)]
     if all(full) and not call.return_lse:
         return _dense(call, call.q, call.k, call.v), lse

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from diffsparse.kernels.call import GATHERED, AttentionCall
+from diffsparse.heads import GATHERED
+from diffsparse.kernels.call import AttentionCall
 from diffsparse.kernels.summaries import half_lengths
 
 __all__ = ["Chunk", "Closed", "HeadRows", "closed_keys", "head_rows"]
@@ -154,8 +155,15 @@ _tables = _Tables(_MAX_TABLE_BYTES)
 
 def head_rows(call: AttentionCall, head: int, order: int, tail: str, threads: int) -> HeadRows:
     """The tables of one head, made anew only if the layout is another one, for chunks that ``threads`` share."""
-    tensors = (call.col_idx, call.row_ptr, call.gather, call.scatter, call.block_start, call.head_mode)
-    rest = (head, order, tail, call.block_size, call.text_before, call.num_visual, threads)
+    tensors = (
+        call.index.col_idx,
+        call.index.row_ptr,
+        call.tokens.gather,
+        call.tokens.scatter,
+        call.tokens.block_start,
+        call.heads.table,
+    )
+    rest = (head, order, tail, call.block_size, call.tokens.text_before, call.tokens.num_visual, threads)
     return _tables.get(tensors, rest, lambda: _build(call, head, order, tail, threads))
 
 
@@ -177,21 +185,21 @@ def _spans(bias: torch.Tensor, index: torch.Tensor, pieces: list[tuple[int, int,
 
 def _build(call: AttentionCall, head: int, order: int, tail: str, threads: int) -> HeadRows:
     n, block, seq = call.num_blocks, call.block_size, call.q.shape[1]
-    start = call.block_start[order].long()
+    start = call.tokens.block_start[order].long()
     length = start.diff()
     offset = torch.arange(block)
     valid = (offset < length[:, None]).view(-1)
     position = (start[:-1, None] + offset).view(-1).masked_fill_(~valid, 0)
-    token = call.gather[order].long()[position].masked_fill_(~valid, 0)
-    ptr = call.row_ptr[head * n : (head + 1) * n + 1].long()
-    columns = call.col_idx[int(ptr[0]) : int(ptr[-1])].long()
+    token = call.tokens.gather[order].long()[position].masked_fill_(~valid, 0)
+    ptr = call.index.row_ptr[0, head * n : (head + 1) * n + 1].long()
+    columns = call.index.col_idx[int(ptr[0]) : int(ptr[-1])].long()
     ptr = ptr - ptr[0]
     count = ptr.diff()
 
     bias = None
     if tail != "none":
         parts = half_lengths(length) if tail == "centroids" else length[None]
-        bias = torch.where(call.visual_blocks(order), parts.float().log(), -math.inf).repeat(n, 1, 1)
+        bias = torch.where(call.tokens.visual_blocks(order), parts.float().log(), -math.inf).repeat(n, 1, 1)
         bias[torch.repeat_interleave(torch.arange(n), count), :, columns] = -math.inf
         bias = bias.flatten(1)
         if bool(bias.isneginf().all()):
@@ -231,11 +239,11 @@ def _build(call: AttentionCall, head: int, order: int, tail: str, threads: int) 
         key_token=token,
         valid=valid,
         all_valid=all_valid,
-        in_place=all_valid and not bool(call.head_mode[head, GATHERED]),
+        in_place=all_valid and not bool(call.heads.table[head, GATHERED]),
         length=length,
         index=index,
         query_token=token.view(n, block)[rows].view(-1),
-        place=place[call.scatter[order].long()],
+        place=place[call.tokens.scatter[order].long()],
         tail=tail,
         tail_bias=tail_bias,
         chunks=chunks,

@@ -11,7 +11,7 @@ import triton
 from diffsparse.entry import NUMERICS
 from diffsparse.kernels.backends.gluon_sm90.compat import tensor_descriptor
 from diffsparse.kernels.backends.gluon_sm90.device import forward_kernel
-from diffsparse.kernels.backends.gluon_sm90.prepare import head_kinds, reorder, tail_bias, text_blocks, work_list
+from diffsparse.kernels.backends.gluon_sm90.prepare import head_kinds, reorder, tail_bias, work_list
 from diffsparse.kernels.backends.gluon_sm90.quantize import empty_quantized, quantize
 from diffsparse.kernels.backends.gluon_sm90.wide import mark_wide_heads
 from diffsparse.kernels.backends.triton.prepare import summaries
@@ -83,8 +83,8 @@ def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     means = None
     if call.has_tail:
         # Heads in orders of their own are summed up as they are put in order.
-        means = summaries(call, head_kinds(call) if call.needs_gather else None)
-    bias = tail_bias(call) if call.has_tail else call.gather
+        means = summaries(call, head_kinds(call) if call.tokens.needs_gather else None)
+    bias = tail_bias(call) if call.has_tail else call.tokens.gather
     for numerics in call.kinds:
         launch(call, numerics, choose_config(call.block_size, q.shape[3], numerics), out, lse, means, bias)
     return out, lse
@@ -112,7 +112,7 @@ def launch(
     consumers = block // 64
     eight = numerics != "auto"
     # Where a call has no heads in other orders, no tails, no mask, no scales, something stands in that is never read.
-    scales = [call.gather] * 4
+    scales = [call.tokens.gather] * 4
     if eight:
         small = empty_quantized(call, numerics) if warmup else quantize(call, numerics, means and means[:2])
         boxes = [_boxes(small.q, 64, dim), _boxes(small.k, block, dim), _boxes(small.v, dim, block)]
@@ -122,7 +122,7 @@ def launch(
     moved = summed = [None] * 3
     group = heads
     copies: list[torch.Tensor] = []
-    if call.needs_gather and not eight:
+    if call.tokens.needs_gather and not eight:
         most = max(1, COPY_BYTES // (3 * batch * seq * dim * q.element_size()))
         # As many groups as it takes, and all alike.
         group = -(-heads // -(-heads // most))
@@ -133,13 +133,13 @@ def launch(
         mean_k, mean_v, var_k = means
         runs = [x.reshape(1, batch * heads, -1, dim).transpose(1, 2) for x in (mean_k, var_k, mean_v)]
         summed = [_boxes(x, block, columns) for x in runs]
-    args = [*boxes, *moved, *summed, out, lse if call.return_lse else out, call.gather]
-    args += [call.gather if call.key_mask is None else call.key_mask.view(torch.uint8), bias, *scales]
+    args = [*boxes, *moved, *summed, out, lse if call.return_lse else out, call.tokens.gather]
+    args += [call.tokens.gather if call.key_mask is None else call.key_mask.view(torch.uint8), bias, *scales]
     work = work_list(call, group, numerics)
     entry, consumer, producer = config.registers
     constants = dict(
         HEADS=heads,
-        TEXT_BEFORE=text_blocks(call)[0],
+        TEXT_BEFORE=call.tokens.text_blocks[0],
         D=columns,
         HEAD_DIM=dim,
         BLOCK=block,
@@ -147,7 +147,7 @@ def launch(
         STAGES=config.stages,
         HAS_MASK=call.key_mask is not None,
         HAS_TAIL=call.has_tail,
-        GATHER=call.needs_gather,
+        GATHER=call.tokens.needs_gather,
         RETURN_LSE=call.return_lse,
         TAKE_TURNS=config.take_turns and consumers == 2,
         SHARED=block == 128 and not call.has_tail,
@@ -163,8 +163,8 @@ def launch(
         tiles = min(group, heads - first_head) * n
         ours = work[first_head * n : first_head * n + tiles]
         marked = torch.zeros(1 + 2 * batch * tiles, dtype=torch.int32, device=q.device) if two else ours
-        rest = [ours, marked, call.col_idx, call.block_start, call.scale, seq, batch * tiles, tiles, n]
-        rest += [call.text_before, call.text_before + call.num_visual]
+        rest = [ours, marked, call.index.col_idx, call.tokens.block_start, call.scale, seq, batch * tiles, tiles, n]
+        rest += [call.tokens.text_before, call.tokens.text_before + call.tokens.num_visual]
         if warmup:
             return [forward_kernel.warmup(*args, *rest, grid=(1,), **constants, PASS=each) for each in passes]
         if copies:

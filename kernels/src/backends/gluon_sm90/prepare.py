@@ -10,26 +10,20 @@ import triton
 import triton.language as tl
 from torch.utils.weak import WeakIdKeyDictionary
 
+from diffsparse.blocks import unpack_bits
 from diffsparse.entry import NUMERICS
 from diffsparse.kernels.backends.triton.prepare import store_summary, summary_warps, tokens_of
 from diffsparse.kernels.call import AttentionCall
-from diffsparse.layout import unpack_bits
 
-__all__ = ["head_kinds", "reorder", "tail_bias", "text_blocks", "work_list"]
+__all__ = ["head_kinds", "reorder", "tail_bias", "work_list"]
 
 #: Work lists of the layouts that are alive, and what their heads run in: by row pointers, then by what they are for.
 _WORK: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def text_blocks(call: AttentionCall) -> tuple[int, int]:
-    """How many blocks of text stand before and after the video."""
-    after = call.q.shape[1] - call.text_before - call.num_visual
-    return -(-call.text_before // call.block_size), -(-after // call.block_size)
-
-
 def head_kinds(call: AttentionCall) -> torch.Tensor:
     """``AttentionCall.head_kinds``, kept as long as the layout is."""
-    kept = _WORK.setdefault(call.row_ptr, {})
+    kept = _WORK.setdefault(call.index.row_ptr, {})
     key = (call.numerics, call.kinds)
     if key not in kept:
         kept[key] = call.head_kinds().contiguous()
@@ -48,7 +42,7 @@ def work_list(call: AttentionCall, group: int, numerics: str = "auto") -> torch.
     be checked. Heads stay together, so that the keys and values of few heads are in use at a time and stay in the L2
     cache.
     """
-    lists = _WORK.setdefault(call.row_ptr, {})
+    lists = _WORK.setdefault(call.index.row_ptr, {})
     key = (group, numerics, call.numerics, call.kinds)
     if key not in lists:
         lists[key] = _records(call, group, NUMERICS.index(numerics))
@@ -58,35 +52,39 @@ def work_list(call: AttentionCall, group: int, numerics: str = "auto") -> torch.
 def _short_blocks(call: AttentionCall, starts: torch.Tensor) -> torch.Tensor:
     """How many blocks of the video in each row's list are short, int64 ``[H * N]``; ``starts`` is ``[H, N + 1]``."""
     first, end = starts[:, :-1], starts[:, 1:]
-    visual = (first >= call.text_before) & (first < call.text_before + call.num_visual)
+    visual = (first >= call.tokens.text_before) & (first < call.tokens.text_before + call.tokens.num_visual)
     short = visual & (end - first < call.block_size)
-    if call.bits is not None:  # one head after another: all at once would take more memory than the lists do
-        n = call.num_blocks
-        return torch.cat([(unpack_bits(call.bits, n, h) & row).sum(1) for h, row in enumerate(short)])
-    rows = torch.arange(short.numel(), device=short.device)
-    row = rows.repeat_interleave(call.row_ptr.diff(), output_size=call.col_idx.shape[0])
-    found = short[row // short.shape[1], call.col_idx.long()].cumsum(0)
-    return torch.nn.functional.pad(found, (1, 0))[call.row_ptr.long()].diff()
+    n = call.num_blocks
+    if call.packed is not None:  # one head after another: all at once would take more memory than the lists do
+        bits = call.packed.col_idx[0].view(len(short), n, -1)
+        return torch.cat([(unpack_bits(of_head, n) & row).sum(1) for of_head, row in zip(bits, short)])
+    # What stands before the first list and behind the last is no part of them, and may be anything.
+    ptr, column = call.index.row_ptr[0], call.index.col_idx
+    entry = torch.arange(len(column), dtype=torch.int32, device=column.device)
+    row = torch.searchsorted(ptr, entry, right=True) - 1
+    inside = (row >= 0) & (row < short.numel())
+    found = short[torch.where(inside, row, 0) // n, torch.where(inside, column, 0).long()] & inside
+    return torch.nn.functional.pad(found.cumsum(0), (1, 0))[ptr.long()].diff()
 
 
 def _records(call: AttentionCall, group: int, kind: int) -> torch.Tensor:
-    heads, n, device = call.head_order.shape[0], call.num_blocks, call.row_ptr.device
-    order = call.head_order.long()
-    starts = call.block_start.view(-1, n + 1)[order]
-    skipped, tail, _, gathered = call.head_mode.view(heads, 4).unbind(1)
+    heads, n, device = call.tokens.head_order.shape[0], call.num_blocks, call.index.row_ptr.device
+    order = call.tokens.head_order.long()
+    starts = call.tokens.block_start.view(-1, n + 1)[order]
+    skipped, tail, _, gathered = call.heads.table.view(heads, 4).unbind(1)
     ours = head_kinds(call) == kind
     live = ((skipped == 0) & ours)[:, None]
     tail = tail * live[:, 0]
-    listed = call.row_ptr.diff().view(heads, n) * live
+    listed = call.index.row_ptr.diff().view(heads, n) * live
     # Of the video only the last block is short, where no head has an order of its own.
-    short = _short_blocks(call, starts).view(heads, n) if call.needs_gather else 1
-    plain = (listed - sum(text_blocks(call)) - short).clamp(min=0)
+    short = _short_blocks(call, starts).view(heads, n) if call.tokens.needs_gather else 1
+    plain = (listed - sum(call.tokens.text_blocks) - short).clamp(min=0)
     head, index = torch.arange(heads, device=device), torch.arange(n, device=device)
-    mode = tail + 4 * gathered + 16 * call.head_order + 65536 * (head % group)
+    mode = tail + 4 * gathered + 16 * call.tokens.head_order + 65536 * (head % group)
     columns = (
         starts[:, :-1],
         torch.where(ours[:, None], starts[:, 1:], starts[:, :-1]),
-        call.row_ptr[:-1].view(heads, n),
+        call.index.row_ptr[0, :-1].view(heads, n),
         listed,
         plain,
         mode[:, None].expand(heads, n),
@@ -238,11 +236,19 @@ def tail_bias(call: AttentionCall, warmup: bool = False) -> Any:
     is text. A head with the tail ``centroids`` has all first halves, then all second ones; other heads write and read
     the first ``N`` columns only. Lengths of full blocks and halves are powers of two, so that fp16 has them exactly.
     """
-    rows = call.row_ptr.shape[0] - 1
-    heads = call.head_order.shape[0]
-    bias = torch.empty(rows, 2 * call.num_blocks, dtype=torch.float16, device=call.col_idx.device)
-    args = [bias, call.row_ptr, call.col_idx, call.block_start, call.head_order, call.head_mode, call.num_blocks]
-    args += [call.text_before, call.text_before + call.num_visual]
+    heads = call.tokens.num_heads
+    rows = heads * call.num_blocks
+    bias = torch.empty(rows, 2 * call.num_blocks, dtype=torch.float16, device=call.index.col_idx.device)
+    args = [
+        bias,
+        call.index.row_ptr,
+        call.index.col_idx,
+        call.tokens.block_start,
+        call.tokens.head_order,
+        call.heads.table,
+        call.num_blocks,
+    ]
+    args += [call.tokens.text_before, call.tokens.text_before + call.tokens.num_visual]
     constants = dict(WIDTH=256, CHUNK=128, num_warps=4)
     grid = (call.num_blocks, heads)
     if warmup:
@@ -268,8 +274,16 @@ def reorder(
     batch, seq, num_heads, dim = call.q.shape
     columns = triton.next_power_of_2(dim)
     strides = [*call.q.stride()[:3], *call.k.stride()[:3], *call.v.stride()[:3]]
-    args: list[Any] = [call.q, call.k, call.v, *copies, *(means or [call.gather] * 3), call.gather, call.block_start]
-    args += [call.head_order, call.head_mode, head_kinds(call), seq, call.num_blocks, *strides, first_head]
+    args: list[Any] = [
+        call.q,
+        call.k,
+        call.v,
+        *copies,
+        *(means or [call.tokens.gather] * 3),
+        call.tokens.gather,
+        call.tokens.block_start,
+    ]
+    args += [call.tokens.head_order, call.heads.table, head_kinds(call), seq, call.num_blocks, *strides, first_head]
     constants = dict(
         HEADS=num_heads,
         GROUP=copies[0].shape[1],

@@ -345,7 +345,7 @@ def quantize(
     ``means``: of keys and of values, of every block or its halves, ``[B, H, 2, N, D]``, where heads have tails. With
     ``warmup`` only compile, and return the kernels.
     """
-    q, k, v = call.q, call.k, call.v
+    q, k, v, tokens = call.q, call.k, call.v, call.tokens
     batch, seq, heads, dim = q.shape
     out = empty_quantized(call, numerics)
     kinds, blocks = head_kinds(call), out.k_scale.shape[2]
@@ -369,7 +369,7 @@ def quantize(
             _quantize_kernel, (-(-call.num_blocks // _SECOND["RUN"]), heads, 3 * batch),
             [
                 q, k, v, out.q, out.k, out.v, out.q_scale, out.k_scale, out.v_scale, out.turned_mean, out.v_mean, turn,
-                call.gather, call.block_start, call.head_order, kinds, seq, call.num_blocks, blocks,
+                tokens.gather, tokens.block_start, tokens.head_order, kinds, seq, call.num_blocks, blocks,
                 *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             ],
             {**_SECOND, **of_blocks},
@@ -377,7 +377,7 @@ def quantize(
     ]  # fmt: skip
     if means is not None:
         args: list[Any] = [*means, out.k, out.v, out.k_scale, out.v_scale, out.turned_mean, out.v_mean, turn]
-        args += [call.head_mode, kinds, call.num_blocks, blocks]
+        args += [call.heads.table, kinds, call.num_blocks, blocks]
         launches.append((_quantize_means_kernel, (blocks - call.num_blocks, heads, batch), args, of_blocks))
     if warmup:
         return [kernel.warmup(*args, grid=grid, **constants) for kernel, grid, args, constants in launches]

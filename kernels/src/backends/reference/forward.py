@@ -7,7 +7,8 @@ import math
 import torch
 
 from diffsparse.entry import TAILS
-from diffsparse.kernels.call import SKIP, TAIL, AttentionCall, make_call
+from diffsparse.heads import SKIP, TAIL
+from diffsparse.kernels.call import AttentionCall, make_call
 from diffsparse.kernels.summaries import AXIS_STEPS
 from diffsparse.layout import BlockLayout
 
@@ -28,7 +29,9 @@ def reference_attention(
 
     q, k, v: ``[B, S, H, D]``. Returns the output ``[B, S, H, D]`` and its log-sum-exp ``[B, S, H]``, both in ``dtype``.
     """
-    return _compute(make_call(q, k, v, layout, scale=scale, kv_len=kv_len), dtype)
+    call = make_call(q, k, v, layout, scale=scale, kv_len=kv_len)
+    parts = [_compute(one, dtype) for one in call.by_lists()]
+    return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
 
 
 def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,16 +57,20 @@ def _compute(call: AttentionCall, dtype: torch.dtype) -> tuple[torch.Tensor, tor
     n = call.num_blocks
     out = torch.zeros(call.q.shape, dtype=dtype, device=call.q.device)
     lse = torch.full((batch, seq, heads), -math.inf, dtype=dtype, device=call.q.device)
-    start_of, row_ptr, col_idx = call.block_start.tolist(), call.row_ptr.tolist(), call.col_idx.tolist()
-    modes, order_of = call.head_mode.tolist(), call.head_order.tolist()
+    start_of, row_ptr, col_idx = (
+        call.tokens.block_start.tolist(),
+        call.index.row_ptr[0].tolist(),
+        call.index.col_idx.tolist(),
+    )
+    modes, order_of = call.heads.table.tolist(), call.tokens.head_order.tolist()
     for h in range(heads):
         if modes[h][SKIP]:
             continue
         order, tail = order_of[h], TAILS[modes[h][TAIL]]
-        gather = call.gather[order].long()
+        gather = call.tokens.gather[order].long()
         border = start_of[order]
         tokens = [gather[border[i] : border[i + 1]] for i in range(n)]
-        visual = call.visual_blocks(order).tolist()
+        visual = call.tokens.visual_blocks(order).tolist()
         for b in range(batch):
             q, k, v = (x[b, :, h].to(dtype) for x in (call.q, call.k, call.v))
             for i in range(n):

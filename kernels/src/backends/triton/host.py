@@ -101,8 +101,8 @@ def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
 
 def some_partial(call: AttentionCall) -> bool:
     """Whether a block of a head in the model's order may be short or masked."""
-    text_after = call.q.shape[1] - call.text_before - call.num_visual
-    segments = (call.text_before, call.num_visual, text_after)
+    tokens = call.tokens
+    segments = (tokens.text_before, tokens.num_visual, tokens.text_after)
     return call.key_mask is not None or any(tokens % call.block_size for tokens in segments)
 
 
@@ -114,7 +114,6 @@ def launch(call: AttentionCall, config: Config, of_gathered: Config | None = Non
     q, k, v = call.q, call.k, call.v
     batch, seq, heads, dim = q.shape
     n, block = call.num_blocks, call.block_size
-    text_after = seq - call.text_before - call.num_visual
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, seq, heads) if call.return_lse else (0,), dtype=torch.float32, device=q.device)
     mean_k = mean_v = var_k = bits = None
@@ -131,21 +130,30 @@ def launch(call: AttentionCall, config: Config, of_gathered: Config | None = Non
     tma = all(d is not None for d in descs)
     mask = None if call.key_mask is None else call.key_mask.view(torch.uint8)
     partial = some_partial(call)
+    text_blocks_before, text_blocks_after = call.tokens.text_blocks
     compiled = []
-    for gathered in (False, True) if call.needs_gather else (False,):
+    for gathered in (False, True) if call.tokens.needs_gather else (False,):
         use_tma = tma and not gathered
         if gathered and of_gathered is not None:
             config = of_gathered
         args = [q, k, v, *(descs if use_tma else (None, None, None)), out, lse if call.return_lse else None]
-        args += [call.gather, call.block_start, call.head_order, call.row_ptr, call.col_idx, call.head_mode, mask]
+        args += [
+            call.tokens.gather,
+            call.tokens.block_start,
+            call.tokens.head_order,
+            call.index.row_ptr,
+            call.index.col_idx,
+            call.heads.table,
+            mask,
+        ]
         args += [mean_k, mean_v, var_k, bits, call.scale, seq, n, -(-n // 32)]
-        args += [call.text_before, call.text_before + call.num_visual]
+        args += [call.tokens.text_before, call.tokens.text_before + call.tokens.num_visual]
         for x in (q, k, v):
             args += [x.stride(0), x.stride(1), x.stride(2)]
         constants = dict(
             HEADS=heads,
-            TEXT_BLOCKS_BEFORE=-(-call.text_before // block),
-            TEXT_BLOCKS_AFTER=-(-text_after // block),
+            TEXT_BLOCKS_BEFORE=text_blocks_before,
+            TEXT_BLOCKS_AFTER=text_blocks_after,
             # Whether a gathered order has ragged tiles is known on the device only.
             SOME_PARTIAL=partial or gathered,
             D=dim,

@@ -223,9 +223,19 @@ def summaries(call: AttentionCall, head_kinds: torch.Tensor | None = None, warmu
     shape = (batch, heads, 2, call.num_blocks, dim)
     mean_k, mean_v = (torch.empty(shape, dtype=k.dtype, device=k.device) for _ in range(2))
     var_k = torch.empty((batch, heads, call.num_blocks, dim), dtype=variance_dtype(k.dtype), device=k.device)
-    args: list[Any] = [k, v, mean_k, mean_v, var_k, call.gather, call.block_start, call.head_order, call.head_mode]
+    args: list[Any] = [
+        k,
+        v,
+        mean_k,
+        mean_v,
+        var_k,
+        call.tokens.gather,
+        call.tokens.block_start,
+        call.tokens.head_order,
+        call.heads.table,
+    ]
     # Without kinds something stands in that decides nothing.
-    args += [call.head_order if head_kinds is None else head_kinds, seq]
+    args += [call.tokens.head_order if head_kinds is None else head_kinds, seq]
     args += [call.num_blocks, *k.stride()[:3], *v.stride()[:3]]
     columns = triton.next_power_of_2(dim)
     constants = dict(
@@ -233,7 +243,7 @@ def summaries(call: AttentionCall, head_kinds: torch.Tensor | None = None, warmu
         D=dim,
         BLOCK_D=columns,
         BLOCK=call.block_size,
-        GATHER=call.needs_gather,
+        GATHER=call.tokens.needs_gather,
         RUN=_RUN,
         STEPS=AXIS_STEPS,
         MOVED=head_kinds is not None,
@@ -258,9 +268,9 @@ def summaries(call: AttentionCall, head_kinds: torch.Tensor | None = None, warmu
 def kept_bits(call: AttentionCall) -> torch.Tensor:
     """The kept blocks of every row as bits, int32 ``[H * N, ceil(N / 32)]``: bit ``j % 32`` of word ``j // 32``."""
     words = -(-call.num_blocks // 32)
-    rows = call.row_ptr.shape[0] - 1
-    bits = torch.empty(rows, words, dtype=torch.int32, device=call.col_idx.device)
+    rows = call.index.num_heads * call.num_blocks
+    bits = torch.empty(rows, words, dtype=torch.int32, device=call.index.col_idx.device)
     _bits_kernel[(rows,)](
-        bits, call.row_ptr, call.col_idx, words, WORDS=triton.next_power_of_2(words), CHUNK=64, num_warps=1
+        bits, call.index.row_ptr, call.index.col_idx, words, WORDS=triton.next_power_of_2(words), CHUNK=64, num_warps=1
     )
     return bits

@@ -8,7 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from diffsparse.kernels.call import AttentionCall
+from diffsparse.blocks import BlockIndex
+from diffsparse.tokens import TokenLayout
 
 __all__ = ["unpack_lists"]
 
@@ -17,7 +18,7 @@ __all__ = ["unpack_lists"]
 def _kept(bit_row, start_row, j, num_blocks, text_before, visual_end, BLOCK: tl.constexpr):
     """Of every block 16 times its kind, and 1 at that bit where it is kept, else 0.
 
-    Kinds are text before the video, its full blocks, its short ones, text after it: as in ``layout.block_kinds``.
+    Kinds are text before the video, its full blocks, its short ones, text after it: as in ``TokenLayout.kinds``.
     """
     exists = j < num_blocks
     start = tl.load(start_row + j, mask=exists, other=0)
@@ -65,21 +66,22 @@ def _unpack_kernel(
         before += tl.sum(one, 0)
 
 
-def unpack_lists(call: AttentionCall, bits: torch.Tensor, width: int = 1024, warmup: bool = False) -> Any:
-    """``col_idx`` of a call from the bits ``[H * N, ceil(N / 8)]`` of its layout: int32, longer than its lists are.
+def unpack_lists(packed: BlockIndex, tokens: TokenLayout, width: int = 1024, warmup: bool = False) -> Any:
+    """``col_idx`` of a packed index that serves all items: int32, longer than its lists are.
 
     How long they are is known on the GPU alone, and asking would make it wait. ``width``: blocks looked at at once.
     """
+    bits, row_ptr = packed.col_idx[0], packed.row_ptr[0]
     rows, row_bytes = bits.shape
-    n = call.num_blocks
+    n = packed.num_blocks
     if n >= 1 << 16:
         raise ValueError(
             f"packed layouts hold up to 65,535 blocks a head, got {n:,}; take larger blocks or a smaller grid"
         )
     col_idx = torch.empty(rows * n, dtype=torch.int32, device=bits.device)
-    args = [bits, call.row_ptr, col_idx, call.block_start, call.head_order, n, row_bytes]
-    args += [call.text_before, call.text_before + call.num_visual]
-    constants = dict(BLOCK=call.block_size, WIDTH=width, num_warps=4)
+    args = [bits, row_ptr, col_idx, tokens.block_start, tokens.head_order, n, row_bytes]
+    args += [tokens.text_before, tokens.text_before + tokens.num_visual]
+    constants = dict(BLOCK=tokens.block_size, WIDTH=width, num_warps=4)
     if warmup:
         return _unpack_kernel.warmup(*args, grid=(rows,), **constants)
     _unpack_kernel[(rows,)](*args, **constants)

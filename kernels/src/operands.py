@@ -1,0 +1,41 @@
+"""A layout as the operator takes it, in three arguments, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from diffsparse.blocks import BlockIndex
+from diffsparse.heads import HeadSpec
+from diffsparse.layout import BlockLayout
+from diffsparse.tokens import TokenLayout
+
+__all__ = ["as_operands", "from_operands"]
+
+
+def as_operands(layout: BlockLayout) -> tuple[list[torch.Tensor], list[int], str]:
+    """The tensors of a layout, how its tokens are cut, and what holds for its heads, as names between commas."""
+    tokens, index, heads = layout.tokens, layout.index, layout.heads
+    tensors = [tokens.gather, tokens.scatter, tokens.block_start, tokens.head_order]
+    tensors += [index.row_ptr, index.col_idx, heads.table]
+    traits = list(heads.numerics)
+    if heads.has_tail:
+        traits.append("tail")
+    if tokens.needs_gather:
+        traits.append("gather")
+    return tensors, [tokens.block_size, tokens.text_before, tokens.num_visual], ",".join(traits)
+
+
+def from_operands(
+    tensors: Sequence[torch.Tensor], cut: Sequence[int], traits: str
+) -> tuple[TokenLayout, BlockIndex, HeadSpec]:
+    """The parts of the layout that :func:`as_operands` took apart."""
+    gather, scatter, block_start, head_order, row_ptr, col_idx, table = tensors
+    block_size, text_before, num_visual = cut
+    names = tuple(traits.split(","))
+    tokens = TokenLayout(
+        gather, scatter, block_start, head_order, block_size, text_before, num_visual, "gather" in names
+    )
+    numerics = tuple(name for name in names if name not in ("tail", "gather"))
+    return tokens, BlockIndex(row_ptr, col_idx, tokens.num_blocks), HeadSpec(table, "tail" in names, numerics)
