@@ -12,16 +12,15 @@ import torch
 
 from diffsparse.grid import TokenGrid
 from diffsparse.layout import BlockLayout
-from diffsparse.pipelines.state import ModelState
+from diffsparse.pipelines.state import BY_PLAN, OTHER_KEYS, OUTSIDE, RAN_SPARSE, LayerState, ModelState
 from diffsparse.pipelines.timing import Watch, start_watch
 
 __all__ = ["Call"]
 
-OUTSIDE = "noise level outside the plan's sparse range"
 UNSEEN = "no attention call was seen (a processor from outside diffusers?)"
 FOREIGN = "queries and keys had different lengths only"
 COMPILED = "compiled"
-UNKNOWN_TEXT = "compiled code does not know the number of text tokens"
+UNKNOWN = "compiled code left no word of what it did"
 
 
 @dataclass(eq=False)
@@ -131,18 +130,20 @@ class Call:
         if state.tap is not None:
             return
         unseen = ""
+        ran = {layer.index: self.events.get(layer.index, []) + self._compiled_events(layer) for layer in state.layers}
         with state.counting() as counts:
             state.forwards += 1
             state.pending.extend(self.watches)
             for layer in state.layers:
-                events = self.events.get(layer.index)
-                if events is None and complete:
-                    if layer.index in self.compiled:
-                        events = [self._compiled_event(layer.index)]
-                    else:
-                        unseen = FOREIGN if layer.index in self.foreign else UNSEEN
-                        counts[layer.index].unseen += 1
-                for density, work, reason, backend in events or ():
+                events = ran[layer.index]
+                if not events and complete:
+                    unseen = UNSEEN
+                    if layer.index in self.foreign:
+                        unseen = FOREIGN
+                    elif layer.index in self.compiled:
+                        unseen = UNKNOWN
+                    counts[layer.index].unseen += 1
+                for density, work, reason, backend in events:
                     count = counts[layer.index]
                     count.work += work
                     if density is None:
@@ -159,22 +160,28 @@ class Call:
         if unseen and not cached:
             state.log(f"some layers run dense: {unseen}")
 
-    def _compiled_event(self, index: int) -> tuple[float | None, float, str, str]:
-        """What a compiled layer ran: counters live outside traced code, so it is known from the layouts."""
-        layout = self.state.layers[index].layout
-        grid = self.grid_of(index)
-        work = float(self.batch * self.state.architecture.heads * (grid.seq_len**2 if grid else 0))
-        if layout is not None and not self.state.family.text_from_call:
-            return (layout.density, work, "", COMPILED)
-        reason = self.problem or OUTSIDE
-        if layout is not None:
-            return (None, work, UNKNOWN_TEXT, "")
-        layer = self.state.layers[index]  # whether this call had a mask is not known here
-        kernel = "/".join(dict.fromkeys(k for k in (layer.dense_kernel, layer.masked_dense_kernel) if k))
-        if self.problem is None and self.phase is not None and self.grid is not None:
-            found = self.layout(index, self.device or torch.device("cpu"), uniform=True)
-            reason = found if isinstance(found, str) else "the layout was not ready when compiled code ran"
-        return (None, work, reason, kernel)
+    def _compiled_events(self, layer: LayerState) -> list[tuple[float | None, float, str, str]]:
+        """What a layer ran in compiled code, by the notes that it left: counters live outside traced code."""
+        events: list[tuple[float | None, float, str, str]] = []
+        layout = layer.layout
+        for what, kernel in layer.notes():
+            if what == OTHER_KEYS and (self.problem is None or events):
+                self.foreign.add(layer.index)
+                continue
+            grid = self.grid_of(layer.index)
+            work = float(self.batch * self.state.architecture.heads * (grid.seq_len**2 if grid else 0))
+            if what == RAN_SPARSE and layout is not None:
+                events.append((layout.density, work, "", COMPILED))
+                continue
+            reason = self.problem or (what if layout is not None else self._reason_by_plan(layer))
+            if self.problem is not None or layout is not None:
+                self.state.log(f"runs dense: {reason}")
+            events.append((None, work, reason, kernel if what == BY_PLAN else ""))
+        return events
+
+    def _reason_by_plan(self, layer: LayerState) -> str:
+        found = self.layout(layer.index, self.device or torch.device("cpu"), uniform=True)
+        return found if isinstance(found, str) else "the layout was not ready when compiled code ran"
 
 
 def _work(q: torch.Tensor) -> float:

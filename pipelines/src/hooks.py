@@ -143,7 +143,7 @@ def _before_model(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         if call.problem is None and device is not None:
             layout = call.layout(layer.index, device, uniform=bool(call.compiled))
         layer.layout = layout if isinstance(layout, BlockLayout) else None
-        layer.dense_kernel = layer.masked_dense_kernel = layer.dense_heads = None
+        layer.dense_kernel = layer.masked_dense_kernel = layer.dense_heads = layer.ran = None
     if call.compiled and state.dense is not None:
         _choose_dense_kernels(module, call)
     call.frame = _caller()

@@ -18,7 +18,16 @@ from diffsparse.layout import BlockLayout
 from diffsparse.pipelines import _diffusers
 from diffsparse.pipelines.call import Call
 from diffsparse.pipelines.context import CTX, EPOCH
-from diffsparse.pipelines.state import LayerState
+from diffsparse.pipelines.state import (
+    BY_PLAN,
+    MASKED_VIDEO,
+    OTHER_HEADS,
+    OTHER_KEYS,
+    OTHER_TOKENS,
+    RAN_SPARSE,
+    UNKNOWN_TEXT,
+    LayerState,
+)
 
 __all__ = ["install_patch", "routed_dispatch", "routed_sdpa", "takes_key_mask"]
 
@@ -191,28 +200,54 @@ def _route(
         if key_mask is None and reason is None:
             reason = "a mask that is not a key-padding mask"
     if torch.compiler.is_compiling():
-        layout = layer.layout
-        if reason is not None or layer.text_from_call:
-            return dense()
-        if layout is None:
-            kernel = layer.dense_kernel if key_mask is None else layer.masked_dense_kernel
-            if kernel is None:
-                return dense()
-            return dense_attention(q, k, v, kernel=kernel, scale=scale, key_mask=key_mask)
-        if q.shape[1] != layout.seq_len or q.shape[2] != layout.num_heads:
-            return dense()
-        if key_mask is not None and not layout.grid.text_before + layout.grid.text_after:
-            return dense()
-        out = sparse_attention(q, k, v, layout, scale=scale, kv_len=key_mask, backend=layer.backend)
-        if layer.dense_heads is not None:
-            kernel = layer.dense_kernel if key_mask is None else layer.masked_dense_kernel
-            assert kernel is not None  # or the heads would not have been taken out of the layout
-            dense_heads_(out, q, k, v, layer.dense_heads, kernel=kernel, scale=scale, key_mask=key_mask)
-        return out
+        return _compiled(layer, q, k, v, key_mask, scale, reason, dense)
     call = CTX.call
     if call is None or not call.is_running():  # a layer on its own, outside its model's forward: there is no grid
         return dense()
     return _eager(call, layer, q, k, v, mask, key_mask, scale, reason, dense)
+
+
+def _compiled(
+    layer: LayerState,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    scale: float | None,
+    reason: str | None,
+    dense: Callable[[], torch.Tensor],
+) -> torch.Tensor:
+    """What ``_eager`` does, in traced code. What was done is left in ``layer.ran`` for the hook after the forward."""
+    layout = layer.layout
+    if q.shape[1] != k.shape[1]:  # an adapter's or an image's keys beside the self-attention
+        reason = OTHER_KEYS
+    elif reason is None and layer.text_from_call:
+        reason = UNKNOWN_TEXT
+    elif reason is None and layout is not None:
+        if q.shape[1] != layout.seq_len:
+            reason = OTHER_TOKENS
+        elif q.shape[2] != layout.num_heads:
+            reason = OTHER_HEADS
+        elif key_mask is not None and not layout.grid.text_before + layout.grid.text_after:
+            reason = MASKED_VIDEO
+    kernel = layer.dense_kernel if key_mask is None else layer.masked_dense_kernel
+    if reason is not None:
+        _leave_note(layer, reason, "")
+        return dense()
+    if layout is None:
+        _leave_note(layer, BY_PLAN, kernel or "")
+        return dense() if kernel is None else dense_attention(q, k, v, kernel=kernel, scale=scale, key_mask=key_mask)
+    _leave_note(layer, RAN_SPARSE, kernel or "")
+    out = sparse_attention(q, k, v, layout, scale=scale, kv_len=key_mask, backend=layer.backend)
+    if layer.dense_heads is not None:
+        assert kernel is not None  # or the heads would not have been taken out of the layout
+        dense_heads_(out, q, k, v, layer.dense_heads, kernel=kernel, scale=scale, key_mask=key_mask)
+    return out
+
+
+def _leave_note(layer: LayerState, what: str, kernel: str) -> None:
+    """Dynamo replays the store after its graph. The note before this one is passed on unread, so nothing guards on it."""
+    layer.ran = (layer.ran, what, kernel)
 
 
 def _eager(
@@ -271,5 +306,5 @@ def _misfit(
     if q.shape[2] != layout.num_heads:
         return f"{q.shape[2]} heads here, the plan has {layout.num_heads}"
     if key_mask is not None and not grid.text_before + grid.text_after:
-        return "a key mask over visual tokens"
+        return MASKED_VIDEO
     return check(q, k, v, layout, kv_len=key_mask)

@@ -58,6 +58,17 @@ FULL = "every block is kept on this grid"
 DENSE_ENTRIES = "all heads are dense in the plan"
 NOT_IN_PLAN = "dense layer of the plan"
 SLOWER = "dense attention is faster here, by the break-even table"
+OUTSIDE = "noise level outside the plan's sparse range"
+
+# What compiled code can say of a call: it ran sparse, dense by the plan's word (the layouts know which), was none of the
+# layer's own, or dense for a reason.
+RAN_SPARSE = "sparse"
+BY_PLAN = "dense by the plan"
+OTHER_KEYS = "keys of another length"
+OTHER_TOKENS = "another number of tokens than the grid has"
+OTHER_HEADS = "another number of heads than the plan has"
+MASKED_VIDEO = "a key mask over visual tokens"
+UNKNOWN_TEXT = "compiled code does not know the number of text tokens"
 
 
 def sparse_entries(plan: SparsityPlan, phase: int, layer: str, heads: int) -> tuple[HeadEntry, ...] | str:
@@ -93,9 +104,19 @@ class LayerState:
     dense_kernel: str | None = None  # for compiled code too; None is the model's own attention
     masked_dense_kernel: str | None = None
     dense_heads: torch.Tensor | None = None  # bool [H] on the CPU: heads that ``layout`` leaves to ``dense_kernel``
+    # What compiled code did in this forward: (what it did before, what it did last, the dense kernel for such a call).
+    ran: tuple[Any, str, str] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "layout": None, "dense_heads": None}
+        return {**self.__dict__, "layout": None, "dense_heads": None, "ran": None}
+
+    def notes(self) -> list[tuple[str, str]]:
+        """What compiled code did in this forward, call by call: what, and the dense kernel for such a call."""
+        found, ran = [], self.ran
+        while ran is not None:
+            ran, what, kernel = ran
+            found.append((what, kernel))
+        return found[::-1]
 
 
 @dataclass
