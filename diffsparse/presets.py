@@ -10,13 +10,19 @@ from diffsparse.patterns import Radial, Window
 from diffsparse.plan import SparsityPlan
 from diffsparse.schedule import Schedule
 
-__all__ = ["PRESETS", "conservative", "preset"]
+__all__ = ["PRESETS", "preset"]
 
-PRESETS = ("dense", "window", "radial")
+PRESETS = ("dense", "window", "radial", "conservative")
 
 
 def preset(
-    name: str, *, sparse_below: float = 0.9, dense_layers: tuple[str, ...] = (), block_size: int = 64, **options: Any
+    name: str,
+    *,
+    images: bool = False,
+    sparse_below: float | None = None,
+    dense_layers: tuple[str, ...] = (),
+    block_size: int = 64,
+    **options: Any,
 ) -> SparsityPlan:
     """A plan that serves any model.
 
@@ -24,38 +30,36 @@ def preset(
     ``window``: one neighbourhood for all heads on tiles of one frame. Options: ``size`` (default (0.5, 0.4, 0.4), per
     axis a fraction or latent units), ``stride``, ``dilation``, ``tail`` (default ``moments``).
     ``radial``: radial attention in raster order. Options: ``decay``, ``rule`` (``paper`` or ``code``), ``sink_frames``,
-    ``tail`` (default ``none``, as published), ``tile`` (three numbers: tiles of that size in the place of raster order.
-    On images (1, 8, 8) is better: a block of raster order is a piece of a row, and up to 2048 x 2048 pixels all are
-    kept).
+    ``tail`` (default ``none``, as published), ``tile`` (three numbers: tiles of that size in the place of raster order).
+    ``conservative``: what ``plan="auto"`` uses where no searched plan is known, a window of ``size`` (0.6, 0.5, 0.5):
+    each query sees 60% of the frames and 50% of the rows and columns around it exactly and the rest through block
+    summaries. Options as those of ``window``.
 
-    Steps at a noise level above ``sparse_below`` stay dense, as do ``dense_layers``. Raises ValueError for other names
-    and TypeError for options that the preset does not have.
+    images: the plan is for a model that makes images. ``radial`` is on square tiles then: a block of raster order is a
+    piece of a row, and up to 2048 x 2048 pixels all are kept. Where a name is given in the place of a plan, as in
+    ``enable_sparse_attention(pipe, "radial")``, the model decides.
+
+    Steps at a noise level above ``sparse_below`` stay dense (default 0.9, ``conservative`` 0.85: the first steps decide
+    what the picture becomes), as do ``dense_layers``. Raises ValueError for other names and TypeError for options that
+    the preset does not have.
     """
+    if sparse_below is None:
+        sparse_below = 0.85 if name == "conservative" else 0.9
     schedule = Schedule(sparse_below=sparse_below, dense_layers=tuple(dense_layers))
     if name == "dense":
         if options:
             raise TypeError(f"preset('dense') takes no {', '.join(sorted(options))}")
         entry = HeadEntry()
-    elif name == "window":
+    elif name in ("window", "conservative"):
         tail = options.pop("tail", "moments")
-        options.setdefault("size", (0.5, 0.4, 0.4))
+        options.setdefault("size", (0.5, 0.4, 0.4) if name == "window" else (0.6, 0.5, 0.5))
         tile = TileOrder(1, 8, 8) if block_size == 64 else TileOrder(2, 8, 8)
         entry = HeadEntry(tile, Window(**{k: tuple(v) for k, v in options.items()}), execution=Execution(tail=tail))
     elif name == "radial":
-        tail, tile = options.pop("tail", "none"), options.pop("tile", None)
-        order = RasterOrder() if tile is None else TileOrder(*tile)
+        square = (1, 8, 8) if block_size == 64 else (1, 8, 16)
+        tail, sizes = options.pop("tail", "none"), options.pop("tile", square if images else None)
+        order = RasterOrder() if sizes is None else TileOrder(*sizes)
         entry = HeadEntry(order, Radial(**options), execution=Execution(tail=tail))
     else:
         raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
     return SparsityPlan.uniform(entry, schedule=schedule, block_size=block_size, record={"preset": name})
-
-
-def conservative() -> SparsityPlan:
-    """What ``plan="auto"`` uses where no searched plan is known: a wide window with the second-order tail.
-
-    Each query sees 60% of the frames and 50% of the rows and columns around it exactly and the rest through block
-    summaries; steps above noise level 0.85 stay dense, since the first steps decide what the picture becomes.
-    """
-    plan = preset("window", size=(0.6, 0.5, 0.5), sparse_below=0.85)
-    plan.record["preset"] = "conservative"
-    return plan

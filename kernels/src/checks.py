@@ -18,7 +18,16 @@ from diffsparse.entry import NUMERICS
 from diffsparse.kernels.call import BACKENDS
 from diffsparse.layout import BlockLayout
 
-__all__ = ["cannot_run", "check", "choose_backend", "has_8_bits", "input_error", "kv_len_error", "possible_numerics"]
+__all__ = [
+    "cannot_run",
+    "check",
+    "choose_backend",
+    "has_8_bits",
+    "input_error",
+    "kv_len_error",
+    "no_kernel",
+    "possible_numerics",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +141,8 @@ def _triton(q: torch.Tensor | None) -> str | None:
         if interpreting() or torch.cuda.is_available():
             return None
         return "triton needs a GPU (or TRITON_INTERPRET=1), and torch sees none"
+    if q.device.type == "mps":
+        return f"the triton backend runs tensors on a GPU that Triton knows, got {q.device}"
     if q.device.type == "cpu" and not interpreting():
         return "the triton backend runs tensors on a GPU, got cpu (TRITON_INTERPRET=1 runs it in Triton's interpreter)"
     if q.dtype not in _DTYPES:
@@ -207,6 +218,15 @@ def choose_backend(backend: str, q: torch.Tensor) -> str:
             return name
         _log_once(f"backend {name} passed over: {reason}")
     raise AssertionError("the reference backend runs everything")
+
+
+def no_kernel(q: torch.Tensor) -> str | None:
+    """Why ``"auto"`` has only the reference for tensors like ``q``, which is slower than dense attention; else None."""
+    if choose_backend("auto", q) != "reference":
+        return None
+    on_cpu = q.device.type == "cpu"
+    tried = [cannot_run(name, q) for name in BACKENDS if name != "reference" and (name == "cpu") == on_cpu]
+    return "; ".join(dict.fromkeys(reason for reason in tried if reason is not None))
 
 
 def possible_numerics(backend: str, head_dim: int, wanted: tuple[str, ...]) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ class Call:
     ``config``: the model's, for families whose layers see different grids.
     ``problem``: why nothing of this forward can run sparse (an unknown grid), or None.
     ``phase``: the plan's phase, or None where the schedule says dense.
+    ``no_kernel``: why backend ``"auto"`` has no kernel for this model here, or None.
     """
 
     state: ModelState
@@ -39,6 +40,7 @@ class Call:
     batch: int
     config: Any = None
     problem: str | None = None
+    no_kernel: str | None = None
     previous: Call | None = None
     frame: FrameType | None = None
     # layer index -> (density executed, work of the dense call, why dense, backend or dense kernel)
@@ -86,6 +88,8 @@ class Call:
         grid = self.grid_of(index, seq)
         if self.phase is None or grid is None:
             return OUTSIDE
+        if self.no_kernel is not None:
+            return self.no_kernel
         return self.state.layout(grid, self.phase, index, device, uniform)
 
     def without_dense_heads(
@@ -93,7 +97,7 @@ class Call:
     ) -> tuple[BlockLayout, torch.Tensor] | None:
         """Where dense heads may run apart: the layout that skips them, and which they are."""
         grid = self.grid_of(index, seq)
-        if self.state.dense is None or self.phase is None or grid is None:
+        if self.state.dense is None or self.phase is None or grid is None or self.no_kernel is not None:
             return None
         return self.state.without_dense_heads(grid, self.phase, index, device, uniform)
 

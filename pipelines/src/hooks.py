@@ -138,6 +138,9 @@ def _before_model(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
     call.compiled = compiled_layers(module, state)
     # For compiled code, wherever there is any: of a wrapper around the whole model nothing can be seen from here.
     device = call.device = _device_of(args, kwargs)
+    if device is not None and call.phase is not None:
+        dtype = next((p.dtype for p in module.parameters() if p.dtype.is_floating_point), torch.float32)
+        call.no_kernel = state.no_kernel(device, dtype)
     for layer in state.layers:
         layout: BlockLayout | str | None = None
         if call.problem is None and device is not None:

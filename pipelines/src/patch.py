@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from diffsparse.kernels import check, sparse_attention
-from diffsparse.kernels.checks import choose_backend
+from diffsparse.kernels.checks import choose_backend, no_kernel
 from diffsparse.kernels.dense import dense_attention, dense_heads_
 from diffsparse.layout import BlockLayout
 from diffsparse.pipelines import _diffusers
@@ -27,6 +27,7 @@ from diffsparse.pipelines.state import (
     RAN_SPARSE,
     UNKNOWN_TEXT,
     LayerState,
+    without_kernel,
 )
 
 __all__ = ["install_patch", "routed_dispatch", "routed_sdpa", "takes_key_mask"]
@@ -281,12 +282,14 @@ def _eager(
         return call.run_dense(index, q, reason, dense, issue=True, by=by)
     if isinstance(layout, str):
         return call.run_dense(index, q, layout, dense, issue=False, by=by)
+    backend = choose_backend(layer.backend, q)
+    if backend == "reference" and layer.backend == "auto":  # these are other tensors than the model's parameters
+        return call.run_dense(index, q, without_kernel(no_kernel(q)) or "", dense, issue=True)
     by_heads = None
     apart = call.without_dense_heads(index, q.device, seq=q.shape[1])
     if apart is not None and call.state.dense is not None:
         by_heads = call.state.dense.for_heads(q, k, v, key_mask, scale, dense)
     watch = call.start_watch(q)
-    backend = choose_backend(layer.backend, q)
     if apart is not None and by_heads is not None:
         out = sparse_attention(q, k, v, apart[0], scale=scale, kv_len=key_mask, backend=layer.backend)
         dense_heads_(out, q, k, v, apart[1], kernel=by_heads, scale=scale, key_mask=key_mask)

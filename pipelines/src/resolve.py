@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from diffsparse.grid import TokenGrid
 from diffsparse.kernels.cache import cache_root
+from diffsparse.order import TileOrder
 from diffsparse.pipelines._diffusers import local_folder
 from diffsparse.pipelines.families.sizes import USUAL_SIZES
 from diffsparse.pipelines.family import architecture_of
 from diffsparse.plan import JSON_NAME, PlanError, SparsityPlan
-from diffsparse.presets import PRESETS, conservative, preset
+from diffsparse.presets import PRESETS, preset
 
-__all__ = ["PLAN_FOLDER", "cache_folder", "resolve_plans"]
+__all__ = ["PLAN_FOLDER", "cache_folder", "makes_images", "named_plan", "resolve_plans"]
 
 logger = logging.getLogger("diffsparse")
 
 #: Where a model's folder holds its plan.
 PLAN_FOLDER = "sparse_plan"
-#: Blocks of 64 tokens that are square: on an image a run of as many in raster order is a piece of a row.
-IMAGE_TILE = (1, 8, 8)
 
 
 def cache_folder(fingerprint: str) -> Path:
@@ -51,27 +52,36 @@ def _resolve(pipe: Any, name: str, transformer: torch.nn.Module, plan: Any) -> t
     if isinstance(plan, str):
         if plan == "auto":
             return _auto(pipe, name, transformer)
-        if plan == "conservative":
-            return conservative(), "preset 'conservative'"
-        if plan == "radial" and _makes_images(transformer):
-            return preset(plan, tile=IMAGE_TILE), f"preset {plan!r} on tiles of 8 x 8, as for images"
         if plan in PRESETS:
-            return preset(plan), f"preset {plan!r}"
+            found = named_plan(plan, architecture_of(transformer).model_class)
+            return found, _describe(found)
     if isinstance(plan, (str, os.PathLike)):
         return SparsityPlan.from_pretrained(plan), str(plan)
     raise TypeError(
-        f"plan must be a SparsityPlan, a folder or Hub id, 'auto', 'conservative', {', '.join(map(repr, PRESETS))}, or "
+        f"plan must be a SparsityPlan, a folder or Hub id, 'auto', {', '.join(map(repr, PRESETS))}, or "
         f"a dict of these by transformer; got {type(plan).__name__}"
     )
 
 
-def _makes_images(transformer: torch.nn.Module) -> bool:
-    usual = USUAL_SIZES.get(architecture_of(transformer).model_class)
-    return usual is not None and usual[1].frames == 1
+def named_plan(name: str, model_class: str | None = None, grid: TokenGrid | None = None) -> SparsityPlan:
+    """The plan that one of ``PRESETS`` means for a transformer class. Whoever runs, judges or shows it asks here.
+
+    Without a class that is known, a ``grid`` of one frame is an image. Raises ValueError for other names.
+    """
+    return preset(name, images=makes_images(model_class, grid))
+
+
+def makes_images(model_class: str | None, grid: TokenGrid | None = None) -> bool:
+    """Whether a transformer class makes images; of one that is not known, whether ``grid`` is one."""
+    usual = USUAL_SIZES.get(model_class or "")
+    known = usual[1] if usual is not None else grid
+    return known is not None and known.frames == 1
 
 
 def _describe(plan: SparsityPlan) -> str:
-    name = plan.record.get("preset")
+    name, order = plan.record.get("preset"), plan.entries[0].order
+    if name == "radial" and isinstance(order, TileOrder):
+        return f"preset 'radial' on tiles of {order.h} x {order.w}, as for images"
     return f"preset {name!r}" if isinstance(name, str) else "a SparsityPlan"
 
 
@@ -96,7 +106,14 @@ def _auto(pipe: Any, name: str, transformer: torch.nn.Module) -> tuple[SparsityP
         return plan, f"auto: {why}"
     why = f"no plan is shipped or cached for this architecture (fingerprint {fingerprint})"
     logger.info("%s: plan 'auto' took the conservative preset: %s%s", name, why, _passed(passed))
-    return conservative(), f"auto: conservative preset, {why}"
+    # Python shows a warning of one text once. It comes from this line, whoever calls.
+    warnings.warn(
+        f"plan='auto' found no plan for {architecture_of(transformer).model_class}{_passed(passed)}; the conservative "
+        "preset runs, which was not searched for this model and changes what it makes. Search a plan with `diffsparse "
+        "search`, or name one; plan='conservative' takes this one without a warning",
+        stacklevel=1,
+    )
+    return preset("conservative"), f"auto: conservative preset, {why}"
 
 
 def _passed(passed: list[str]) -> str:

@@ -21,7 +21,7 @@ import torch
 from diffsparse.entry import HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels.break_even import find_table
-from diffsparse.kernels.checks import has_8_bits
+from diffsparse.kernels.checks import has_8_bits, no_kernel
 from diffsparse.layout import BlockLayout, build_layout
 from diffsparse.pipelines.dense import DenseChoice
 from diffsparse.pipelines.family import Family, architecture_of, family_by_class, layers_of
@@ -38,6 +38,7 @@ __all__ = [
     "ModelState",
     "sparse_entries",
     "state_of",
+    "without_kernel",
 ]
 
 logger = logging.getLogger("diffsparse")
@@ -69,6 +70,11 @@ OTHER_TOKENS = "another number of tokens than the grid has"
 OTHER_HEADS = "another number of heads than the plan has"
 MASKED_VIDEO = "a key mask over visual tokens"
 UNKNOWN_TEXT = "compiled code does not know the number of text tokens"
+
+
+def without_kernel(why: str | None) -> str | None:
+    """The reason for running dense where ``diffsparse.kernels.checks.no_kernel`` gives one."""
+    return None if why is None else f"no kernel for these tensors ({why}); backend='reference' runs all the same"
 
 
 def sparse_entries(plan: SparsityPlan, phase: int, layer: str, heads: int) -> tuple[HeadEntry, ...] | str:
@@ -211,6 +217,7 @@ class ModelState:
     def _fresh(self, pipe: Any = None, tap: Any = None) -> None:
         """What belongs to this object alone, and is made anew for a copy."""
         self.layouts = LayoutCache()
+        self.kernels: dict[tuple[torch.device, torch.dtype], str | None] = {}
         self.lock = threading.Lock()
         self.tap = tap
         self.installed = False  # the pass-through functions in the modules that define the model
@@ -223,7 +230,7 @@ class ModelState:
             self.num_train_timesteps = int(scheduler.config.get("num_train_timesteps", self.num_train_timesteps))
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("layouts", "lock", "tap", "installed", "_pipe", "schedule", "pending")
+        own = ("layouts", "kernels", "lock", "tap", "installed", "_pipe", "schedule", "pending")
         return {k: v for k, v in self.__dict__.items() if k not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -244,6 +251,17 @@ class ModelState:
         pipe = self._pipe() if self._pipe is not None else None
         scheduler = getattr(pipe, "scheduler", None)
         return scheduler if hasattr(scheduler, "config") else None
+
+    def no_kernel(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why backend ``"auto"`` leaves the model dense on a device: it has only the reference there. Else None."""
+        if self.backend != "auto" or self.plan is None:
+            return None
+        if (device, dtype) not in self.kernels:
+            probe = torch.empty(1, 1, 1, self.architecture.head_dim, dtype=dtype, device=device)
+            self.kernels[device, dtype] = without_kernel(no_kernel(probe))
+        if (reason := self.kernels[device, dtype]) is not None:
+            self.log(f"runs dense: {reason}")
+        return reason
 
     # -- layouts ---------------------------------------------------------------------------------------------------
 

@@ -288,6 +288,7 @@ def eval_command(
         folder = load.check_output(out) if out else None
         load.quiet_libraries()
         pipe = load.load_pipeline(model, device=place, dtype=precision)
+        chosen = load.load_plan(plan, load.model_class(pipe)) if plan in load.PRESETS else chosen
         load.check_plan_runs(chosen, pipe, backend)
         asked = {"height": height, "width": width, "num_frames": num_frames, "steps": steps}
         asked |= {"guidance_scale": guidance_scale, "true_cfg_scale": true_cfg_scale}
@@ -341,9 +342,10 @@ def show_command(
         from diffsparse.search.measured import figures_beside
         from diffsparse.search.show import describe, draw, grid_of, parse_grid, plan_table
 
-        chosen = load.load_plan(plan)
-        folder = None if plan in load.NAMED_PLANS else plan
-        on = parse_grid(grid) if grid else grid_of(chosen, folder)
+        given = parse_grid(grid) if grid else None
+        chosen = load.load_plan(plan, grid=given)
+        folder = None if plan in load.PRESETS else plan
+        on = given or grid_of(chosen, folder)
         if phase is not None and not 0 <= phase < chosen.schedule.num_phases:
             raise BadInput(f"--phase {phase}: the plan has phases 0 to {chosen.schedule.num_phases - 1}")
         figures = figures_beside(chosen, folder, on)
@@ -400,13 +402,16 @@ def explain_command(
         load.check_backend(backend)
         shape = shape_for(
             chosen,
-            folder=None if plan in load.NAMED_PLANS else plan,
+            folder=None if plan in load.PRESETS else plan,
             grid=parse_grid(grid) if grid else None,
             model_shape=model_shape,
             height=height,
             width=width,
             num_frames=num_frames,
         )
+        if plan in load.PRESETS:
+            named = shape.architecture.model_class if shape.architecture else model_shape
+            chosen = load.load_plan(plan, named, shape.grid)
         found = explain(
             chosen,
             shape,

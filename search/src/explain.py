@@ -16,9 +16,14 @@ from diffsparse.density import TAIL_COST
 from diffsparse.entry import TAILS, HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels.break_even import BreakEvenTable, find_table
+<<<<<<< HEAD
 from diffsparse.kernels.checks import choose_backend, has_8_bits
+=======
+from diffsparse.kernels.checks import choose_backend, has_8_bits, no_kernel
+from diffsparse.layout import TAIL_COST
+>>>>>>> 4bcff54 (Presets: one place for their names; plan="auto" warns where it takes one; no kernel means dense, with the reason)
 from diffsparse.pipelines.family import Family, UnsupportedModelError, family_by_class
-from diffsparse.pipelines.state import FULL, SLOWER, is_full, sparse_entries
+from diffsparse.pipelines.state import FULL, SLOWER, is_full, sparse_entries, without_kernel
 from diffsparse.plan import Architecture, SparsityPlan
 from diffsparse.search.candidates import fill
 from diffsparse.search.columns import GLUE, fold, printable, text_table
@@ -277,7 +282,9 @@ class HeadForecaster:
         costs: CostModel | None,
         table: BreakEvenTable | None = None,
         has_8_bits: bool = False,
+        without_kernel: str | None = None,
     ) -> None:
+        self.without_kernel = without_kernel
         self.plan, self.costs, self.table, self.has_8_bits = plan, costs, table, has_8_bits
         self.known: dict[tuple[HeadEntry, TokenGrid], HeadForecast] = {}
 
@@ -312,6 +319,8 @@ class HeadForecaster:
         density = float(np.mean([f.density for f in found]))
         families = dict(Counter(family(entry) for entry in entries).most_common())
         fallback = sum(f.fallback for f in found)
+        if self.without_kernel is not None:
+            return PhaseForecast(1.0, one, self.without_kernel, fallback, families)
         if is_full([f.density for f in found], [e.execution.numerics for e in entries], self.has_8_bits):
             return PhaseForecast(1.0, one, FULL, fallback, families)
         if self.table is not None and self._over_dense(self.table, entries, found, grid) >= 1:
@@ -351,13 +360,17 @@ def explain(
     heads = architecture.heads if architecture is not None else plan.index.shape[2]
     head_dim = architecture.head_dim if architecture is not None else USUAL_HEAD_DIM
     try:
-        chosen = choose_backend(backend, torch.empty((1, 1, heads, head_dim), device=device, dtype=dtype))
+        probe = torch.empty((1, 1, heads, head_dim), device=device, dtype=dtype)
+        chosen = choose_backend(backend, probe)
     except ValueError as error:
         raise BadInput(f"--backend {backend}: {error}; see `diffsparse env`") from None
     family = _family(architecture, model_class)
     costs = recorded_costs(plan)
     table = find_table(device, head_dim) if backend == "auto" else None
-    forecaster = HeadForecaster(plan, costs, table, chosen == "gluon_sm90" and has_8_bits(device, head_dim))
+    forecaster = HeadForecaster(
+        plan, costs, table, chosen == "gluon_sm90" and has_8_bits(device, head_dim),
+        without_kernel(no_kernel(probe)) if backend == "auto" else None,
+    )
     rows = []
     for layer in layers:
         own = grid.visual_only() if family is not None and family.is_visual_only(layer) else grid

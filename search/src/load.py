@@ -8,14 +8,13 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffsparse.codec import PlanError
 from diffsparse.plan import SparsityPlan
-from diffsparse.presets import PRESETS, conservative, preset
+from diffsparse.presets import PRESETS
 from diffsparse.saving import is_full
 from diffsparse.search.columns import printable, shorten
 from diffsparse.search.errors import BadInput, DiskFull
@@ -24,8 +23,9 @@ from diffsparse.search.signature import makes_videos, parameters
 if TYPE_CHECKING:
     import torch
 
+    from diffsparse.grid import TokenGrid
+
 __all__ = [
-    "NAMED_PLANS",
     "DTYPES",
     "check_backend",
     "check_model_name",
@@ -39,15 +39,11 @@ __all__ = [
     "load_pipeline",
     "load_plan",
     "load_shapes",
+    "model_class",
     "quiet_libraries",
     "read_prompts",
 ]
 
-#: Plans that need no file.
-NAMED_PLANS: dict[str, Callable[[], SparsityPlan]] = {
-    **{name: (lambda name=name: preset(name)) for name in PRESETS},  # type: ignore[misc]
-    "conservative": conservative,
-}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -140,6 +136,13 @@ def sparse_backend(pipe: Any) -> str:
     head_dim = architecture_of(transformer).head_dim
     device = getattr(pipe, "_execution_device", pipe.device)
     return choose_backend("auto", torch.empty(1, 1, 1, head_dim, dtype=transformer.dtype, device=device))
+
+
+def model_class(pipe: Any) -> str:
+    """The class of a pipeline's transformer (of the first of two)."""
+    from diffsparse.pipelines import architecture_of, find_transformers
+
+    return architecture_of(next(iter(find_transformers(pipe).values()))).model_class
 
 
 def check_model_name(model: str) -> None:
@@ -309,15 +312,20 @@ def _nearest(value: int, unit: int, offset: int) -> str:
 # -- plans -------------------------------------------------------------------------------------------------------------
 
 
-def load_plan(name: str) -> SparsityPlan:
-    """A plan's folder, a Hub repository, or one of :data:`NAMED_PLANS`. Raises :class:`BadInput`."""
-    if name in NAMED_PLANS:
-        return NAMED_PLANS[name]()
+def load_plan(name: str, model_class: str | None = None, grid: TokenGrid | None = None) -> SparsityPlan:
+    """A plan's folder, a Hub repository, or a preset by name, as it runs. Raises :class:`BadInput`.
+
+    A preset is what enabling it means for transformers of ``model_class``; without one, for calls on ``grid``.
+    """
+    if name in PRESETS:
+        from diffsparse.pipelines.resolve import named_plan
+
+        return named_plan(name, model_class, grid)
     path = Path(name)
     if not path.exists() and not HUB_ID.fullmatch(name):
         raise BadInput(
             f"no plan at {name!r}: it is a folder that `diffsparse search` wrote, a Hub repository owner/name, or "
-            f"one of {', '.join(NAMED_PLANS)}"
+            f"one of {', '.join(PRESETS)}"
         )
     try:
         return SparsityPlan.from_pretrained(name)
@@ -346,7 +354,7 @@ def check_plan_fits(plan: SparsityPlan, pipe: Any) -> None:
         if differences:
             raise BadInput(
                 f"the plan is for another model: {'; '.join(differences)}. Search one for this model with "
-                "`diffsparse search`, or use one of " + ", ".join(NAMED_PLANS)
+                "`diffsparse search`, or use one of " + ", ".join(PRESETS)
             )
 
 

@@ -13,7 +13,7 @@ from diffsparse.grid import TokenGrid
 from diffsparse.order import AxisOrder, RasterOrder, TileOrder
 from diffsparse.patterns import Bitmap, Full, Sink, Window
 from diffsparse.plan import Architecture, PlanError, SparsityPlan
-from diffsparse.presets import conservative, preset
+from diffsparse.presets import PRESETS, preset
 from diffsparse.schedule import Schedule
 from tests.vocabulary.strategies import orders
 from tests.vocabulary.test_patterns import token_rules
@@ -213,18 +213,33 @@ def test_bitmaps_elsewhere_are_reported_as_fallbacks():
     assert example_plan().fallbacks(TokenGrid(2, 9, 10)) == 1
 
 
-@pytest.mark.parametrize("name", ["dense", "window", "radial"])
+@pytest.mark.parametrize("name", PRESETS)
 def test_presets_serve_any_model_and_grid(name):
     plan = preset(name)
     assert plan.is_uniform
     for grid in (TokenGrid(1, 3, 5), TokenGrid(3, 11, 7, 9, 4), TokenGrid(7, 2, 30)):
         assert 0 < plan.trajectory_density(grid, np.linspace(1, 0.05, 8)) <= 1
     assert SparsityPlan.from_json(plan.to_files()["sparse_plan.json"]).to_files() == plan.to_files()
-    assert conservative().is_uniform
+    assert plan.record["preset"] == name
+
+
+def test_the_preset_of_auto_keeps_more_than_the_window():
+    grid = TokenGrid(5, 30, 52)
+    wide, window = preset("conservative"), preset("window")
+    assert wide.schedule.sparse_below < window.schedule.sparse_below
+    assert wide.call_densities(grid).mean() > window.call_densities(grid).mean()
+    assert preset("conservative", sparse_below=0.5).schedule.sparse_below == 0.5
+
+
+@pytest.mark.parametrize("block_size", [64, 128])
+def test_radial_for_images_is_on_tiles_of_one_block(block_size):
+    entry = preset("radial", images=True, block_size=block_size).entries[0]
+    assert entry.order.t * entry.order.h * entry.order.w == block_size
+    assert preset("radial", block_size=block_size).entries[0].order.is_raster
 
 
 def test_presets_refuse_what_they_do_not_have():
-    with pytest.raises(ValueError, match="dense, window, radial"):
+    with pytest.raises(ValueError, match="dense, window, radial, conservative"):
         preset("spiral")
     with pytest.raises(TypeError):
         preset("window", decay=0.2)

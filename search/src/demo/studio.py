@@ -13,9 +13,9 @@ import numpy as np
 
 from diffsparse.grid import TokenGrid
 from diffsparse.pipelines import architecture_of, find_transformers
-from diffsparse.pipelines.resolve import PLAN_FOLDER
+from diffsparse.pipelines.resolve import PLAN_FOLDER, makes_images
 from diffsparse.plan import JSON_NAME, SparsityPlan
-from diffsparse.presets import conservative, preset
+from diffsparse.presets import preset
 from diffsparse.search import load
 from diffsparse.search.demo.inspector import PlanView, check_blocks
 from diffsparse.search.demo.sessions import Session
@@ -199,7 +199,7 @@ class Studio:
         if choice == SHIPPED and self.shipped is not None:
             return self.shipped.plan
         if choice == CONSERVATIVE:
-            return conservative()
+            return preset(CONSERVATIVE)
         if choice == UPLOADED:
             if session.uploaded is None:
                 raise BadInput("no plan was uploaded yet; upload the zip of a plan's folder, or choose another plan")
@@ -225,7 +225,8 @@ class Studio:
         if name == WINDOW:
             tried = [preset(WINDOW, size=(size, size, size)) for size in WINDOW_SIZES]
         else:
-            tried = [preset(RADIAL, decay=decay) for decay in RADIAL_DECAYS]
+            images = makes_images(load.model_class(self.pipe), grid)
+            tried = [preset(RADIAL, images=images, decay=decay) for decay in RADIAL_DECAYS]
         return min(tried, key=lambda plan: abs(float(plan.call_densities(grid).mean()) - density))
 
     def take_upload(self, file: Path, session: Session) -> PlanView:
