@@ -30,7 +30,7 @@ def preset(
     ``window``: one neighbourhood for all heads on tiles of one frame. Options: ``size`` (default (0.5, 0.4, 0.4), per
     axis a fraction or latent units), ``stride``, ``dilation``, ``tail`` (default ``moments``).
     ``radial``: radial attention in raster order. Options: ``decay``, ``rule`` (``paper`` or ``code``), ``sink_frames``,
-    ``tail`` (default ``none``, as published), ``tile`` (three numbers: tiles of that size in the place of raster order).
+    ``tail`` (default ``none``, as published), ``tile`` (three numbers: tiles of that size, not raster order).
     ``conservative``: what ``plan="auto"`` uses where no searched plan is known, a window of ``size`` (0.6, 0.5, 0.5):
     each query sees 60% of the frames and 50% of the rows and columns around it exactly and the rest through block
     summaries. Options as those of ``window``.

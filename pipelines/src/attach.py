@@ -38,10 +38,12 @@ def enable_sparse_attention(
         plan: a ``SparsityPlan``; a folder or Hub id of one; ``"dense"``, ``"window"``, ``"radial"`` or
             ``"conservative"``; a dict of these by component (``{"transformer": ..., "transformer_2": ...}``; one that
             is left out stays dense); or ``"auto"``: the plan in the model folder's ``sparse_plan`` if it is for this
-            architecture, else the one cached for it, else the conservative preset, with a warning. A log line says which.
+            architecture, else the one cached for it, else the conservative preset, with a warning. A log line says
+            which.
         backend: the kernel, ``"auto"`` or one of ``diffsparse.kernels.BACKENDS``, which then runs or raises. Under
-            ``"auto"`` all stays dense where there is no kernel for the device, and a layer where the device's break-even table says that its blocks would take longer;
-            the summary says so. A device without a table runs all of them (`diffsparse bench break-even` makes one).
+            ``"auto"`` all stays dense where there is no kernel for the device, and a layer where the device's
+            break-even table says that its blocks would take longer; the summary says so. A device without a table runs
+            all of them (`diffsparse bench break-even` makes one).
         strict: refuse a plan for another architecture. With False, layers that the plan and the model do not share run
             dense and are listed in the summary.
         timing: on a GPU, time every attention call for the summary, by two CUDA events around it; nothing waits for

@@ -247,7 +247,7 @@ def _compiled(
 
 
 def _leave_note(layer: LayerState, what: str, kernel: str) -> None:
-    """Dynamo replays the store after its graph. The note before this one is passed on unread, so nothing guards on it."""
+    """Dynamo replays the store after its graph. The note before this one is passed on unread: nothing guards on it."""
     layer.ran = (layer.ran, what, kernel)
 
 

@@ -61,8 +61,8 @@ NOT_IN_PLAN = "dense layer of the plan"
 SLOWER = "dense attention is faster here, by the break-even table"
 OUTSIDE = "noise level outside the plan's sparse range"
 
-# What compiled code can say of a call: it ran sparse, dense by the plan's word (the layouts know which), was none of the
-# layer's own, or dense for a reason.
+# What compiled code can say of a call: it ran sparse, dense by the plan's word (which one is known from the layouts),
+# was none of the layer's own, or ran dense for a reason.
 RAN_SPARSE = "sparse"
 BY_PLAN = "dense by the plan"
 OTHER_KEYS = "keys of another length"

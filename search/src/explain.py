@@ -368,7 +368,10 @@ def explain(
     costs = recorded_costs(plan)
     table = find_table(device, head_dim) if backend == "auto" else None
     forecaster = HeadForecaster(
-        plan, costs, table, chosen == "gluon_sm90" and has_8_bits(device, head_dim),
+        plan,
+        costs,
+        table,
+        chosen == "gluon_sm90" and has_8_bits(device, head_dim),
         without_kernel(no_kernel(probe)) if backend == "auto" else None,
     )
     rows = []

@@ -32,7 +32,7 @@ def _fresh_dynamo() -> Iterator[None]:
 class Attends:
     """A processor for Wan that calls attention once for each of ``calls``, which are options of the call.
 
-    ``keys``: a share of the keys. ``tokens``: a share of tokens; ``heads``: the first ones. The last call is the output.
+    ``keys``: a share of the keys. ``tokens``: one of tokens. ``heads``: the first ones. The last call is the output.
     """
 
     def __init__(self, *calls: dict[str, Any]) -> None:
