@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,12 +20,19 @@ from tests.pipelines.models import flux, wan
 CPU = torch.device("cpu")
 
 
+class Pipe:
+    """All that a plan needs to know of a pipeline."""
+
+    def __init__(self, transformer: torch.nn.Module) -> None:
+        self.components = {"transformer": transformer}
+
+
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("build", [wan, flux])
 def test_eval_judges_the_plan_that_runs(
     name: str, build: Any, prompts_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pipe = SimpleNamespace(components={"transformer": build()})
+    pipe = Pipe(build())
     judged = []
 
     def compare(pipe: Any, plan: Any, *args: Any, **options: Any) -> None:
