@@ -16,12 +16,7 @@ from diffsparse.density import TAIL_COST
 from diffsparse.entry import TAILS, HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels.break_even import BreakEvenTable, find_table
-<<<<<<< HEAD
-from diffsparse.kernels.checks import choose_backend, has_8_bits
-=======
 from diffsparse.kernels.checks import choose_backend, has_8_bits, no_kernel
-from diffsparse.layout import TAIL_COST
->>>>>>> 4bcff54 (Presets: one place for their names; plan="auto" warns where it takes one; no kernel means dense, with the reason)
 from diffsparse.pipelines.family import Family, UnsupportedModelError, family_by_class
 from diffsparse.pipelines.state import FULL, SLOWER, is_full, sparse_entries, without_kernel
 from diffsparse.plan import Architecture, SparsityPlan
