@@ -4,9 +4,21 @@ Importing this package registers the operator ``diffsparse::sparse_attention`` a
 """
 
 from diffsparse.kernels.api import available_backends, sparse_attention
+from diffsparse.kernels.backends import Backend, CallFacts, KernelBackend, register_backend
 from diffsparse.kernels.backends.reference.forward import reference_attention
 from diffsparse.kernels.call import BACKENDS
 from diffsparse.kernels.checks import check
 from diffsparse.kernels.merge import merge_attention
 
-__all__ = ["BACKENDS", "available_backends", "check", "merge_attention", "reference_attention", "sparse_attention"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "CallFacts",
+    "KernelBackend",
+    "available_backends",
+    "check",
+    "merge_attention",
+    "reference_attention",
+    "register_backend",
+    "sparse_attention",
+]

@@ -6,7 +6,7 @@ from typing import Literal, overload
 
 import torch
 
-from diffsparse.kernels.call import BACKENDS
+from diffsparse.kernels.backends import backend_names
 from diffsparse.kernels.checks import cannot_run, input_error
 from diffsparse.kernels.operands import as_operands
 from diffsparse.kernels.ops import sparse_attention_op
@@ -16,8 +16,8 @@ __all__ = ["available_backends", "sparse_attention"]
 
 
 def available_backends() -> dict[str, str | None]:
-    """Every backend, with None where this machine can run it, else the reason why not."""
-    return {name: cannot_run(name) for name in BACKENDS}
+    """Every backend, registered ones too, with None where this machine can run it, else the reason why not."""
+    return {name: cannot_run(name) for name in backend_names()}
 
 
 @overload
@@ -75,7 +75,7 @@ def sparse_attention(
             queries and keys turned and keys and values smoothed first. Heads with the tail ``moments`` stay in the
             precision of q, k and v. Asked for here it takes ``backend="gluon_sm90"`` and head_dim 64 or 128; what a
             layout asks for is run in the precision of q, k and v elsewhere, with a line in the log.
-        backend: ``"auto"``, or one of ``BACKENDS``, which then runs or raises.
+        backend: ``"auto"``, or one of :func:`available_backends`, which then runs or raises.
         return_lse: return the log-sum-exp too.
 
     Returns:

@@ -15,7 +15,7 @@ from diffsparse.tokens import TokenLayout
 
 __all__ = ["BACKENDS", "AttentionCall", "key_mask_of", "make_call"]
 
-#: Every backend.
+#: The backends of this package, best first; ``available_backends()`` has registered ones too.
 BACKENDS = ("gluon_sm90", "triton", "cpu", "reference")
 
 

@@ -5,17 +5,15 @@ Every function returns None, or one line that says what is in the way.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import math
-import os
-from collections.abc import Callable
+from collections.abc import Collection, Iterable
 from functools import lru_cache
 
 import torch
 
 from diffsparse.entry import NUMERICS
-from diffsparse.kernels.call import BACKENDS
+from diffsparse.kernels.backends import CallFacts, backend_names, candidates, find_backend
 from diffsparse.layout import BlockLayout
 
 __all__ = [
@@ -30,10 +28,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_MAX_HEAD_DIM = 256
-_DIMS_8_BITS = (64, 128)
 
 
 def input_error(
@@ -84,10 +78,11 @@ def input_error(
     if numerics not in NUMERICS:
         return f"numerics must be one of {', '.join(map(repr, NUMERICS))}, got {numerics!r}"
     if numerics != "auto":
-        if backend != "gluon_sm90":
-            return f"numerics {numerics!r} needs backend='gluon_sm90', got {backend!r}"
-        if q.shape[3] not in _DIMS_8_BITS:
-            return f"numerics {numerics!r} takes head_dim 64 or 128, got {q.shape[3]}"
+        having = _having(numerics)
+        if backend not in having:
+            return f"numerics {numerics!r} needs backend={_either(map(repr, having))}, got {backend!r:.60}"
+        if q.shape[3] not in having[backend]:
+            return f"numerics {numerics!r} takes head_dim {_either(having[backend])}, got {q.shape[3]}"
     return None
 
 
@@ -108,94 +103,12 @@ def kv_len_error(kv_len: torch.Tensor | None, seq: int, text_before: int, num_vi
     return None
 
 
-def _reference(q: torch.Tensor | None) -> str | None:
-    return None
-
-
-def _cpu(q: torch.Tensor | None) -> str | None:
-    if q is None:
-        return None
-    if q.device.type != "cpu":
-        return f"the cpu backend runs tensors on the CPU, got {q.device}"
-    if q.dtype not in _DTYPES:
-        return f"the cpu backend takes float32, float16 or bfloat16, got {q.dtype}"
-    return None
-
-
-def interpreting() -> bool:
-    """True where Triton kernels run in Triton's interpreter, on the CPU."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-@lru_cache(maxsize=1)
-def _triton_missing() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install triton)"
-    return None
-
-
-def _triton(q: torch.Tensor | None) -> str | None:
-    if (missing := _triton_missing()) is not None:
-        return missing
-    if q is None:
-        if interpreting() or torch.cuda.is_available():
-            return None
-        return "triton needs a GPU (or TRITON_INTERPRET=1), and torch sees none"
-    if q.device.type == "mps":
-        return f"the triton backend runs tensors on a GPU that Triton knows, got {q.device}"
-    if q.device.type == "cpu" and not interpreting():
-        return "the triton backend runs tensors on a GPU, got cpu (TRITON_INTERPRET=1 runs it in Triton's interpreter)"
-    if q.dtype not in _DTYPES:
-        return f"the triton backend takes float32, float16 or bfloat16, got {q.dtype}"
-    if not 16 <= q.shape[3] <= _MAX_HEAD_DIM or q.shape[3] % 8:
-        return f"the triton backend takes head_dim 16 to {_MAX_HEAD_DIM} in multiples of 8, got {q.shape[3]}"
-    return None
-
-
-@lru_cache(maxsize=1)
-def _gluon_missing() -> str | None:
-    if (missing := _triton_missing()) is not None:
-        return missing
-    if importlib.util.find_spec("triton.experimental.gluon.language.nvidia.hopper") is None:
-        return "this triton has no Gluon for Hopper (pip install 'triton>=3.6')"
-    return None
-
-
-def _gluon_sm90(q: torch.Tensor | None) -> str | None:
-    if (missing := _gluon_missing()) is not None:
-        return missing
-    if q is not None and q.device.type != "cuda":
-        return f"the gluon_sm90 backend runs tensors on a Hopper GPU, got {q.device}"
-    if not torch.cuda.is_available() or torch.version.hip:
-        return "gluon_sm90 needs a Hopper GPU, and torch sees none"
-    capability = torch.cuda.get_device_capability(None if q is None else q.device)
-    if capability != (9, 0):
-        return f"gluon_sm90 needs a GPU of compute capability 9.0, got {capability[0]}.{capability[1]}"
-    if q is None:
-        return None
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        return f"the gluon_sm90 backend takes float16 or bfloat16, got {q.dtype}"
-    if not 64 <= q.shape[3] <= 128 or q.shape[3] % 8:
-        return f"the gluon_sm90 backend takes head_dim 64 to 128 in multiples of 8, got {q.shape[3]}"
-    return None
-
-
-_CHECKS: dict[str, Callable[[torch.Tensor | None], str | None]] = {
-    "reference": _reference,
-    "cpu": _cpu,
-    "triton": _triton,
-    "gluon_sm90": _gluon_sm90,
-}
-
-# What "auto" tries, best first.
-_AUTO = {"cpu": ("cpu", "reference"), "cuda": ("gluon_sm90", "triton", "reference")}
-
-
-def cannot_run(backend: str, q: torch.Tensor | None = None) -> str | None:
-    """Why a backend cannot run tensors like ``q`` (None: like any), or None where it can."""
-    if backend not in _CHECKS:
-        return f"unknown backend {backend!r}; allowed: auto, {', '.join(BACKENDS)}"
-    return _CHECKS[backend](q)
+def cannot_run(backend: str, q: torch.Tensor | None = None, tails: Collection[str] = ()) -> str | None:
+    """Why a backend cannot run tensors like ``q`` (None: like any) with such tails, or None where it can."""
+    found = find_backend(backend)
+    if found is None:
+        return f"unknown backend {backend!r:.60}; allowed: auto, {', '.join(backend_names())}"
+    return found.cannot_run(None if q is None else CallFacts.of(q, tails))
 
 
 @lru_cache(maxsize=256)
@@ -203,20 +116,20 @@ def _log_once(message: str) -> None:
     logger.info(message)
 
 
-def choose_backend(backend: str, q: torch.Tensor) -> str:
-    """The backend that runs tensors like ``q``.
+def choose_backend(backend: str, q: torch.Tensor, tails: Collection[str] = ()) -> str:
+    """The backend that runs tensors like ``q``, with heads that have such ``tails``.
 
     Asked for by name it is that one, or ValueError with the reason. Under ``"auto"`` backends of the tensors' device
     are tried best first, and each one passed over is logged once with its reason.
     """
     if backend != "auto":
-        if (reason := cannot_run(backend, q)) is not None:
+        if (reason := cannot_run(backend, q, tails)) is not None:
             raise ValueError(reason)
         return backend
-    for name in _AUTO["cpu" if q.device.type == "cpu" else "cuda"]:
-        if (reason := cannot_run(name, q)) is None:
-            return name
-        _log_once(f"backend {name} passed over: {reason}")
+    for one in candidates(q.device.type):
+        if (reason := one.cannot_run(CallFacts.of(q, tails))) is None:
+            return one.name
+        _log_once(f"backend {one.name} passed over: {reason}")
     raise AssertionError("the reference backend runs everything")
 
 
@@ -224,29 +137,44 @@ def no_kernel(q: torch.Tensor) -> str | None:
     """Why ``"auto"`` has only the reference for tensors like ``q``, which is slower than dense attention; else None."""
     if choose_backend("auto", q) != "reference":
         return None
-    on_cpu = q.device.type == "cpu"
-    tried = [cannot_run(name, q) for name in BACKENDS if name != "reference" and (name == "cpu") == on_cpu]
+    facts = CallFacts.of(q)
+    tried = [one.cannot_run(facts) for one in candidates(q.device.type)]
     return "; ".join(dict.fromkeys(reason for reason in tried if reason is not None))
 
 
 def possible_numerics(backend: str, head_dim: int, wanted: tuple[str, ...]) -> tuple[str, ...]:
     """What heads' own numerics come to on a backend: where it has no 8 bits, the precision of q, k and v for all."""
-    if wanted == ("auto",):
+    eight = [n for n in wanted if n != "auto"]
+    found = find_backend(backend)
+    having = {} if found is None else found.numerics
+    if not eight or all(head_dim in having.get(n, ()) for n in eight):
         return wanted
-    if backend != "gluon_sm90":
+    if not all(having.get(n) for n in eight):
         why = f"the backend {backend} has no 8 bits"
-    elif head_dim not in _DIMS_8_BITS:
-        why = f"8 bits take head_dim 64 or 128, these have {head_dim}"
     else:
-        return wanted
-    _log_once(f"heads with numerics {', '.join(n for n in wanted if n != 'auto')} run in 16 bits or more: {why}")
+        why = f"8 bits take head_dim {_either(having[eight[0]])}, these have {head_dim}"
+    _log_once(f"heads with numerics {', '.join(eight)} run in 16 bits or more: {why}")
     return ("auto",)
 
 
 def has_8_bits(device: torch.device, head_dim: int) -> bool:
     """Whether heads of that size may run in 8 bits on a device."""
-    probe = torch.empty(1, 1, 1, head_dim, dtype=torch.bfloat16, device=device)
-    return head_dim in _DIMS_8_BITS and cannot_run("gluon_sm90", probe) is None
+    facts = CallFacts(device, torch.bfloat16, head_dim)
+    return any(
+        head_dim in dims and backend.cannot_run(facts) is None
+        for backend in candidates(device.type)
+        for dims in backend.numerics.values()
+    )
+
+
+def _having(numerics: str) -> dict[str, Collection[int]]:
+    """Backends that have these numerics, each with the head_dims that take them."""
+    found = {name: find_backend(name) for name in backend_names()}
+    return {name: one.numerics[numerics] for name, one in found.items() if one is not None and numerics in one.numerics}
+
+
+def _either(choices: Iterable[object]) -> str:
+    return " or ".join(map(str, choices))
 
 
 def check(

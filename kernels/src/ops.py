@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib import import_module
 from typing import Any
 
 import torch
 
 from diffsparse.blocks import BlockIndex
+from diffsparse.kernels.backends import find_backend
 from diffsparse.kernels.call import AttentionCall, key_mask_of
 from diffsparse.kernels.checks import choose_backend, kv_len_error, possible_numerics
 from diffsparse.kernels.operands import from_operands
@@ -21,12 +21,6 @@ from diffsparse.tokens import TokenLayout
 
 __all__ = ["sparse_attention_op"]
 
-_MODULES = {
-    "reference": "diffsparse.kernels.backends.reference.forward",
-    "cpu": "diffsparse.kernels.backends.cpu.forward",
-    "triton": "diffsparse.kernels.backends.triton.host",
-    "gluon_sm90": "diffsparse.kernels.backends.gluon_sm90.host",
-}
 _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor[] layout, int[] cut, str traits, Tensor? kv_len, float scale, "
     "bool return_lse, str backend, str numerics) -> (Tensor, Tensor)"
@@ -76,8 +70,9 @@ def sparse_attention_op(
         return_lse=return_lse,
         numerics=numerics,
     )
-    run = import_module(_MODULES[name]).run
-    results = [run(_with_lists(one)) for one in call.by_lists()]
+    found = find_backend(name)
+    assert found is not None  # choose_backend knows it
+    results = [found.run(_with_lists(one)) for one in call.by_lists()]
     out, lse = results[0] if len(results) == 1 else (torch.cat(parts) for parts in zip(*results))
     return out, lse if return_lse else q.new_empty(0, dtype=torch.float32)
 

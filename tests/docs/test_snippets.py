@@ -41,6 +41,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with what snippets name, in which ``cuda`` is the CPU and other models are tiny random ones."""
     from diffusers import DiffusionPipeline, FluxPipeline, WanPipeline
 
+    from diffsparse.kernels.backends import registry as backends
     from diffsparse.patterns import registry
     from diffsparse.pipelines import family
 
@@ -50,6 +51,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     # Snippets that register a family or a pattern leave none behind.
     monkeypatch.setattr(family, "_FAMILIES", dict(family._FAMILIES))
     monkeypatch.setattr(registry, "_KINDS", dict(registry._KINDS))
+    monkeypatch.setattr(backends, "_BACKENDS", dict(backends._BACKENDS))
     load, to = DiffusionPipeline.from_pretrained.__func__, DiffusionPipeline.to
 
     def from_pretrained(cls: type, model: str, *args: Any, **kwargs: Any) -> Any:

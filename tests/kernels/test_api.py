@@ -14,6 +14,7 @@ import torch
 from diffsparse.entry import HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels import available_backends, check, checks, sparse_attention
+from diffsparse.kernels.backends.triton import not_installed
 from diffsparse.kernels.call import make_call
 from diffsparse.kernels.operands import as_operands
 from diffsparse.kernels.ops import sparse_attention_op
@@ -67,7 +68,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_input_gets_one_clear_line(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    if case == "triton on a CPU" and checks._triton_missing():
+    if case == "triton on a CPU" and not_installed():
         pytest.skip("triton is not installed")
     change, message = REFUSED[case]
     arguments = good()

@@ -1,1 +1,18 @@
-"""One folder a backend, with everything that is true of it."""
+"""One folder a backend, with everything that is true of it, and the registry of all of them.
+
+``protocol`` says what a backend tells of itself; :func:`register_backend` adds one from outside this package. A
+backend's folder imports its kernels only when it runs, so that importing this package loads no optional dependency.
+"""
+
+from diffsparse.kernels.backends.protocol import Backend, CallFacts, KernelBackend
+from diffsparse.kernels.backends.registry import backend_names, candidates, find_backend, register_backend
+
+__all__ = [
+    "Backend",
+    "CallFacts",
+    "KernelBackend",
+    "backend_names",
+    "candidates",
+    "find_backend",
+    "register_backend",
+]

@@ -1,2 +1,55 @@
 """Any GPU that Triton supports. ``device`` has the kernel, ``host`` launches it; ``prepare`` and ``unpack`` make what
 it reads."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import lru_cache
+
+import torch
+
+from diffsparse.kernels.backends.protocol import KernelBackend
+from diffsparse.kernels.call import AttentionCall
+
+__all__ = ["TRITON", "interpreting", "not_installed"]
+
+
+def interpreting() -> bool:
+    """True where Triton kernels run in Triton's interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@lru_cache(maxsize=1)
+def not_installed() -> str | None:
+    """Why there is no Triton here, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    return None
+
+
+class _Triton(KernelBackend):
+    name = "triton"
+    devices = ("cuda",)
+    head_dims = range(16, 257, 8)
+
+    def missing(self, device: torch.device | None) -> str | None:
+        if (reason := not_installed()) is not None:
+            return reason
+        if device is None and not interpreting() and not torch.cuda.is_available():
+            return "triton needs a GPU (or TRITON_INTERPRET=1), and torch sees none"
+        if device is not None and device.type == "mps":
+            return f"the triton backend runs tensors on a GPU that Triton knows, got {device}"
+        if device is not None and device.type == "cpu" and not interpreting():
+            return (
+                "the triton backend runs tensors on a GPU, got cpu (TRITON_INTERPRET=1 runs it in Triton's interpreter)"
+            )
+        return None
+
+    def run(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+        from diffsparse.kernels.backends.triton.host import run
+
+        return run(call)
+
+
+TRITON = _Triton()
