@@ -13,6 +13,7 @@ from pathlib import Path
 
 from diffsparse.search import load, script
 from diffsparse.search.generate import GenerationSettings, generate_clip
+from diffsparse.search.recorded import recorded
 
 
 def arguments() -> argparse.Namespace:
@@ -34,13 +35,8 @@ def main() -> None:
     plan = load.load_plan(args.plan)
     pipe = load.load_pipeline(args.model, device=device, dtype=load.choose_dtype("auto", device))
     load.check_plan_fits(plan, pipe)
-    searched = plan.record.get("calibration", {})
-    settings = GenerationSettings(
-        num_inference_steps=searched.get("steps", 20),
-        guidance_scale=searched.get("guidance_scale", 5.0),
-        true_cfg_scale=searched.get("true_cfg_scale"),
-        **{name: searched.get(name) for name in ("height", "width", "num_frames")},
-    )
+    searched = recorded(plan.record)
+    settings = GenerationSettings(num_inference_steps=searched.pop("steps", None), **searched).resolved(pipe)
     sums = [0.0, 0.0]
     for prompt in load.read_prompts(args.prompts)[: args.count]:
         dense = generate_clip(pipe, prompt, args.seed, settings).loop_seconds

@@ -39,6 +39,7 @@ from diffsparse.search import load, metrics, script
 from diffsparse.search.environment import stamp
 from diffsparse.search.errors import BadInput
 from diffsparse.search.generate import GenerationSettings, generate_clip
+from diffsparse.search.recorded import recorded
 
 ROOT = Path(__file__).resolve().parent.parent
 EIGHT = ("int8", "fp8")
@@ -99,11 +100,11 @@ class InNumerics:
 
 def settings_of(plan: SparsityPlan, steps: int) -> GenerationSettings:
     """Clips of the size that the plan was searched at: the pipeline's own default may be hundreds of times as large."""
-    searched = plan.record.get("calibration", {})
+    searched = recorded(plan.record)
     size = {name: searched.get(name) for name in ("height", "width", "num_frames")}
     if size["height"] is None or size["width"] is None:
         raise BadInput("the plan does not say at which size it was searched; take one that was (--plan)")
-    return GenerationSettings(steps, searched.get("guidance_scale", 5.0), **size)
+    return GenerationSettings(steps, searched.get("guidance_scale"), **size)
 
 
 def generations(

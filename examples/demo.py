@@ -34,12 +34,15 @@ def run(
     from diffsparse.search.report import can_write_videos, write_report
     from diffsparse.search.search import SearchConfig, run_search, thoroughness
     from diffsparse.search.show import draw, grid_of
+    from diffsparse.search.signature import makes_videos
 
     start = time.perf_counter()
     size = {"height": 128, "width": 128, "num_frames": 17}
     load.quiet_libraries()
     place = load.choose_device(device)
     pipe = load.load_pipeline(model, device=place, dtype=load.choose_dtype("auto", place))
+    if not makes_videos(pipe):
+        del size["num_frames"]
     calibration = load.read_prompts(HERE / "tiny_wan" / "prompts" / "calibration.txt")
     held_out = load.read_prompts(HERE / "tiny_wan" / "prompts" / "heldout.txt")[:prompts]
     folder = load.check_output(out / "plan")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -103,10 +104,11 @@ def sizes_seen(pipe: Any, callback: Callable[[int, int], None]) -> Iterator[None
     """
     original = getattr(pipe, "prepare_latents", None)
     signature = inspect.signature(original) if callable(original) else None
-    if signature is None or not {"height", "width"} <= set(signature.parameters):
+    if original is None or signature is None or not {"height", "width"} <= set(signature.parameters):
         yield
         return
 
+    @functools.wraps(original)  # so that its signature is seen, should it be watched twice
     def prepare(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind_partial(*args, **kwargs).arguments
         height, width = given.get("height"), given.get("width")

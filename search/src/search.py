@@ -26,6 +26,7 @@ from diffsparse.pipelines import architecture_of, find_transformers, tap_attenti
 from diffsparse.pipelines import sparse_attention as attached
 from diffsparse.plan import SparsityPlan
 from diffsparse.search import metrics
+from diffsparse.search.call import sizes_seen
 from diffsparse.search.candidates import orders_for
 from diffsparse.search.columns import shorten
 from diffsparse.search.compose import Candidate, Composer, strides
@@ -34,7 +35,7 @@ from diffsparse.search.environment import environment
 from diffsparse.search.errors import BadInput, writing
 from diffsparse.search.generate import MAX_SEED, GenerationSettings, generate_clip
 from diffsparse.search.identity import model_identity
-from diffsparse.search.load import sparse_backend
+from diffsparse.search.load import shape_rule, sparse_backend
 from diffsparse.search.measured import HeadFigures, PooledAttention, plan_digest
 from diffsparse.search.observe import (
     Recording,
@@ -203,7 +204,11 @@ class _Search:
             orders: list[TokenOrder] = []
             tracer = Tracer(self.pipe, self.config.block_size, parse_order("raster"), self.config.seed, 1)
             start = time.perf_counter()
-            with tap_attention(self.pipe, _grid_reader(tracer)):
+            sizes: list[tuple[int, int]] = []
+            with (
+                tap_attention(self.pipe, _grid_reader(tracer)),
+                sizes_seen(self.pipe, lambda height, width: sizes.append((height, width))),
+            ):
                 final_latents(self.pipe, self.prompts[0], self.config.seed, self.config.settings(1))
             seconds = time.perf_counter() - start
             if tracer.grid is None:
@@ -237,6 +242,7 @@ class _Search:
                     "forward_seconds": seconds / (max(tracer.counter.calls) + 1),
                     "orders": chosen,
                     "head_dim": tracer.head_dim,
+                    "size": list(sizes[0]) if sizes else None,
                 },
             )
         return dict(self.store.get_json("probe"))
@@ -593,6 +599,7 @@ def _record(search: _Search, grid: TokenGrid, costs: CostModel) -> dict[str, Any
     config = search.config
     name = getattr(search.pipe, "name_or_path", None) or getattr(search.pipe.config, "_name_or_path", "")
     # The folder's own name only: where a model lies on somebody's disk is nobody's business.
+    sizes = _size_that_ran(search, grid)
     return {
         "model": {"id": Path(str(name)).name, "pipeline": type(search.pipe).__name__},
         "calibration": {
@@ -605,13 +612,24 @@ def _record(search: _Search, grid: TokenGrid, costs: CostModel) -> dict[str, Any
             **{
                 name: value
                 for name in ("guidance_scale", "true_cfg_scale", "height", "width", "num_frames")
-                if (value := getattr(config, name)) is not None
+                if (value := sizes.get(name, getattr(config, name))) is not None
             },
         },
         "search": {"budget": config.budget, "density": config.density, "kernel": _kernel_version()},
         "costs": costs.to_dict(),
         "environment": environment(next(search.transformer.parameters()).device),
     }
+
+
+def _size_that_ran(search: _Search, grid: TokenGrid) -> dict[str, int]:
+    """Height and width in pixels where nobody gave them, and the pipeline has them from its model.
+
+    What the pipeline prepared latents for counts only where it agrees with the grid that was seen.
+    """
+    size, rule = search.probe().get("size"), shape_rule(search.pipe)
+    if size is None or size != [grid.height * rule.height, grid.width * rule.width]:
+        return {}
+    return {"height": size[0], "width": size[1]}
 
 
 def _kernel_version() -> str:

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from diffsparse.search import load
-from diffsparse.search.call import call_pipeline
+from diffsparse.search.call import call_pipeline, sizes_seen
 from diffsparse.search.cli import main
 from diffsparse.search.errors import BadInput
 from diffsparse.search.evaluate import evaluate
 from diffsparse.search.generate import MAX_SEED, GenerationSettings, check_seeds, generate_clip
-from diffsparse.search.search import SearchConfig
+from diffsparse.search.search import SearchConfig, run_search
 from diffsparse.search.signature import check_generates, makes_videos, parameters
 from tests.pipelines.models import flux
 from tests.search.conftest import make_plan
@@ -298,9 +298,8 @@ def test_what_a_hook_raises_is_not_the_pipelines(pipe: Any) -> None:
 # -- sizes that do not hold --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def kontext() -> Any:
-    """A tiny pipeline that makes a megapixel of every size."""
+def flux_pipeline(name: str) -> Any:
+    """A tiny pipeline of Flux with its text encoders; images of 128 x 128 by itself, where it does not resize."""
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
     torch.manual_seed(0)
@@ -315,12 +314,19 @@ def kontext() -> Any:
         up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=1, norm_num_groups=1, use_quant_conv=False,
         use_post_quant_conv=False, shift_factor=0.0, scaling_factor=1.0,
     ).eval()  # fmt: skip
-    pipe = diffusers.FluxKontextPipeline(
+    pipe = getattr(diffusers, name)(
         diffusers.FlowMatchEulerDiscreteScheduler(), vae, CLIPTextModel(clip).eval(), tokenizer,
         T5EncoderModel(t5).eval(), tokenizer, flux(),
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
+    pipe.default_sample_size = 16
     return pipe
+
+
+@pytest.fixture(scope="module")
+def kontext() -> Any:
+    """A tiny pipeline that makes a megapixel of every size."""
+    return flux_pipeline("FluxKontextPipeline")
 
 
 @pytest.mark.parametrize(
@@ -361,6 +367,37 @@ def test_a_size_that_the_pipeline_changes(
     finally:
         handle.remove()
     assert reached
+
+
+def test_a_pipeline_that_is_watched_twice(kontext: Any) -> None:
+    seen: list[tuple[int, int]] = []
+    with sizes_seen(kontext, lambda height, width: seen.append((height, width))):
+        with pytest.raises(BadInput, match="would make 1024 x 1024 pixels"):
+            generate_clip(kontext, PROMPTS[0], 0, GenerationSettings(1, height=512, width=512))
+    assert not seen  # the inner watch stops the call first
+    assert "prepare_latents" not in vars(kontext)
+
+
+@pytest.mark.slow
+def test_a_search_records_the_pipelines_own_values_and_eval_takes_them(
+    tmp_path: Path, prompts_file: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Flux has its size from its model: nobody gives one, and the plan says which it was."""
+    pipe = flux_pipeline("FluxPipeline")
+    config = SearchConfig(trace_steps=2, steps=2, samples=1, trace_prompts=1, validation_prompts=0, candidates=1)
+    run_search(pipe, PROMPTS[:1], config, tmp_path / "plan", progress=False)
+    record = load.load_plan(str(tmp_path / "plan")).record["calibration"]
+    assert (record["guidance_scale"], record["height"], record["width"]) == (3.5, 128, 128)
+    pipe.default_sample_size = 32
+    monkeypatch.setattr(load, "load_pipeline", lambda *args, **kwargs: pipe)
+    with pytest.raises(SystemExit) as stopped:
+        main(["eval", str(model_folder), str(tmp_path / "plan"), "--prompts", str(prompts_file), "--json"])
+    out, err = capsys.readouterr()
+    assert not stopped.value.code, err
+    settings = json.loads(out)["settings"]
+    assert (settings["height"], settings["width"], settings["num_inference_steps"]) == (128, 128, 2)
+    assert settings["guidance_scale"] == 3.5
 
 
 def test_a_size_in_latents_is_the_size() -> None:

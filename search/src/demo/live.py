@@ -143,6 +143,8 @@ def denoise(
     """
 
     def work(tell: Callable[[Any], None]) -> Made:
-        return _generate(pipe, plan, prompt, seed, settings, _Watch(pipe, settings.num_inference_steps, job, tell))
+        steps = settings.resolved(pipe).num_inference_steps
+        assert steps is not None  # the demo opens no pipeline without a number of steps
+        return _generate(pipe, plan, prompt, seed, settings, _Watch(pipe, steps, job, tell))
 
     yield from follow(work, job, lock)
