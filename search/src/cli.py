@@ -212,7 +212,7 @@ def search_command(
 
         load.quiet_libraries()
         pipe = load.load_pipeline(model, device=place, dtype=precision)
-        asked = {"height": height, "width": width, "num_frames": num_frames, "steps": steps}
+        asked: dict[str, Any] = {"height": height, "width": width, "num_frames": num_frames, "steps": steps}
         asked |= {"guidance_scale": guidance_scale, "true_cfg_scale": true_cfg_scale}
         settings = _settings(pipe, {}, asked)
         config = SearchConfig(
@@ -290,7 +290,7 @@ def eval_command(
         pipe = load.load_pipeline(model, device=place, dtype=precision)
         chosen = load.load_plan(plan, load.model_class(pipe)) if plan in load.PRESETS else chosen
         load.check_plan_runs(chosen, pipe, backend)
-        asked = {"height": height, "width": width, "num_frames": num_frames, "steps": steps}
+        asked: dict[str, Any] = {"height": height, "width": width, "num_frames": num_frames, "steps": steps}
         asked |= {"guidance_scale": guidance_scale, "true_cfg_scale": true_cfg_scale}
         settings = _settings(pipe, chosen.record, asked)
         from diffsparse.search.evaluate import compare, generate_dense

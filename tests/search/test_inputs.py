@@ -515,3 +515,39 @@ def test_seeds_beyond_64_bits(
     with pytest.raises(BadInput, match="seeds must be distinct integers from 0 to"):
         check_seeds([seed])
     assert check_seeds([MAX_SEED]) == (MAX_SEED,) and torch.Generator().manual_seed(MAX_SEED)
+
+
+# -- the demo and the prompts of its page ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("WanImageToVideoPipeline", "cannot generate from a prompt alone: its call needs image"),
+        ("HeliosPyramidPipeline", "takes no num_inference_steps, which the demo asks for; name another model"),
+    ],
+)
+def test_the_demo_opens_no_pipeline_that_it_cannot_show(
+    monkeypatch: pytest.MonkeyPatch, model_folder: Path, name: str, message: str
+) -> None:
+    from diffsparse.search.demo.studio import Studio
+
+    monkeypatch.setattr(load, "load_pipeline", lambda *args, **kwargs: bare(name))
+    with pytest.raises(BadInput, match=f"{name} {message}"):
+        Studio.open(str(model_folder))
+
+
+def test_the_demo_starts_with_the_pipelines_own_values(pipe: Any) -> None:
+    from diffsparse.search.demo.studio import Studio
+
+    own = Studio(pipe, "tiny").defaults()
+    assert (own.num_inference_steps, own.guidance_scale, own.height, own.num_frames) == (50, 5.0, 480, 81)
+    without = Studio(bare("HunyuanImagePipeline"), "tiny")
+    assert without.defaults().guidance_scale is None and not without.takes("guidance_scale")
+
+
+def test_prompts_of_the_page_are_cut_at_newlines_alone(pipe: Any) -> None:
+    from diffsparse.search.demo.search_plan import _prompts
+    from diffsparse.search.demo.studio import Studio
+
+    assert _prompts(Studio(pipe, "tiny"), "one\u2028two\r\n\nthree\x0bfour") == ["one two", "three four"]

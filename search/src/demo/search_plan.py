@@ -62,7 +62,7 @@ def _config(studio: Studio, budget: Any, steps: Any) -> SearchConfig:
         steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
         true_cfg_scale=settings.true_cfg_scale,
-        trace_steps=min(TRACE_STEPS, settings.num_inference_steps),
+        trace_steps=min(TRACE_STEPS, settings.num_inference_steps or TRACE_STEPS),
         candidates=2,
         **thoroughness(studio.pipe.device),
     )
