@@ -385,7 +385,9 @@ def test_a_search_records_the_pipelines_own_values_and_eval_takes_them(
 ) -> None:  # fmt: skip
     """Flux has its size from its model: nobody gives one, and the plan says which it was."""
     pipe = flux_pipeline("FluxPipeline")
-    config = SearchConfig(trace_steps=2, steps=2, samples=1, trace_prompts=1, validation_prompts=0, candidates=1)
+    config = SearchConfig(
+        budget=1.0, trace_steps=2, steps=2, samples=1, trace_prompts=1, validation_prompts=0, candidates=1
+    )
     run_search(pipe, PROMPTS[:1], config, tmp_path / "plan", progress=False)
     record = load.load_plan(str(tmp_path / "plan")).record["calibration"]
     assert (record["guidance_scale"], record["height"], record["width"]) == (3.5, 128, 128)
