@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ class BadInput(ValueError):
 class DiskFull(BadInput):
     """No room for a file. What was written before is whole."""
 
-    def __init__(self, path: str | Path, then: str = "run the same command again") -> None:
+    def __init__(self, path: str | os.PathLike[str], then: str = "run the same command again") -> None:
         super().__init__(f"the disk is full: no room to write {path}; make room there, then {then}")
 
 
