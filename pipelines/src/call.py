@@ -49,6 +49,7 @@ class Call:
     foreign: set[int] = field(default_factory=set)
     compiled: frozenset[int] = frozenset()
     device: torch.device | None = None
+    number: int | None = None  # a tap's count of forwards
 
     def is_running(self) -> bool:
         """Whether the forward is still on the stack.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +17,7 @@ from diffsparse.pipelines.state import LayerState, ModelState
 if TYPE_CHECKING:
     from diffsparse.pipelines.call import Call
 
-__all__ = ["AttentionCall", "tap_attention"]
+__all__ = ["AttentionCall", "Tap", "tap_attention"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +31,8 @@ class AttentionCall:
     kv_len: bool key mask ``[B, S]``, or None.
     dense: runs the model's own attention; ``[B, S, H, D]``.
     transformer: the component, ``transformer`` or ``transformer_2``.
+    forward: which forward of the pipeline's transformers since the tap was attached, from 0. Calls of one forward share
+        it, whichever layer runs first and however often.
     """
 
     layer: str
@@ -44,13 +46,25 @@ class AttentionCall:
     kv_len: torch.Tensor | None
     dense: Callable[[], torch.Tensor]
     transformer: str = "transformer"
+    forward: int = 0
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Tap:
-    """A callback in the place of a plan."""
+    """A callback in the place of a plan, one for all transformers of a pipeline.
+
+    ``unseen``: layers of which a call was not shown, by component and path, with the reason.
+    """
 
     callback: Callable[[AttentionCall], torch.Tensor | None]
+    unseen: dict[tuple[str, str], str] = field(default_factory=dict)
+    _forwards: int = 0
+
+    def _number(self, call: Call) -> int:
+        if call.number is None:
+            call.number = self._forwards
+            self._forwards += 1
+        return call.number
 
     def run(
         self,
@@ -71,6 +85,7 @@ class Tap:
         if reason is None and q.shape[1] != grid.seq_len:
             reason = f"{q.shape[1]} tokens, the grid {grid} has {grid.seq_len}"
         if reason is not None:
+            self.unseen.setdefault((call.state.component, layer.name), reason)
             call.state.log(f"the tap does not see {layer.name}: {reason}")
             return dense()
         answer = self.callback(
@@ -86,6 +101,7 @@ class Tap:
                 kv_len=key_mask,
                 dense=dense,
                 transformer=call.state.component,
+                forward=self._number(call),
             )
         )
         if answer is None:
@@ -96,7 +112,7 @@ class Tap:
 
 
 @contextmanager
-def tap_attention(pipe_or_transformer: Any, callback: Callable[[AttentionCall], torch.Tensor | None]) -> Iterator[None]:
+def tap_attention(pipe_or_transformer: Any, callback: Callable[[AttentionCall], torch.Tensor | None]) -> Iterator[Tap]:
     """Show every self-attention call to ``callback``, and use what it returns; None stands for dense attention.
 
     Calls that are not plain self-attention (causal, an unknown mask, other keys than queries) run dense and are not
@@ -108,14 +124,15 @@ def tap_attention(pipe_or_transformer: Any, callback: Callable[[AttentionCall], 
     for name, transformer in transformers.items():
         if is_attached(transformer):
             raise RuntimeError(f"{name}: sparse attention or another tap is attached; disable it first")
-    states = {name: ModelState(t, component=name, pipe=pipe, tap=Tap(callback)) for name, t in transformers.items()}
+    tap = Tap(callback)
+    states = {name: ModelState(t, component=name, pipe=pipe, tap=tap) for name, t in transformers.items()}
     for name, transformer in transformers.items():
         if compiled_layers(transformer, states[name]):
             raise RuntimeError(f"{name} is compiled: a tap cannot look into compiled code")
     try:
         for name, transformer in transformers.items():
             attach(transformer, states[name])
-        yield
+        yield tap
     finally:
         for transformer in transformers.values():
             detach(transformer)

@@ -56,11 +56,18 @@ def distinct(levels: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     """Steps of a generation from the noise levels of its model calls: each step's level, and its number of calls.
 
     Calls that follow each other at one level are a step. A scheduler may call the model twice in most steps (Heun), and
-    guidance may do so in some.
+    guidance may do so in some. The sections of a long clip go through the same levels again: more calls of the same
+    steps.
     """
-    every = np.asarray(levels, dtype=np.float64)
-    first = np.flatnonzero(np.abs(np.diff(every, prepend=np.inf)) > 1e-6)
-    return every[first], np.diff(first, append=len(every))
+    found: list[float] = []
+    calls: list[int] = []
+    for level in levels:
+        if not found or level < found[-1] - 1e-6:
+            found.append(float(level))
+            calls.append(1)
+        else:
+            calls[int(np.abs(np.array(found) - level).argmin())] += 1
+    return np.array(found), np.array(calls)
 
 
 class Measurements(Protocol):
@@ -85,9 +92,18 @@ class _Trial:
     phase_of: tuple[int, ...]
 
     @classmethod
-    def even(cls, steps: int, dense: int, phases: int) -> _Trial:
-        sparse = steps - dense
-        return cls(dense, tuple(i * phases // sparse for i in range(sparse)))
+    def even(cls, steps: int, dense: int, phases: int, second: int = 0) -> _Trial:
+        """Phases of about as many steps each. ``second``: the step at which another expert takes over, or 0.
+
+        Its layers are other ones of the same names, so that no phase holds steps of both where there are several.
+        """
+        sparse, first = steps - dense, second - dense
+        if phases == 1 or first <= 0 or first >= sparse:
+            return cls(dense, tuple(i * phases // sparse for i in range(sparse)))
+        before = min(max(1, round(phases * first / sparse)), phases - 1, first)
+        after = min(phases - before, sparse - first)
+        early = tuple(i * before // first for i in range(first))
+        return cls(dense, early + tuple(before + i * after // (sparse - first) for i in range(sparse - first)))
 
     @property
     def phases(self) -> int:
@@ -119,67 +135,98 @@ class _Items:
 class Composer:
     """Plans from a search's measurements.
 
-    ``effects``: squared change of the guided output per squared error of a layer, ``[traced steps, layers]``.
-    ``growth``: of a squared error from the latent where it is made to the final one, ``[traced steps]``. ``traced``:
-    noise levels of the traced steps. ``levels``: of every model call of the generation that the plan is for.
+    ``levels``: of every model call of the generation that the plan is for. ``grids``: of every layer's calls.
+    ``costs``: on each of them. ``effects``: squared change of the guided output per squared error of a layer,
+    ``[traced steps, layers]``. ``growth``: of a squared error from the latent where it is made to the final one,
+    ``[traced steps]``. ``traced``: noise levels of the traced steps. ``switch``: the level below which another expert
+    runs, with layers of its own of the same names.
     """
 
     def __init__(
         self,
         search: Measurements,
         levels: Sequence[float],
-        grid: TokenGrid,
+        grids: Mapping[str, TokenGrid],
         orders: Mapping[tuple[str, int], TokenOrder],
-        costs: CostModel,
+        costs: Mapping[TokenGrid, CostModel],
         effects: np.ndarray,
         growth: np.ndarray,
         traced: Sequence[float],
+        switch: float | None = None,
     ) -> None:
-        self.search, self.config, self.grid, self.orders, self.costs = search, search.config, grid, orders, costs
+        self.search, self.config, self.grids, self.orders, self.costs = search, search.config, grids, orders, costs
         self.effects, self.growth = effects, growth
         self.layers, self.heads = search.layers, search.architecture.heads
         self.levels, self.calls = distinct(levels)
         self.steps = len(self.levels)
-        # The traced step that stands for each step.
-        self.bins = np.abs(self.levels[:, None] - np.array(traced)).argmin(1)
+        self.switch = switch
+        #: The first step of the second expert, or 0.
+        self.second = 0 if switch is None else int((self.levels >= switch).sum())
+        # The traced step that stands for each step: the nearest, but none of another expert.
+        away = np.abs(self.levels[:, None] - np.array(traced))
+        if switch is not None:
+            away += 10.0 * ((self.levels >= switch)[:, None] != (np.array(traced) >= switch))
+        self.bins = away.argmin(1)
         # A step's error moves the final latent by this, times the root of the model's output error. Steps beside each
         # other make the same error with the same masks: amplitudes add up, so squares are weighted with all of them.
         self.push = strides(self.levels) * np.sqrt(np.interp(-self.levels, -np.array(traced), growth))
         share = self.config.density - DENSITY_MARGIN if self.config.density is not None else self.config.budget
         self.wanted = float(share)
-        self.blocks = len(search.table(grid, orders_for(grid, self.config.block_size)[0]).weight)
+        self.blocks = {
+            grid: len(search.table(grid, orders_for(grid, self.config.block_size)[0]).weight) for grid in costs
+        }
+        largest = max(costs, key=lambda grid: grid.seq_len)
+        self.work = {n: (grids[n].seq_len / largest.seq_len) ** 2 for n in self.layers}
+        self.time = {n: costs[grids[n]].dense_seconds / costs[largest].dense_seconds for n in self.layers}
+        # Of a dense head call, by layer, over that of a layer on the largest grid.
+        self.weight = self.work if self.config.density is not None else self.time
 
-    def head_calls(self, steps: slice = slice(None)) -> int:
-        """Calls of single heads in some of the steps."""
-        return int(self.calls[steps].sum()) * len(self.layers) * self.heads
+    def attention(self, steps: slice = slice(None)) -> float:
+        """All attention of some of the steps, in dense head calls on the largest grid."""
+        return float(self.calls[steps].sum()) * self.heads * sum(self.weight.values())
 
     def room(self, dense: int) -> float:
         """What is left of the budget, in dense head calls, after the dense steps."""
-        return self.wanted * self.head_calls() - self.head_calls(slice(dense))
+        return self.wanted * self.attention() - self.attention(slice(dense))
 
-    def density(self, plan: SparsityPlan) -> float:
-        """Of the whole trajectory."""
-        return plan.trajectory_density(self.grid, np.repeat(self.levels, self.calls))
+    def trial(self, dense: int, phases: int) -> _Trial:
+        return _Trial.even(self.steps, dense, phases, self.second)
 
-    def cost(self, option: Option, order: TokenOrder) -> float:
-        """Of one head call, over a dense one: in time, or in work where a density is wanted."""
+    def cost(self, option: Option, layer: str, order: TokenOrder) -> float:
+        """Of one head call of a layer, over a dense one: in time, or in work where a density is wanted."""
         if option.kind == "dense":
             return 1.0
         if self.config.density is not None:
-            return work_density(option, self.grid, self.blocks)
-        return self._time(option, order)
+            grid = self.grids[layer]
+            return work_density(option, grid, self.blocks[grid])
+        return self._time(option, layer, order)
 
-    def _time(self, option: Option, order: TokenOrder) -> float:
-        known = {"dense": 1.0, "skip": 0.0}.get(option.kind)
-        full = fill(order, self.grid, self.config.block_size)
-        return self.costs.relative(option.density, option.tail, full) if known is None else known
+    def _time(self, option: Option, layer: str, order: TokenOrder) -> float:
+        known, grid = {"dense": 1.0, "skip": 0.0}.get(option.kind), self.grids[layer]
+        full = fill(order, grid, self.config.block_size)
+        return self.costs[grid].relative(option.density, option.tail, full) if known is None else known
+
+    def densities(self, plan: SparsityPlan) -> np.ndarray:
+        """Work-weighted density of a step's calls, float ``[phases]``."""
+        done = np.zeros(plan.schedule.num_phases)
+        for grid in self.blocks:
+            layers = [n for n in self.layers if self.grids[n] == grid]
+            if layers:
+                done += plan.call_densities(grid, layers).sum(1) * self.work[layers[0]]
+        return done / sum(self.work.values())
+
+    def trajectory_density(self, plan: SparsityPlan) -> float:
+        """The same over all steps, dense ones included."""
+        per_phase = self.densities(plan)
+        each = [1.0 if p is None else per_phase[p] for p in plan.schedule.phases(self.levels)]
+        return float(np.average(each, weights=self.calls))
 
     def items(self, trial: _Trial) -> _Items:
         found = _Items([], [], [], [], set())
         push = self.push * self.push[trial.dense :].sum()
         for j, layer in enumerate(self.layers):
             for head in range(self.heads):
-                table = self.search.table(self.grid, self.orders[layer, head])
+                table = self.search.table(self.grids[layer], self.orders[layer, head])
                 for phase in range(trial.phases):
                     members = [trial.dense + i for i, p in enumerate(trial.phase_of) if p == phase]
                     weights: dict[int, float] = {}
@@ -191,10 +238,10 @@ class Composer:
                     if not stable:
                         found.unstable.add((layer, head))
                     options = head_options(scores, table, bitmaps=stable)
-                    options, errors, prices = prune(options, partial(self.cost, order=table.order))
+                    options, errors, prices = prune(options, partial(self.cost, layer=layer, order=table.order))
                     found.options.append(options)
                     found.errors.append(errors)
-                    found.prices.append(prices * int(self.calls[members].sum()))
+                    found.prices.append(prices * int(self.calls[members].sum()) * self.weight[layer])
                     found.scores.append(scores)
         return found
 
@@ -204,11 +251,11 @@ class Composer:
         Below it heads would be left out only to fit. One that puts out nothing may be left out all the same.
         """
         dense = self.config.dense_steps or 0
-        items = self.items(_Trial.even(self.steps, dense, 1))
-        spent = float(self.head_calls(slice(dense)))
+        items = self.items(self.trial(dense, 1))
+        spent = float(self.attention(slice(dense)))
         for options, prices in zip(items.options, items.prices, strict=True):
             spent += min((p for o, p in zip(options, prices, strict=True) if o.kind != "skip"), default=0.0)
-        return spent / self.head_calls()
+        return spent / self.attention()
 
     def check_share(self) -> None:
         """Raises :class:`BadInput` where less is asked for than can be had, with the least."""
@@ -236,7 +283,7 @@ class Composer:
         for dense in counts:
             if self.room(dense) <= 0:
                 break
-            items = self.items(_Trial.even(self.steps, dense, 1))
+            items = self.items(self.trial(dense, 1))
             try:
                 found[dense] = lagrangian(items.errors, items.prices, self.room(dense)).error
             except InfeasibleBudget:
@@ -259,10 +306,10 @@ class Composer:
 
     def plan(self, dense: int, scan: Mapping[int, float]) -> Candidate:
         """The best plan with this number of dense steps."""
-        trial = _Trial.even(self.steps, dense, 1)
+        trial = self.trial(dense, 1)
         items, least = self.items(trial), scan[dense]
         for phases in range(2, min(MAX_PHASES, self.steps - dense) + 1):
-            another = _Trial.even(self.steps, dense, phases)
+            another = self.trial(dense, phases)
             their = self.items(another)
             error = lagrangian(their.errors, their.prices, self.room(dense)).error
             if error < (1 - PHASE_GAIN) * least:
@@ -276,10 +323,10 @@ class Composer:
                 block_size=self.config.block_size,
                 architecture=self.search.architecture,
             )
-            excess = self.density(plan) - (self.config.density or 1.0)
+            excess = self.trajectory_density(plan) - (self.config.density or 1.0)
             if excess <= 0:
                 break
-            room = max(room - 1.5 * excess * self.head_calls(), sum(float(p.min()) for p in items.prices))
+            room = max(room - 1.5 * excess * self.attention(), sum(float(p.min()) for p in items.prices))
         plan.record["search"] = {
             "dense_steps": dense,
             "of_steps": self.steps,
@@ -289,8 +336,8 @@ class Composer:
             "predicted_by_dense_steps": {str(k): v for k, v in scan.items()},
             "growth": [float(v) for v in self.growth],
             "unstable_heads": sorted(f"{name}/{head}" for name, head in items.unstable),
-            "trajectory_density": self.density(plan),
-            "call_density": float(plan.call_densities(self.grid).mean()),
+            "trajectory_density": self.trajectory_density(plan),
+            "call_density": float(self.densities(plan).mean()),
             "predicted_attention_time": self._attention_time(trial, items, result),
         }
         return Candidate(plan, self._head_errors(trial, items, result))
@@ -301,7 +348,7 @@ class Composer:
         for layer in self.layers:
             rows[layer] = [[] for _ in range(trial.phases)]
             for head in range(self.heads):
-                table = self.search.table(self.grid, self.orders[layer, head])
+                table = self.search.table(self.grids[layer], self.orders[layer, head])
                 for phase in range(trial.phases):
                     options, scores, choice = next(chosen)
                     rows[layer][phase].append(head_entry(options[choice], scores, table))
@@ -316,6 +363,9 @@ class Composer:
 
     def _schedule(self, trial: _Trial) -> Schedule:
         def before(step: int) -> float:
+            if self.switch is not None and step == self.second:
+                # Just below it, where the first expert still runs: ranges take in their upper end.
+                return max(self.switch - 1e-6, float(self.levels[step]))
             return float((self.levels[step - 1] + self.levels[step]) / 2)
 
         starts = [i for i in range(1, len(trial.phase_of)) if trial.phase_of[i] != trial.phase_of[i - 1]]
@@ -327,9 +377,11 @@ class Composer:
     def _attention_time(self, trial: _Trial, items: _Items, result: Assignment) -> float:
         """Attention time of the whole trajectory over dense, by the measured costs."""
         calls = np.bincount(trial.phase_of, self.calls[trial.dense :], minlength=trial.phases)
-        spent = float(self.head_calls(slice(trial.dense)))
+        step = self.heads * sum(self.time.values())
+        spent = float(self.calls[: trial.dense].sum()) * step
         for i, (options, choice) in enumerate(zip(items.options, result.choice, strict=True)):
             layer, head = divmod(i // trial.phases, self.heads)
-            order = self.orders[self.layers[layer], head]
-            spent += self._time(options[choice], order) * float(calls[i % trial.phases])
-        return spent / self.head_calls()
+            name = self.layers[layer]
+            each = self._time(options[choice], name, self.orders[name, head]) * self.time[name]
+            spent += each * float(calls[i % trial.phases])
+        return spent / (float(self.calls.sum()) * step)

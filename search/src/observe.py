@@ -7,7 +7,8 @@ v are scored inside the forward pass and dropped; nothing of the size ``seq x se
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,24 +19,27 @@ import torch
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels import sparse_attention
 from diffsparse.layout import BlockLayout
-from diffsparse.order import TokenOrder
+from diffsparse.order import RasterOrder, TokenOrder
 from diffsparse.pipelines import find_transformers, tap_attention
 from diffsparse.pipelines.context import CTX
 from diffsparse.search.call import call_pipeline
 from diffsparse.search.generate import GenerationSettings
-from diffsparse.search.score import BlockIndex, projection_roots, score_call
+from diffsparse.search.layers import merged_grid
+from diffsparse.search.score import BlockIndex, CallScores, projection_roots, score_call
+from diffsparse.search.steps import StepCounter
 
 __all__ = [
     "Recording",
-    "StepCounter",
     "Tracer",
     "call_levels",
     "final_latents",
+    "first_step",
     "partial_error",
     "record",
     "replaying",
     "sparse_callback",
     "step_effect",
+    "watched_updates",
 ]
 
 
@@ -44,24 +48,6 @@ def final_latents(pipe: Any, prompt: str, seed: int, settings: GenerationSetting
     output = call_pipeline(pipe, prompt, seed, settings, "latent")
     latents = output.frames if hasattr(output, "frames") else output.images
     return torch.as_tensor(latents).detach().to("cpu", torch.float32)
-
-
-class StepCounter:
-    """Tells steps and the model calls within a step (guidance branches) apart, from the attention calls alone."""
-
-    def __init__(self) -> None:
-        self.levels: list[float] = []
-        self.calls: list[int] = []
-
-    def update(self, call: Any) -> tuple[int, int]:
-        """Take note of an attention call; returns ``(step, branch)``."""
-        if call.layer_index == 0:
-            if not self.levels or abs(self.levels[-1] - call.noise_level) > 1e-6:
-                self.levels.append(float(call.noise_level))
-                self.calls.append(0)
-            else:
-                self.calls[-1] += 1
-        return len(self.levels) - 1, self.calls[-1]
 
 
 def _output_projection(transformer: torch.nn.Module, layer: str) -> torch.Tensor | None:
@@ -81,35 +67,42 @@ def error_left(error: torch.Tensor, pairs: int) -> torch.Tensor:
 
 @dataclass
 class Tracer:
-    """Scores one branch of every step of a generation.
+    """Scores every step of a generation: all guidance branches, whether they run in one batch or one after another.
 
-    ``orders``: the order to score each ``(layer, head)`` in; layers not in it are scored in ``default_order``.
-    ``screen``: at these steps every order of ``screen_orders`` is scored as well, for choosing among them.
+    ``orders``: the order to score each ``(layer, head)`` in; layers not in it are scored in the first of the
+    ``screen_orders`` of their grid. ``branches``: forwards of each step, which share its samples. ``screen``: at these
+    steps every one of the layer's ``screen_orders`` is scored as well, for choosing among them.
+
     Results: ``steps[s][layer]`` holds every head's part of :class:`CallScores` as arrays (``error0``, ``error1``, ...),
-    and ``screened[layer]`` the summed error ``[orders, H]`` with so many block pairs kept as ``screen_density`` of the
-    grid would be in full blocks.
+    mean over the step's calls, each weighted by its items; ``screened[layer]`` the summed error ``[orders, H]`` with so
+    many block pairs kept as ``screen_density`` of the grid would be in full blocks; ``grids[layer]`` the grid of the
+    layer's calls, of several the one with most text; ``parts[s]`` the components that ran at the step; ``unseen`` the
+    layers of which a call was not shown, with the reason.
     """
 
     pipe: Any
     block_size: int
-    default_order: TokenOrder
     seed: int
     samples: int = 4
+    branches: int = 1
     orders: dict[tuple[str, int], TokenOrder] = field(default_factory=dict)
-    screen_orders: tuple[TokenOrder, ...] = ()
+    screen_orders: Callable[[TokenGrid], Sequence[TokenOrder]] = lambda grid: (RasterOrder(),)
     screen_steps: tuple[int, ...] = ()
     screen_density: float = 0.08
     counter: StepCounter = field(default_factory=StepCounter)
     steps: dict[int, dict[str, dict[str, np.ndarray]]] = field(default_factory=dict)
+    parts: dict[int, set[str]] = field(default_factory=dict)
     screened: dict[str, np.ndarray] = field(default_factory=dict)
-    grid: TokenGrid | None = None
+    grids: dict[str, TokenGrid] = field(default_factory=dict)
+    unseen: dict[str, str] = field(default_factory=dict)
     head_dim: int = 0
 
     def __post_init__(self) -> None:
         self._index: dict[tuple[TokenOrder, TokenGrid], BlockIndex] = {}
-        self._roots: dict[str, torch.Tensor] = {}
+        self._roots: dict[tuple[str, str], torch.Tensor] = {}
+        self._items: dict[tuple[int, str], int] = {}
         self._generator = torch.Generator().manual_seed(self.seed)
-        self._transformer = next(iter(find_transformers(self.pipe).values()))
+        self._transformers = find_transformers(self.pipe)
 
     def _blocks(self, order: TokenOrder, call: Any) -> BlockIndex:
         key = (order, call.grid)
@@ -117,34 +110,40 @@ class Tracer:
             self._index[key] = BlockIndex.build(call.grid, order, self.block_size, call.q.device)
         return self._index[key]
 
-    def _score(self, call: Any, order: TokenOrder, heads: list[int]) -> Any:
-        if call.layer not in self._roots:
-            weight = _output_projection(self._transformer, call.layer)
-            self._roots[call.layer] = projection_roots(weight, call.q.shape[2], call.q.shape[3], call.q.device)
+    def _score(self, call: Any, order: TokenOrder, heads: list[int]) -> CallScores:
+        # The experts of a pipeline have layers of the same names, and each its own projection.
+        key = (call.transformer, call.layer)
+        if key not in self._roots:
+            weight = _output_projection(self._transformers[call.transformer], call.layer)
+            self._roots[key] = projection_roots(weight, call.q.shape[2], call.q.shape[3], call.q.device)
         return score_call(
             call.q,
             call.k,
             call.v,
             self._blocks(order, call),
             scale=call.scale,
-            roots=self._roots[call.layer],
-            samples=self.samples,
+            roots=self._roots[key],
+            samples=-(-self.samples // self.branches),
             generator=self._generator,
-            key_mask=_key_mask(call),
+            key_mask=call.kv_len,
             heads=heads,
         )
 
+    def look(self, call: Any) -> None:
+        """Take note of a call's step, grid and component, and score nothing."""
+        step = self.counter.update(call)
+        self.grids[call.layer] = merged_grid(self.grids.get(call.layer), call)
+        self.parts.setdefault(step, set()).add(call.transformer)
+        self.head_dim = call.q.shape[3]
+
     def __call__(self, call: Any) -> None:
-        step, branch = self.counter.update(call)
-        # Guidance branches take turns: their patterns are alike, and both leave their mark on the masks.
-        branches = max(self.counter.calls) + 1
-        self.grid, self.head_dim = call.grid, call.q.shape[3]
-        if branch != (step % branches if step else 0):
-            return
+        self.look(call)
+        step = self.counter.step
+        tried = self.screen_orders(call.grid)
         heads = call.q.shape[2]
         groups: dict[TokenOrder, list[int]] = {}
         for head in range(heads):
-            groups.setdefault(self.orders.get((call.layer, head), self.default_order), []).append(head)
+            groups.setdefault(self.orders.get((call.layer, head), tried[0]), []).append(head)
         result: dict[str, np.ndarray] = {}
         for order, members in groups.items():
             scores = self._score(call, order, members)
@@ -154,24 +153,25 @@ class Tracer:
                 result[f"energy{head}"] = scores.energy[i].cpu().numpy()
                 result[f"summed{head}"] = scores.summed[:, i].cpu().numpy()
                 result[f"true{head}"] = scores.true[:, i].cpu().numpy()
-        self.steps.setdefault(step, {})[call.layer] = result
+        self._add(step, call.layer, result, call.q.shape[0])
         if step in self.screen_steps:
             # The same number of block pairs in each order, for that is what takes the same time: an order whose blocks
             # are less full has more of them.
             pairs = round(self.screen_density * (call.grid.num_visual / self.block_size) ** 2)
-            scores = (self._score(call, order, list(range(heads))).error for order in self.screen_orders)
-            rows = [error_left(error, pairs).cpu().numpy() for error in scores]
+            rows = [error_left(self._score(call, o, list(range(heads))).error, pairs).cpu().numpy() for o in tried]
             self.screened[call.layer] = self.screened.get(call.layer, 0) + np.stack(rows)
 
-
-def _key_mask(call: Any) -> torch.Tensor | None:
-    """The first batch item's valid keys as bool ``[S]``, or None where all are."""
-    kv_len = call.kv_len
-    if kv_len is None:
-        return None
-    if kv_len.dtype == torch.bool:
-        return kv_len[0]  # type: ignore[no-any-return]
-    return torch.arange(call.k.shape[1], device=call.k.device) < kv_len[0]
+    def _add(self, step: int, layer: str, result: dict[str, np.ndarray], items: int) -> None:
+        """Into the mean over the items of the step's calls of this layer, in place: nothing is held twice."""
+        before = self._items.get((step, layer), 0)
+        self._items[step, layer] = before + items
+        known = self.steps.setdefault(step, {}).setdefault(layer, result)
+        if known is result:
+            return
+        share = items / (before + items)
+        for name, new in result.items():
+            old = known[name].astype(np.float32)
+            known[name] = (old + share * (new.astype(np.float32) - old)).astype(known[name].dtype)
 
 
 @dataclass
@@ -212,23 +212,23 @@ def _clone(value: Any) -> Any:
 
 
 @contextmanager
-def _updates(pipe: Any, callback: Callable[[torch.Tensor], None]) -> Iterator[None]:
+def watched_updates(pipe: Any, callback: Callable[[torch.Tensor], None]) -> Iterator[None]:
     """Within, ``callback`` gets every prediction that the scheduler is given, before it updates the latent."""
-    scheduler = pipe.scheduler
-    own, original = scheduler.__dict__.get("step"), scheduler.step
+    scheduler, cls = pipe.scheduler, type(pipe.scheduler)
 
-    def step(model_output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        callback(model_output)
-        return original(model_output, *args, **kwargs)
+    # A class of its own, not an attribute: pipelines with sound step a deep copy of the scheduler, which would carry an
+    # attribute along and step the original. Pipelines read the signature for what they may pass.
+    @functools.wraps(cls.step)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self is scheduler:
+            callback(args[0] if args else next(iter(kwargs.values())))
+        return cls.step(self, *args, **kwargs)
 
-    scheduler.step = step
+    scheduler.__class__ = type(cls.__name__, (cls,), {"step": step, "__module__": cls.__module__})
     try:
         yield
     finally:
-        if own is None:
-            del scheduler.step
-        else:
-            scheduler.step = own
+        scheduler.__class__ = cls
 
 
 def record(pipe: Any, prompt: str, seed: int, settings: GenerationSettings, tracer: Tracer | None) -> Recording:
@@ -238,15 +238,17 @@ def record(pipe: Any, prompt: str, seed: int, settings: GenerationSettings, trac
     guided: list[tuple[int, torch.Tensor]] = []
 
     def after(module: torch.nn.Module, args: Any, output: Any) -> None:
-        outputs.append((len(counter.levels) - 1, _clone(output)))
+        outputs.append((counter.step, _clone(output)))
 
     def update(prediction: torch.Tensor) -> None:
-        guided.append((len(counter.levels) - 1, _clone(prediction)))
+        guided.append((counter.step, _clone(prediction)))
 
     handles = [module.register_forward_hook(after) for module in find_transformers(pipe).values()]
     try:
-        with tap_attention(pipe, tracer if tracer else _counting(counter)), _updates(pipe, update):
+        with tap_attention(pipe, tracer if tracer else _counting(counter)) as tap, watched_updates(pipe, update):
             latents = final_latents(pipe, prompt, seed, settings)
+        if tracer:
+            tracer.unseen |= {layer: reason for (_, layer), reason in tap.unseen.items()}
     finally:
         for handle in handles:
             handle.remove()
@@ -268,6 +270,7 @@ def replaying(pipe: Any, recording: Recording, until: int) -> Iterator[None]:
     position = 0
 
     def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
         def replayed(*args: Any, **kwargs: Any) -> Any:
             nonlocal position
             position += 1
@@ -349,8 +352,8 @@ def partial_error(
     counter = StepCounter()
 
     def callback(call: Any) -> torch.Tensor | None:
-        step, _ = counter.update(call)
-        layout = layouts(call) if step < steps else None
+        counter.update(call)
+        layout = layouts(call) if counter.changes < steps else None
         if layout is None:
             return None
         sparse = sparse_attention(call.q, call.k, call.v, layout, scale=call.scale, kv_len=call.kv_len)
@@ -361,6 +364,23 @@ def partial_error(
 
 class _Reached(Exception):
     """A generation came to the update that was waited for."""
+
+
+def first_step(
+    pipe: Any, prompt: str, seed: int, settings: GenerationSettings, callback: Callable[[Any], None]
+) -> dict[str, str]:
+    """Show the attention calls of a generation's first step to ``callback``, and end it there.
+
+    A generation of one step would not do: some schedulers cannot make one. Returns layers of which a call was not
+    shown, with the reason.
+    """
+
+    def stop(prediction: torch.Tensor) -> None:
+        raise _Reached
+
+    with suppress(_Reached), tap_attention(pipe, callback) as tap, watched_updates(pipe, stop):
+        final_latents(pipe, prompt, seed, settings)
+    return {layer: reason for (_, layer), reason in tap.unseen.items()}
 
 
 def step_effect(
@@ -391,7 +411,7 @@ def step_effect(
         suppress(_Reached),
         replaying(pipe, recording, recording.first_call(step)),
         tap_attention(pipe, sparse_callback(layouts)),
-        _updates(pipe, update),
+        watched_updates(pipe, update),
     ):
         final_latents(pipe, prompt, seed, settings)
     return float((found[0].double() - recording.guided[wanted][1].double()).square().sum())

@@ -114,12 +114,56 @@ def score_call(
 ) -> CallScores:
     """Score all visual block pairs of one call from ``samples`` queries of every query block.
 
-    q, k, v: ``[B, S, H, D]``; only the first batch item is read. ``key_mask``: bool ``[S]``, False where a key is
-    padding. ``heads``: score these heads only. Nothing of the size ``S x S`` is ever held.
+    q, k, v: ``[B, S, H, D]``. Items of the batch share the samples (each has at least one), and scores are the mean
+    over them. ``key_mask``: bool ``[B, S]``, or ``[S]`` for all items, False where a key is padding. ``heads``: score
+    these heads only. Nothing of the size ``S x S`` is ever held, and nothing that grows with ``B``.
     """
     heads = list(range(q.shape[2])) if heads is None else heads
+    batch, blocks = q.shape[0], len(index.length)
+    error = torch.zeros(len(TAILS), len(heads), blocks, blocks, device=q.device)
+    mass = torch.zeros(len(heads), blocks, blocks, device=q.device)
+    energy = torch.zeros(len(heads), device=q.device)
+    summed = torch.zeros(len(TAILS), len(heads), len(LADDER), device=q.device)
+    found = CallScores(error, mass, energy, summed, torch.zeros_like(summed))
+    masks = None if key_mask is None else torch.atleast_2d(key_mask).expand(batch, -1)
+    for item in range(batch):
+        _add_item(
+            found,
+            q[item],
+            k[item],
+            v[item],
+            index,
+            scale=q.shape[-1] ** -0.5 if scale is None else scale,
+            roots=roots,
+            samples=-(-samples // batch),
+            generator=generator,
+            key_mask=None if masks is None else masks[item],
+            heads=heads,
+        )
+    # Guidance makes u + s (c - u) of a prompt's output c and the negative one's u: the errors of both pass into it,
+    # times s and s - 1. These weights are nearly alike for the usual scales, and how much of a layer's error passes on
+    # is measured afterwards; so both items count the same, with their errors as they are.
+    for part in (found.error, found.mass, found.energy, found.summed, found.true):
+        part /= batch
+    return found
+
+
+def _add_item(
+    found: CallScores,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    index: BlockIndex,
+    *,
+    scale: float,
+    roots: torch.Tensor | None,
+    samples: int,
+    generator: torch.Generator | None,
+    key_mask: torch.Tensor | None,
+    heads: list[int],
+) -> None:
+    """Add the scores of one item of a batch; q, k, v: ``[S, H, D]``, ``key_mask``: ``[S]``."""
     dim = q.shape[-1]
-    scale = dim**-0.5 if scale is None else scale
     blocks, width = index.tokens.shape
     samples = min(samples, width)
     # The same positions for all heads of a call; a short block samples with repetition.
@@ -128,15 +172,10 @@ def score_call(
     flat = index.tokens.reshape(-1)
     length = index.length
     text, text_share = _sample_text(index, samples, width, key_mask, generator)
-    error = torch.zeros(len(TAILS), len(heads), blocks, blocks, device=q.device)
-    mass = torch.zeros(len(heads), blocks, blocks, device=q.device)
-    energy = torch.zeros(len(heads), device=q.device)
-    summed = torch.zeros(len(TAILS), len(heads), len(LADDER), device=q.device)
-    true = torch.zeros_like(summed)
     counts = torch.tensor([round(f * blocks) for f in LADDER], device=q.device)
-    rows = max(1, CHUNK_BYTES // (4 * samples * max(q.shape[1], blocks * dim)))
+    rows = max(1, CHUNK_BYTES // (4 * samples * max(q.shape[0], blocks * dim)))
     for i, head in enumerate(heads):
-        keys, values = k[0, :, head].float(), v[0, :, head].float()
+        keys, values = k[:, head].float(), v[:, head].float()
         if roots is not None:
             values = values @ roots[head]
         block_keys = keys[flat].view(blocks, width, dim)
@@ -149,7 +188,7 @@ def score_call(
         summary = (mean_value, *half_values)
         for lo in range(0, blocks, rows):
             tokens = query_tokens[lo : lo + rows]
-            queries = q[0, tokens.reshape(-1), head].float() * scale
+            queries = q[tokens.reshape(-1), head].float() * scale
             logits = queries @ keys.T
             if key_mask is not None:
                 logits.masked_fill_(~key_mask, float("-inf"))
@@ -182,22 +221,21 @@ def score_call(
                     for other, e in parts:
                         d = d + w * other * (summary[c] * summary[e]).sum(1)
                 d = d.clamp_min(0).view(len(tokens), samples, blocks).sum(1)
-                error[tail, i, lo : lo + rows] = d * share[:, None]
+                found.error[tail, i, lo : lo + rows] += d * share[:, None]
                 # [rows, ladder, NB]: the first blocks of each row's ranking
                 kept = d.argsort(1, descending=True).argsort(1)[:, None] < counts[:, None]
                 weighted = [(w, summary[c]) for w, c in parts]
                 left = _masked_output(kept.repeat_interleave(samples, 0).float(), z, numerator, weighted, z_rest, rest)
                 off = (left - output[:, None]).square().sum(-1).view(len(tokens), samples, -1).sum(1)
-                true[tail, i] += (off * share[:, None]).sum(0)
-                summed[tail, i] += ((d[:, None] * ~kept).sum(-1) * share[:, None]).sum(0)
-            mass[i, lo : lo + rows] = z.view(len(tokens), samples, blocks).mean(1)
-            energy[i] += (o_norm.view(len(tokens), samples).sum(1) * share).sum()
+                found.true[tail, i] += (off * share[:, None]).sum(0)
+                found.summed[tail, i] += ((d[:, None] * ~kept).sum(-1) * share[:, None]).sum(0)
+            found.mass[i, lo : lo + rows] += z.view(len(tokens), samples, blocks).mean(1)
+            found.energy[i] += (o_norm.view(len(tokens), samples).sum(1) * share).sum()
         for part in text.split(rows * samples):
-            logits = (q[0, part, head].float() * scale) @ keys.T
+            logits = (q[part, head].float() * scale) @ keys.T
             if key_mask is not None:
                 logits.masked_fill_(~key_mask, float("-inf"))
-            energy[i] += text_share * (logits.softmax(-1) @ values).square().sum()
-    return CallScores(error, mass, energy, summed, true)
+            found.energy[i] += text_share * (logits.softmax(-1) @ values).square().sum()
 
 
 def _sample_text(

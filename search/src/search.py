@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ import diffsparse
 from diffsparse.entry import TAILS, Execution, HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels import sparse_attention
-from diffsparse.layout import BlockLayout, build_layout
+from diffsparse.layout import BlockLayout
 from diffsparse.order import TokenOrder, parse_order
 from diffsparse.patterns import Bitmap
-from diffsparse.pipelines import architecture_of, find_transformers, tap_attention
+from diffsparse.pipelines import find_transformers, tap_attention
 from diffsparse.pipelines import sparse_attention as attached
 from diffsparse.plan import SparsityPlan
 from diffsparse.search import metrics
@@ -35,6 +36,7 @@ from diffsparse.search.environment import environment
 from diffsparse.search.errors import BadInput, writing
 from diffsparse.search.generate import MAX_SEED, GenerationSettings, generate_clip
 from diffsparse.search.identity import model_identity
+from diffsparse.search.layers import common_architecture, layouts_by_call, main_grid, switch_level
 from diffsparse.search.load import shape_rule, sparse_backend
 from diffsparse.search.measured import HeadFigures, PooledAttention, plan_digest
 from diffsparse.search.observe import (
@@ -42,6 +44,7 @@ from diffsparse.search.observe import (
     Tracer,
     call_levels,
     final_latents,
+    first_step,
     partial_error,
     record,
     replaying,
@@ -60,7 +63,7 @@ __all__ = ["SearchConfig", "run_search", "thoroughness"]
 log = logging.getLogger("diffsparse")
 
 # Counted up whenever what the store holds changes.
-STORE_FORMAT = 4
+STORE_FORMAT = 5
 # What may differ between two searches that share a store: nothing that is measured depends on it.
 FREE_SETTINGS = ("budget", "density", "steps", "dense_steps", "validation_prompts", "candidates")
 REFERENCE_DENSITY = 0.06
@@ -186,12 +189,22 @@ class _Search:
     say: Callable[[str], None]
     on_stage: Callable[[str, int, int], None]
     recording: Recording | None = None
-    tables: dict[TokenOrder, FamilyTable] = field(default_factory=dict)
+    tables: dict[tuple[TokenGrid, TokenOrder], FamilyTable] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.architecture = common_architecture(self.pipe)
+        # For what all of them share: the device and the data type.
         self.transformer = next(iter(find_transformers(self.pipe).values()))
-        self.architecture = architecture_of(self.transformer)
-        self.layers = self.architecture.layers
+
+    @cached_property
+    def grids(self) -> dict[str, TokenGrid]:
+        """The grid of every layer that is searched, in the model's order; known when the probe has run."""
+        return {layer: TokenGrid(*sizes) for layer, sizes in self.store.get_json("probe")["grids"].items()}
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers that are searched; all others stay dense."""
+        return tuple(self.grids)
 
     # -- stages ----------------------------------------------------------------------------------------------------
 
@@ -199,70 +212,78 @@ class _Search:
         return _Stage(total, label, self.progress, self.on_stage)
 
     def probe(self) -> dict[str, Any]:
-        """Three steps of one generation: the grid, the time of a model call, and the best order of every head."""
+        """Three steps of one generation: every layer's grid, the time of a model call, and every head's best order."""
         if "probe" not in self.store:
-            orders: list[TokenOrder] = []
-            tracer = Tracer(self.pipe, self.config.block_size, parse_order("raster"), self.config.seed, 1)
+            settings, first = self.config.settings(3), Tracer(self.pipe, self.config.block_size, self.config.seed)
             start = time.perf_counter()
             sizes: list[tuple[int, int]] = []
-            with (
-                tap_attention(self.pipe, _grid_reader(tracer)),
-                sizes_seen(self.pipe, lambda height, width: sizes.append((height, width))),
-            ):
-                final_latents(self.pipe, self.prompts[0], self.config.seed, self.config.settings(1))
+            with sizes_seen(self.pipe, lambda height, width: sizes.append((height, width))):
+                unseen = first_step(self.pipe, self.prompts[0], self.config.seed, settings, first.look)
             seconds = time.perf_counter() - start
-            if tracer.grid is None:
-                raise BadInput("no self-attention call was seen; is this model's attention replaced by something else?")
-            orders = orders_for(tracer.grid, self.config.block_size)
+            if not first.grids:
+                raise BadInput(f"no layer can be searched: {_why_unseen(unseen)}")
             tracer = Tracer(
                 self.pipe,
                 self.config.block_size,
-                orders[0],
                 self.config.seed,
                 max(1, self.config.samples // 2),
-                screen_orders=tuple(orders),
+                branches=first.counter.calls,
+                screen_orders=self._orders,
                 screen_steps=(1, 2),
             )
             with self.bar(1, "probe") as bar:
-                record(self.pipe, self.prompts[0], self.config.seed, self.config.settings(3), tracer)
+                record(self.pipe, self.prompts[0], self.config.seed, settings, tracer)
                 bar.update()
-            assert tracer.grid is not None
+            seen = [n for n in self.architecture.layers if all(n in layers for layers in tracer.steps.values())]
+            if not seen:
+                raise BadInput(f"no layer can be searched at every step: {_why_unseen(tracer.unseen)}")
             chosen: dict[str, list[str]] = {}
-            for layer in self.layers:
-                error = tracer.screened[layer]  # [orders, heads]
+            for layer in seen:
+                orders = self._orders(tracer.grids[layer])
+                # [orders, heads]; of generations that have one step whatever they are asked for there is nothing
+                error = tracer.screened.get(layer, np.zeros((len(orders), self.architecture.heads)))
                 best = error.argmin(0)
                 # The first order costs least to gather; another one must be clearly better.
                 keep = error[0] <= 1.1 * error.min(0)
                 chosen[layer] = [str(orders[0 if k else int(b)]) for k, b in zip(keep, best, strict=True)]
+            grids = {n: tracer.grids[n] for n in seen}
             self.store.put_json(
                 "probe",
                 {
-                    "grid": [*tracer.grid.shape, tracer.grid.text_before, tracer.grid.text_after],
-                    "branches": max(tracer.counter.calls) + 1,
-                    "forward_seconds": seconds / (max(tracer.counter.calls) + 1),
+                    "grids": {n: [*g.shape, g.text_before, g.text_after] for n, g in grids.items()},
+                    "branches": tracer.counter.calls,
+                    "forward_seconds": seconds / first.counter.calls,
                     "orders": chosen,
                     "head_dim": tracer.head_dim,
                     "size": list(sizes[0]) if sizes else None,
+                    "dense": {n: _why_unseen(tracer.unseen, n) for n in self.architecture.layers if n not in seen},
                 },
             )
         return dict(self.store.get_json("probe"))
 
-    def costs(self, grid: TokenGrid, head_dim: int) -> CostModel:
-        """Costs measured on this device, once per search: a resumed one must end in the same plan."""
-        if "costs" not in self.store:
-            parameter = next(self.transformer.parameters())
-            device = torch.device(getattr(self.pipe, "_execution_device", parameter.device))
-            order = orders_for(grid, self.config.block_size)[0]
-            model = measure_costs(
-                grid, self.architecture.heads, head_dim, order, self.config.block_size, device, parameter.dtype
-            )
-            self.store.put_json("costs", model.to_dict())
-        return CostModel.from_dict(self.store.get_json("costs"))
+    def _orders(self, grid: TokenGrid) -> list[TokenOrder]:
+        return orders_for(grid.visual_only(), self.config.block_size)
+
+    def costs(self, head_dim: int) -> dict[TokenGrid, CostModel]:
+        """Costs on every grid of a layer, measured once per search: a resumed one must end in the same plan."""
+        found: dict[TokenGrid, CostModel] = {}
+        for grid in dict.fromkeys(self.grids.values()):
+            name = f"costs/{grid}"
+            if name not in self.store:
+                parameter = next(self.transformer.parameters())
+                device = torch.device(getattr(self.pipe, "_execution_device", parameter.device))
+                order = self._orders(grid)[0]
+                model = measure_costs(
+                    grid, self.architecture.heads, head_dim, order, self.config.block_size, device, parameter.dtype
+                )
+                self.store.put_json(name, model.to_dict())
+            found[grid] = CostModel.from_dict(self.store.get_json(name))
+        return found
 
     def traced(self) -> list[int]:
         return list(range(min(self.config.trace_prompts, len(self.prompts))))
 
-    def trace(self, orders: dict[tuple[str, int], TokenOrder], default: TokenOrder) -> None:
+    def trace(self, orders: dict[tuple[str, int], TokenOrder], branches: int) -> None:
         """Score every step of a generation of each traced prompt."""
         todo = [p for p in self.traced() if f"trace/{p}/levels" not in self.store]
         if not todo:
@@ -272,10 +293,11 @@ class _Search:
                 tracer = Tracer(
                     self.pipe,
                     self.config.block_size,
-                    default,
                     self.config.seed + p,
                     self.config.samples,
-                    orders=orders,
+                    branches,
+                    orders,
+                    grids=dict(self.grids),  # a prompt must not bring another size
                 )
                 recording = record(
                     self.pipe,
@@ -287,8 +309,14 @@ class _Search:
                 if p == 0:
                     self.recording = recording
                 for step, layers in tracer.steps.items():
-                    for layer, arrays in layers.items():
-                        self.store.put_arrays(f"trace/{p}/{step}/{layer}", arrays)
+                    for layer in self.layers:
+                        if layer not in layers:
+                            raise BadInput(
+                                f"{layer} cannot be searched at step {step} of prompt {p}: "
+                                f"{_why_unseen(tracer.unseen, layer)}"
+                            )
+                        self.store.put_arrays(f"trace/{p}/{step}/{layer}", layers[layer])
+                self.store.put_json(f"trace/{p}/parts", [sorted(tracer.parts[s]) for s in sorted(tracer.parts)])
                 self.store.put_json(f"trace/{p}/levels", recording.levels)
                 bar.update()
 
@@ -390,17 +418,15 @@ class _Search:
             held[key] = self.store.get_arrays(f"trace/{prompt}/{step}/{layer}")
         return held[key]
 
-    def reference(
-        self, orders: dict[tuple[str, int], TokenOrder], grid: TokenGrid
-    ) -> tuple[dict[str, BlockLayout], np.ndarray]:
-        """One sparse layout per layer, equal at all steps: bitmaps of the reference density, each head's best tail.
+    def reference(self, orders: dict[tuple[str, int], TokenOrder]) -> tuple[dict[str, list[HeadEntry]], np.ndarray]:
+        """Sparse entries of every layer, equal at all steps: bitmaps of the reference density, each head's best tail.
 
-        Also the squared error that it should make in every layer at every traced step: ``[steps, layers]``.
+        Also the squared error that they should make in every layer at every traced step: ``[steps, layers]``.
         """
-        layouts = {}
+        found: dict[str, list[HeadEntry]] = {}
         predicted = np.zeros((self.trace_length, len(self.layers)))
-        for j, layer in enumerate(self.layers):
-            entries = []
+        for j, (layer, grid) in enumerate(self.grids.items()):
+            found[layer] = []
             for head in range(self.architecture.heads):
                 order = orders[layer, head]
                 table = self.table(grid, order)
@@ -414,14 +440,14 @@ class _Search:
                 _, tail, mask, left = min(tries, key=lambda x: x[0])
                 predicted[:, j] += left
                 bitmap = Bitmap.from_mask(mask, grid, order, self.config.block_size)
-                entries.append(HeadEntry(order, bitmap, execution=Execution(tail=tail)))
-            layouts[layer] = build_layout(grid, entries, self.config.block_size)
-        return layouts, predicted
+                found[layer].append(HeadEntry(order, bitmap, execution=Execution(tail=tail)))
+        return found, predicted
 
     def table(self, grid: TokenGrid, order: TokenOrder) -> FamilyTable:
-        if order not in self.tables:
-            self.tables[order] = FamilyTable(grid, order, self.config.block_size)
-        return self.tables[order]
+        key = (grid.visual_only(), order)
+        if key not in self.tables:
+            self.tables[key] = FamilyTable(*key, self.config.block_size)
+        return self.tables[key]
 
     @property
     def trace_length(self) -> int:
@@ -429,18 +455,18 @@ class _Search:
 
     # -- sensitivities ---------------------------------------------------------------------------------------------
 
-    def effects(self, layouts: dict[str, BlockLayout], predicted: np.ndarray) -> np.ndarray:
+    def effects(self, entries: dict[str, list[HeadEntry]], predicted: np.ndarray) -> np.ndarray:
         """Squared change of the guided output per predicted squared error of each layer: ``[steps, layers]``."""
         steps = [s for s in self.effect_steps() if s < self.trace_length]
         todo = [(s, n) for s in steps for n in self.layers if f"effect/{s}/{n}" not in self.store]
-        device_layouts = _on_device(layouts)
+        find = layouts_by_call(entries, self.config.block_size)
         settings = self.config.settings(self.config.trace_steps)
         if todo:
             with self.bar(len(todo), "sensitivity") as bar:
                 for step, layer in todo:
 
                     def one(call: Any, layer: str = layer) -> BlockLayout | None:
-                        return device_layouts(call) if call.layer == layer else None
+                        return find(call) if call.layer == layer else None
 
                     effect = step_effect(
                         self.pipe, self.dense_recording(), self.prompts[0], self.config.seed, settings, step, one
@@ -456,7 +482,7 @@ class _Search:
         logs = np.log(np.maximum(measured, 1e-30))
         return np.exp(np.stack([np.interp(every, steps, logs[:, j]) for j in range(len(self.layers))], 1))
 
-    def amplification(self, layouts: dict[str, BlockLayout], output_error: np.ndarray) -> np.ndarray:
+    def amplification(self, entries: dict[str, list[HeadEntry]], output_error: np.ndarray) -> np.ndarray:
         """Growth of an error between the step that makes it and the final latent, for the traced steps.
 
         An error of the model's output moves the latent by that error times the step's change of noise level, and what
@@ -469,7 +495,7 @@ class _Search:
         steps = [s for s in self.inject_steps() if s < self.trace_length]
         todo = [s for s in steps if f"inject/{s}" not in self.store]
         if todo:
-            find = _on_device(layouts)
+            find = layouts_by_call(entries, self.config.block_size)
             settings = self.config.settings(self.config.trace_steps)
             with self.bar(len(todo), "schedule") as bar:
                 for step in todo:
@@ -490,22 +516,10 @@ class _Search:
         return np.exp(np.interp(np.arange(self.trace_length), steps, np.log(np.maximum(found, 1e-30))))
 
 
-def _grid_reader(tracer: Tracer) -> Callable[[Any], None]:
-    def callback(call: Any) -> None:
-        tracer.grid, tracer.head_dim = call.grid, call.q.shape[3]
-
-    return callback
-
-
-def _on_device(layouts: dict[str, BlockLayout]) -> Callable[[Any], BlockLayout | None]:
-    moved: dict[str, BlockLayout] = {}
-
-    def find(call: Any) -> BlockLayout | None:
-        if call.layer not in moved:
-            moved[call.layer] = layouts[call.layer].to(call.q.device)
-        return moved[call.layer]
-
-    return find
+def _why_unseen(unseen: Mapping[str, str], layer: str | None = None) -> str:
+    """The reason why a layer's (or any) call runs dense whatever the plan."""
+    reason = unseen.get(layer) if layer is not None else next(iter(unseen.values()), None)
+    return reason or "its self-attention was not seen; is it replaced by something else?"
 
 
 def run_search(
@@ -557,18 +571,23 @@ def _run(search: _Search, out: Path) -> SparsityPlan:
     config, store, say = search.config, search.store, search.say
     begin = time.perf_counter()
     probe = search.probe()
-    grid = TokenGrid(*probe["grid"])
+    grid = main_grid(search.grids)
     seconds = _estimate(probe, config, len(search.layers), len(search.traced()))
     say(f"{grid} = {grid.seq_len} tokens, {len(search.layers)} layers of {search.architecture.heads} heads")
+    if dense := probe["dense"]:
+        name, reason = next(iter(dense.items()))
+        say(f"{len(dense)} other layers stay dense ({name}: {reason})")
     say(f"estimate: {seconds / 60:.1f} minutes, validation apart")
-    costs = search.costs(grid, probe["head_dim"])
+    costs = search.costs(probe["head_dim"])
     orders = {(n, h): parse_order(o) for n, row in probe["orders"].items() for h, o in enumerate(row)}
-    search.trace(orders, orders_for(grid, config.block_size)[0])
-    reference, predicted = search.reference(orders, grid)
+    search.trace(orders, probe["branches"])
+    reference, predicted = search.reference(orders)
     effects = search.effects(reference, predicted)
     traced = [float(v) for v in store.get_json("trace/0/levels")]
+    parts: list[list[str]] = store.get_json("trace/0/parts")
     growth = search.amplification(reference, (effects * predicted).sum(1))
-    composer = Composer(search, search.call_levels(), grid, orders, costs, effects, growth, traced)
+    switch = switch_level(search.pipe, traced, parts)
+    composer = Composer(search, search.call_levels(), search.grids, orders, costs, effects, growth, traced, switch)
     with search.bar(1, "assign") as bar:
         candidates = composer.candidates(config.candidates if config.validation_prompts else 1)
         bar.update()
@@ -580,7 +599,7 @@ def _run(search: _Search, out: Path) -> SparsityPlan:
     plan = chosen.plan
     if quality is not None:
         plan.record["quality"] = quality
-    about = _record(search, grid, costs)
+    about = _record(search, grid, costs[grid])
     about["search"] |= plan.record["search"] | {"seconds": round(seconds, 1)}
     plan.record.update(about)
     about = plan.record["search"]
@@ -588,7 +607,7 @@ def _run(search: _Search, out: Path) -> SparsityPlan:
         f"chosen: {about['dense_steps']} of {about['of_steps']} steps dense, {about['phases']} phase(s), "
         f"whole-trajectory density {about['trajectory_density']:.3f}"
     )
-    measured = _measured(search, chosen, grid, traced)
+    measured = _measured(search, chosen, traced)
     with writing(out, then="run the same command again: it goes on from what was measured"):
         plan.save_pretrained(out)
         measured.save(out)
@@ -636,7 +655,7 @@ def _kernel_version() -> str:
     return f"{sparse_attention.__module__} {diffsparse.__version__}"
 
 
-def _measured(search: _Search, chosen: Candidate, grid: TokenGrid, traced: list[float]) -> PooledAttention:
+def _measured(search: _Search, chosen: Candidate, traced: list[float]) -> PooledAttention:
     """Mean attention of every phase, layer and head, and what the chosen entries make of it."""
     plan = chosen.plan
     phases, heads = plan.schedule.num_phases, search.architecture.heads
@@ -646,7 +665,7 @@ def _measured(search: _Search, chosen: Candidate, grid: TokenGrid, traced: list[
     side = min(80, *(len(t.weight) for t in search.tables.values()))
     pooled = np.zeros((phases, len(search.layers), heads, side, side), np.float16)
     kept = np.zeros((phases, len(search.layers), heads))
-    for j, layer in enumerate(search.layers):
+    for j, (layer, grid) in enumerate(search.grids.items()):
         for head in range(heads):
             table = search.table(grid, orders[layer][head])
             for p in range(phases):
@@ -655,7 +674,7 @@ def _measured(search: _Search, chosen: Candidate, grid: TokenGrid, traced: list[
                 pooled[p, j, head] = _shrink(masses[0], side)
                 kept[p, j, head] = _kept_mass(plan.entries[plan.index[p, j, head]], np.mean(masses, axis=0), table)
     figures = HeadFigures(chosen.error, kept, plan_digest(plan))
-    return PooledAttention(pooled, orders, grid, plan.block_size, figures)
+    return PooledAttention(pooled, orders, main_grid(search.grids), plan.block_size, figures)
 
 
 def _kept_mass(entry: HeadEntry, mass: np.ndarray, table: FamilyTable) -> float:

@@ -50,11 +50,11 @@ def wan_inputs(frames: int, height: int, width: int, timestep: float = 500) -> I
     }
 
 
-def vace() -> torch.nn.Module:
+def vace(vace_in_channels: int = 8) -> torch.nn.Module:
     from diffusers import WanVACETransformer3DModel
 
     torch.manual_seed(0)
-    return WanVACETransformer3DModel(**_wan_config(3), vace_layers=[0, 2], vace_in_channels=8).eval()
+    return WanVACETransformer3DModel(**_wan_config(3), vace_layers=[0, 2], vace_in_channels=vace_in_channels).eval()
 
 
 def vace_inputs(frames: int, height: int, width: int, timestep: float = 500) -> Inputs:

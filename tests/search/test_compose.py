@@ -15,7 +15,7 @@ from diffsparse.order import RasterOrder, TileOrder, TokenOrder
 from diffsparse.patterns import Band
 from diffsparse.plan import Architecture
 from diffsparse.search.candidates import fill
-from diffsparse.search.compose import Candidate, Composer, distinct
+from diffsparse.search.compose import Candidate, Composer, _Trial, distinct
 from diffsparse.search.cost import CostModel
 from diffsparse.search.errors import BadInput
 from diffsparse.search.options import FamilyTable, HeadScores, Option, head_entry, head_options
@@ -73,7 +73,9 @@ def found(
     costs = costs or CostModel("cpu", 1.0, (0.02, 0.1, 0.3, 0.6), {tail: (0.1, 0.2, 0.4, 0.7) for tail in TAILS})
     orders = {(layer, head): TILE for layer in LAYERS for head in range(2)}
     effects, growth = np.full((len(TRACED), 2), 1.0), np.array([4.0, 2.0, 1.0, 1.0])
-    return search, Composer(search, levels, GRID, orders, costs, effects, growth, TRACED).candidates(count)
+    return search, Composer(
+        search, levels, dict.fromkeys(LAYERS, GRID), orders, {GRID: costs}, effects, growth, TRACED
+    ).candidates(count)
 
 
 @pytest.mark.parametrize("changes", [{}, {"density": None, "budget": 0.4}, {"density": 0.25, "dense_steps": 1}])
@@ -158,15 +160,15 @@ def test_orders_that_fill_their_blocks_less_cost_more() -> None:
     of_heads = {(layer, head): orders[head] for layer in LAYERS for head in range(2)}
     for config in ({"budget": 0.5}, {"budget": None, "density": 0.5}):
         search = Scores(SearchConfig(steps=6, validation_prompts=0, **config))
-        composer = Composer(search, LEVELS, grid, of_heads, costs, *rest)  # type: ignore[arg-type]
+        composer = Composer(search, LEVELS, dict.fromkeys(LAYERS, grid), of_heads, {grid: costs}, *rest)  # type: ignore[arg-type]
         option = Option(0.0, 0.2, "mean", "family", Band(0.1))
-        first, second = (composer.cost(option, order) for order in orders)
+        first, second = (composer.cost(option, LAYERS[0], order) for order in orders)
         if "density" in config:
             assert first == second, "work is counted in real pairs"
         else:
             assert first == pytest.approx(costs.relative(0.2, "mean"))
             assert second == pytest.approx(costs.relative(0.2 * (full[0] / full[1]) ** 2, "mean")) and second > first
-        assert composer.cost(Option(0.0, 1.0, "none", "dense"), TILE) == 1.0
+        assert composer.cost(Option(0.0, 1.0, "none", "dense"), LAYERS[0], TILE) == 1.0
 
 
 def test_heads_that_compute_all_or_nothing() -> None:
@@ -190,3 +192,61 @@ def test_a_plan_that_came_out_too_dense_is_made_again(density: float, monkeypatc
     (candidate,) = found(density=density, dense_steps=1)[1]
     assert density - 0.1 < candidate.plan.trajectory_density(GRID, LEVELS) <= density
     assert candidate.plan.record["search"]["trajectory_density"] <= density
+
+
+def test_layers_weigh_what_their_grids_hold() -> None:
+    """One layer sees text, the other does not: the density is that of all pairs of tokens of both."""
+    grids = {LAYERS[0]: TokenGrid(2, 16, 16, text_after=256), LAYERS[1]: GRID}
+    share = {tail: (0.1, 0.2, 0.4, 0.7) for tail in TAILS}
+    costs = {
+        grid: CostModel("cpu", seconds, (0.02, 0.1, 0.3, 0.6), share)
+        for grid, seconds in zip(grids.values(), (3.0, 1.0), strict=True)
+    }
+    orders = {(layer, head): TILE for layer in LAYERS for head in range(2)}
+    rest: Any = (np.full((len(TRACED), 2), 1.0), np.array([4.0, 2.0, 1.0, 1.0]), TRACED)
+    for config in ({"budget": None, "density": 0.5}, {"budget": 0.5}):
+        search = Scores(SearchConfig(steps=6, validation_prompts=0, **config))
+        composer = Composer(search, LEVELS, grids, orders, costs, *rest)
+        (candidate,) = composer.candidates(1)
+        plan, about = candidate.plan, candidate.plan.record["search"]
+        done = total = 0.0
+        for level in LEVELS:
+            phase = plan.schedule.phase(level)
+            for layer, grid in grids.items():
+                layout = None if phase is None else plan.layout(phase, layer, 2, grid)
+                work = float(grid.seq_len**2)
+                done, total = done + work * (1.0 if layout is None else layout.density), total + work
+        assert about["trajectory_density"] == pytest.approx(done / total, abs=1e-6)
+        if config["budget"] is None:
+            assert 0.4 < done / total <= 0.5
+        else:
+            assert composer.weight == {LAYERS[0]: 1.0, LAYERS[1]: pytest.approx(1 / 3)}
+            assert about["predicted_attention_time"] <= 0.5 + 1e-9
+
+
+@pytest.mark.parametrize("phases", [1, 2, 3, 4, 6])
+def test_no_phase_spans_two_experts_where_there_are_several(phases: int) -> None:
+    for steps, dense, second in ((6, 0, 2), (6, 1, 2), (6, 0, 5), (12, 3, 7), (6, 2, 2), (6, 3, 2), (6, 0, 0)):
+        if phases > steps - dense:
+            continue
+        trial = _Trial.even(steps, dense, phases, second)
+        assert len(trial.phase_of) == steps - dense and trial.phases <= phases
+        changes = np.diff(trial.phase_of)
+        assert trial.phase_of[0] == 0 and ((changes == 0) | (changes == 1)).all()
+        if phases > 1 and dense < second:
+            assert trial.phase_of[second - dense - 1] != trial.phase_of[second - dense]
+
+
+def test_steps_take_the_scores_of_the_expert_that_runs_them() -> None:
+    """The second one takes over at 0.65, nearer to the traced step of the first."""
+    search = Scores(SearchConfig(budget=None, density=0.5, steps=12, validation_prompts=0))
+    levels = np.linspace(1, 0.05, 12).tolist()
+    orders = {(layer, head): TILE for layer in LAYERS for head in range(2)}
+    costs = CostModel("cpu", 1.0, (0.02, 0.1, 0.3, 0.6), {tail: (0.1, 0.2, 0.4, 0.7) for tail in TAILS})
+    rest: Any = (np.full((len(TRACED), 2), 1.0), np.array([4.0, 2.0, 1.0, 1.0]), TRACED)
+    composer = Composer(search, levels, dict.fromkeys(LAYERS, GRID), orders, {GRID: costs}, *rest, switch=0.65)
+    assert ((composer.levels >= 0.65) == (composer.bins < 2)).all()
+    assert (composer.levels[composer.second - 1] >= 0.65) and composer.levels[composer.second] < 0.65
+    plan = composer.plan(0, composer.scan()).plan
+    bounds = plan.schedule.phase_bounds
+    assert not bounds or any(bound == pytest.approx(0.65, abs=1e-5) for bound in bounds)

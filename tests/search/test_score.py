@@ -102,3 +102,21 @@ def test_masked_keys_have_no_weight_and_chunks_do_not_matter(monkeypatch):
     monkeypatch.setattr("diffsparse.search.score.CHUNK_BYTES", 1)
     again = score_call(q, k, v, index, key_mask=mask, generator=torch.Generator().manual_seed(3))
     assert torch.allclose(whole.error, again.error, rtol=1e-4, atol=1e-7)
+
+
+def test_items_of_a_batch_count_alike_each_with_its_mask():
+    """Scores of a batch are the mean of its items' own, from the same samples; which share them."""
+    grid = TokenGrid(2, 9, 9, 0, 6)
+    q, k, v = (torch.cat([a, b]) for a, b in zip(inputs(grid, seed=0), inputs(grid, seed=1), strict=True))
+    index = BlockIndex.build(grid, TileOrder(1, 8, 8), 64, CPU)
+    mask = torch.arange(grid.seq_len) < grid.seq_len - torch.tensor([[4], [0]])
+    both = score_call(q, k, v, index, samples=8, key_mask=mask, generator=torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    each = [
+        score_call(q[i : i + 1], k[i : i + 1], v[i : i + 1], index, samples=4, key_mask=mask[i], generator=generator)
+        for i in range(2)
+    ]
+    for name in ("error", "mass", "energy", "summed", "true"):
+        one, other = (getattr(scores, name) for scores in each)
+        assert not torch.allclose(one, other, rtol=1e-3)
+        assert torch.allclose(getattr(both, name), (one + other) / 2, rtol=1e-5, atol=1e-7), name

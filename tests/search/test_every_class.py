@@ -1,0 +1,102 @@
+"""A search of two steps with every transformer class that docs/models.md lists as supported.
+
+Through diffusers' own pipeline for the classes in ``zoo.OWN``. The others are searched in a stand-in for theirs: the
+real transformer with the arguments of its forward that the tests of families use, and a real scheduler.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from diffsparse.pipelines import architecture_of, find_transformers, sparse_attention, sparse_attention_summary
+from diffsparse.pipelines.matrix import model_rows
+from diffsparse.search.errors import BadInput
+from diffsparse.search.observe import final_latents
+from diffsparse.search.search import SearchConfig, run_search
+from tests.pipelines.models import CASES
+from tests.search import zoo
+
+PROMPTS = ["a red circle", "a blue square on a hill"]
+SUPPORTED = sorted(row.model_class for row in model_rows())
+#: Searched on each change; the others with the slow tests.
+FAST = ("MochiTransformer3DModel", "QwenImageTransformer2DModel", "SD3Transformer2DModel", "WanVACETransformer3DModel")
+#: Classes that cannot be searched, and the line that says so.
+REFUSED = {"ChromaTransformer2DModel": "no layer can be searched: a mask that is not a key-padding mask"}
+
+
+def case_of(model_class: str) -> str:
+    """The zoo's case of a class: the first one, by the name of what it builds."""
+    return next(name for name, case in CASES.items() if type(case.build()).__name__ == model_class)
+
+
+def build(model_class: str) -> tuple[Any, dict[str, Any]]:
+    """A pipeline for the class, and the arguments of a search with it."""
+    if model_class in zoo.OWN:
+        make, arguments = zoo.OWN[model_class]
+        return make(), arguments
+    return zoo.StandIn(CASES[case_of(model_class)]), {}
+
+
+def search(pipe: Any, out: Path, lines: list[str] | None = None, **arguments: Any) -> Any:
+    config = SearchConfig(
+        **{"budget": None, "density": 0.6, "steps": 2, "trace_steps": 2, "samples": 2, "trace_prompts": 1}
+        | {"validation_prompts": 0, "guidance_scale": 3.0, "dense_steps": 0}
+        | arguments
+    )
+    say = (lambda line: None) if lines is None else lines.append
+    return run_search(pipe, PROMPTS, config, out, progress=False, say=say), config
+
+
+@pytest.fixture(autouse=True)
+def _few_timings(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffsparse.search import search as module
+
+    monkeypatch.setattr(module, "measure_costs", partial(module.measure_costs, seconds=0.0))
+
+
+@pytest.mark.parametrize(
+    "model_class", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in SUPPORTED]
+)
+def test_every_supported_class_can_be_searched(model_class: str, tmp_path: Path) -> None:
+    pipe, arguments = build(model_class)
+    if model_class in REFUSED:
+        with pytest.raises(BadInput) as raised:
+            search(pipe, tmp_path, **arguments)
+        assert REFUSED[model_class] in str(raised.value) and "\n" not in str(raised.value)
+        return
+    plan, config = search(pipe, tmp_path, **arguments)
+    transformers = find_transformers(pipe)
+    assert {type(t).__name__ for t in transformers.values()} == {model_class}
+    layers = architecture_of(next(iter(transformers.values()))).layers
+    assert plan.layers == layers
+    assert 0.3 < plan.record["search"]["trajectory_density"] <= 0.6
+    with sparse_attention(pipe, plan):
+        latents = final_latents(pipe, PROMPTS[1], 1, config.settings(2))
+        summary = sparse_attention_summary(pipe)
+    assert np.isfinite(latents.numpy()).all()
+    ran = {layer.name for part in summary.transformers.values() for layer in part.layers if layer.sparse_calls}
+    sparse = {n for n in layers for p in range(plan.schedule.num_phases) if not all_dense(plan, p, n)}
+    assert ran == sparse, "a layer ran dense that the plan has sparse entries for"
+    # What it was to compute is what it computes, whatever the layers' grids; the texts differ by a few tokens.
+    assert summary.density == pytest.approx(plan.record["search"]["trajectory_density"], abs=0.03)
+
+
+def all_dense(plan: Any, phase: int, layer: str) -> bool:
+    entries = plan.layer_entries(phase, layer, plan.index.shape[2])
+    return entries is None or all(entry.is_dense for entry in entries)
+
+
+def test_a_generation_of_two_sizes_is_refused(tmp_path: Path) -> None:
+    class Growing(zoo.StandIn):
+        """The second step is made on a larger grid."""
+
+        def size(self, step: int) -> tuple[int, int, int]:
+            return (1, 13, 16) if step == 0 else (1, 16, 16)
+
+    with pytest.raises(BadInput, match=r"attends on grids of 1x13x16 and of 1x16x16 tokens; a search needs one size"):
+        search(Growing(CASES["flux"]), tmp_path)
