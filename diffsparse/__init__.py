@@ -47,6 +47,10 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
         "HeadEntry",
         "Execution",
     ),
+    "diffsparse.tokens": ("TokenLayout",),
+    "diffsparse.blocks": ("BlockIndex",),
+    "diffsparse.heads": ("HeadSpec",),
+    "diffsparse.kernels.select": ("register_selector",),
     "diffsparse.layout": (
         "BlockLayout",
         "build_layout",
@@ -71,9 +75,12 @@ _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = ["__version__", *_HOME]  # noqa: PLE0604
 
 if TYPE_CHECKING:  # the same table, for type checkers and editors (a test compares the two)
+    from diffsparse.blocks import BlockIndex as BlockIndex
     from diffsparse.entry import Execution as Execution
     from diffsparse.entry import HeadEntry as HeadEntry
     from diffsparse.grid import TokenGrid as TokenGrid
+    from diffsparse.heads import HeadSpec as HeadSpec
+    from diffsparse.kernels.select import register_selector as register_selector
     from diffsparse.layout import BlockLayout as BlockLayout
     from diffsparse.layout import build_layout as build_layout
     from diffsparse.order import AxisOrder as AxisOrder
@@ -107,6 +114,7 @@ if TYPE_CHECKING:  # the same table, for type checkers and editors (a test compa
     from diffsparse.plan import SparsityPlan as SparsityPlan
     from diffsparse.presets import preset as preset
     from diffsparse.schedule import Schedule as Schedule
+    from diffsparse.tokens import TokenLayout as TokenLayout
 
 
 def __getattr__(name: str) -> Any:

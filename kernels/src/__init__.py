@@ -9,16 +9,21 @@ from diffsparse.kernels.backends.reference.forward import reference_attention
 from diffsparse.kernels.call import BACKENDS
 from diffsparse.kernels.checks import check
 from diffsparse.kernels.merge import merge_attention
+from diffsparse.kernels.select import Selector, register_selector, select_blocks, selectors
 
 __all__ = [
     "BACKENDS",
     "Backend",
     "CallFacts",
     "KernelBackend",
+    "Selector",
     "available_backends",
     "check",
     "merge_attention",
     "reference_attention",
     "register_backend",
+    "register_selector",
+    "select_blocks",
+    "selectors",
     "sparse_attention",
 ]
