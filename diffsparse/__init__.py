@@ -56,9 +56,9 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
         "build_layout",
     ),
     "diffsparse.schedule": ("Schedule",),
+    "diffsparse.architecture": ("Architecture",),
     "diffsparse.plan": (
         "SparsityPlan",
-        "Architecture",
         "PlanError",
     ),
     "diffsparse.presets": ("preset",),
@@ -75,6 +75,7 @@ _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = ["__version__", *_HOME]  # noqa: PLE0604
 
 if TYPE_CHECKING:  # the same table, for type checkers and editors (a test compares the two)
+    from diffsparse.architecture import Architecture as Architecture
     from diffsparse.blocks import BlockIndex as BlockIndex
     from diffsparse.entry import Execution as Execution
     from diffsparse.entry import HeadEntry as HeadEntry
@@ -109,7 +110,6 @@ if TYPE_CHECKING:  # the same table, for type checkers and editors (a test compa
     from diffsparse.pipelines import register_family as register_family
     from diffsparse.pipelines import sparse_attention as sparse_attention
     from diffsparse.pipelines import sparse_attention_summary as sparse_attention_summary
-    from diffsparse.plan import Architecture as Architecture
     from diffsparse.plan import PlanError as PlanError
     from diffsparse.plan import SparsityPlan as SparsityPlan
     from diffsparse.presets import preset as preset

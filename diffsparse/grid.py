@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from diffsparse.messages import shown
+
 __all__ = ["TokenGrid"]
 
 
@@ -29,11 +31,11 @@ class TokenGrid:
         for name in ("frames", "height", "width"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"TokenGrid.{name} must be an integer of at least 1, got {value!r}")
+                raise ValueError(f"TokenGrid.{name} must be an integer of at least 1, got {shown(value)}")
         for name in ("text_before", "text_after"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"TokenGrid.{name} must be an integer of at least 0, got {value!r}")
+                raise ValueError(f"TokenGrid.{name} must be an integer of at least 0, got {shown(value)}")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -72,7 +74,7 @@ class TokenGrid:
             frames, height, width = (int(p) for p in parts)
         except ValueError:
             raise ValueError(
-                f"a grid is three integers T,H,W in latent tokens, for example 5,32,32; got {text!r}"
+                f"a grid is three integers T,H,W in latent tokens, for example 5,32,32; got {shown(text)}"
             ) from None
         return cls(frames, height, width)
 

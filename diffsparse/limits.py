@@ -28,10 +28,11 @@ MAX_JSON_BYTES = 64 * 2**20
 MAX_JSON_VALUES = 2**21
 #: Bytes of a ``sparse_plan.safetensors``: 9,600 bitmaps of 129 frames of 720p (118,800 tokens) have 3.9 GiB.
 MAX_ARRAY_BYTES = 4 * 2**30
-#: Tokens of one grid, text included. 129 frames of 720p are 118,800; block masks grow with the square.
-MAX_GRID_TOKENS = 2**20
+#: Tokens of one grid, text included. 129 frames of 720p are 118,800; block masks grow with the square: at the limit,
+#: in blocks of 64, one has 64 MiB.
+MAX_GRID_TOKENS = 2**19
 #: Pairs of blocks in one bitmap: all of the largest grid in blocks of 64.
-MAX_BITMAP_BITS = 2**28
+MAX_BITMAP_BITS = 2**26
 #: Distinct entries of a plan. Four phases of 60 layers of 40 heads are 9,600 if no two heads share one.
 MAX_ENTRIES = 2**15
 #: Heads of a plan, over all layers and phases.

@@ -309,6 +309,7 @@ def _hilbert_index(coords: np.ndarray, bits: int) -> np.ndarray:
     return index
 
 
+@lru_cache(maxsize=256)
 def parse_order(text: str) -> TokenOrder:
     """Read the form that ``str(order)`` writes: ``raster``, ``HWF``, ``tile(1,8,8)``, ``phase(frame)``, ``curve``."""
     text = text.strip()

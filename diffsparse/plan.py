@@ -6,75 +6,30 @@ bitmap, and a generated ``README.md`` card. No pickle, no YAML.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from diffsparse.codec import PlanError, decode_entry, decode_schedule, encode_entry, encode_schedule
+from diffsparse.architecture import Architecture
+from diffsparse.codec import PlanError, encode_entry, encode_schedule
 from diffsparse.entry import HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.layout import BlockLayout, build_layout
+from diffsparse.messages import one_line, shown
+from diffsparse.provenance import check_record
+from diffsparse.reader import FORMAT_VERSION, read_files, read_plan
 from diffsparse.saving import ARRAYS_NAME, CARD_NAME, DIGEST_KEY, JSON_NAME, arrays_digest, write_plan
 from diffsparse.schedule import Schedule
 from diffsparse.tokens import BLOCK_SIZES
-from diffsparse.typed import Reading
 
 __all__ = ["FORMAT_VERSION", "Architecture", "PlanError", "SparsityPlan"]
 
-FORMAT_VERSION = 1
-MAX_JSON_BYTES = 64 * 2**20
 ANY_LAYER = "*"
-
-TEXT_POSITIONS = ("none", "before", "after")
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What a plan must share with a model to run on it.
-
-    ``layers``: paths of the self-attention modules, in order. ``patch_size``: ``(t, h, w)`` latent pixels per token.
-    ``text_position``: where text tokens stand in the sequence: ``none``, ``before`` or ``after`` the visual ones.
-    """
-
-    model_class: str
-    layers: tuple[str, ...]
-    heads: int
-    head_dim: int
-    patch_size: tuple[int, int, int]
-    text_position: str = "none"
-
-    @property
-    def fingerprint(self) -> str:
-        """Sixteen hexadecimal digits that are equal for equal architectures, on every platform."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
-
-    def differences(self, other: Architecture) -> list[str]:
-        """What differs, one readable line each; empty where the two are equal."""
-        lines = []
-        for f in fields(self):
-            mine, theirs = getattr(self, f.name), getattr(other, f.name)
-            if mine == theirs:
-                continue
-            if f.name == "layers":
-                lacking = [n for n in mine if n not in theirs]
-                lines.append(
-                    f"layers: the plan has {len(mine)}, the model {len(theirs)}"
-                    + (
-                        f" (the model lacks {', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''})"
-                        if lacking
-                        else ""
-                    )
-                )
-            else:
-                lines.append(f"{f.name}: the plan has {mine!r}, the model {theirs!r}")
-        return lines
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,13 +62,15 @@ class SparsityPlan:
             raise PlanError(f"index must name one of the plan's {len(self.entries)} entries for every head")
         if len(set(self.layers)) != len(self.layers):
             raise PlanError("a layer is named twice")
-        if self.block_size not in BLOCK_SIZES:
-            raise PlanError(f"block_size must be one of {BLOCK_SIZES}, got {self.block_size}")
+        if type(self.block_size) is not int or self.block_size not in BLOCK_SIZES:
+            raise PlanError(f"block_size must be one of {BLOCK_SIZES}, got {shown(self.block_size)}")
+        if self.is_uniform and index.shape[2] != 1:
+            raise PlanError(f"a plan for any model has one head for all of them, got {index.shape[2]}")
         if self.architecture is not None and not self.is_uniform:
             if index.shape[2] != self.architecture.heads:
                 raise PlanError(f"index has {index.shape[2]} heads, the architecture {self.architecture.heads}")
             if lacking := [n for n in self.layers if n not in self.architecture.layers]:
-                raise PlanError(f"the plan has entries for {lacking[0]!r}, which its architecture lacks")
+                raise PlanError(f"the plan has entries for {shown(lacking[0])}, which its architecture lacks")
 
     @classmethod
     def uniform(cls, *phase_entries: HeadEntry, schedule: Schedule | None = None, **kwargs: Any) -> SparsityPlan:
@@ -226,6 +183,7 @@ class SparsityPlan:
         ``bound``: the JSON has a digest of the bitmaps, so that those of another plan are refused.
         """
         arrays: dict[str, np.ndarray] = {}
+        check_record(self.record)
         data: dict[str, Any] = {
             "format": "diffsparse.sparse_plan",
             "format_version": FORMAT_VERSION,
@@ -273,27 +231,16 @@ class SparsityPlan:
     ) -> SparsityPlan:
         """Read a plan from a folder or a Hub repository. Raises :class:`PlanError` with what is wrong."""
         path = Path(name_or_path)
-        if path.is_file() and path.name == JSON_NAME:
-            path = path.parent
-        if not path.is_dir():
+        try:
+            if path.is_file() and path.name == JSON_NAME:
+                path = path.parent
+            found = path.is_dir()
+        except OSError as error:  # a name that is too long, or a folder that may not be entered
+            raise PlanError(f"{shown(str(name_or_path))} cannot be read: {error.strerror}") from error
+        if not found:
             path = _download(str(name_or_path), revision, token)
-        file = path / JSON_NAME
-        if not file.is_file():
-            raise PlanError(
-                f"{path} is no plan: it has no {JSON_NAME}; a plan is a folder that `diffsparse search` wrote"
-            )
-        if file.stat().st_size > MAX_JSON_BYTES:
-            raise PlanError(f"{file} is larger than {MAX_JSON_BYTES >> 20} MiB, which no plan is")
-        arrays: dict[str, np.ndarray] = {}
-        if (path / ARRAYS_NAME).is_file():
-            from safetensors import SafetensorError
-            from safetensors.numpy import load_file
-
-            try:
-                arrays = load_file(path / ARRAYS_NAME)
-            except (SafetensorError, OSError) as error:
-                raise PlanError(f"{path / ARRAYS_NAME} cannot be read: {error}") from error
-        return cls.from_json(file.read_bytes(), arrays, source=str(file))
+        content, arrays = read_files(path)
+        return cls.from_json(content, arrays, source=str(path / JSON_NAME))
 
     @classmethod
     def from_json(
@@ -301,13 +248,9 @@ class SparsityPlan:
     ) -> SparsityPlan:
         """Read the bytes of a ``sparse_plan.json`` and its arrays. Raises :class:`PlanError` with what is wrong."""
         try:
-            data = json.loads(content.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constants)
-        except (ValueError, RecursionError) as error:
-            raise PlanError(f"{source} is not valid JSON: {error}") from error
-        try:
-            return _decode(cls, data, arrays or {})
+            return cls(**read_plan(content, arrays or {}))
         except PlanError as error:
-            raise PlanError(f"{source}: {error}") from error
+            raise PlanError(f"{one_line(source, 120)}: {one_line(str(error))}") from error
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
         """Upload the plan's folder to a Hub repository, made if it is not there; returns the commit's address."""
@@ -327,82 +270,6 @@ class SparsityPlan:
             )
 
 
-_REQUIRED = {"format", "format_version", "block_size", "schedule", "entries", "layers", "index"}
-_KEYS = _REQUIRED | {"architecture", "record", DIGEST_KEY}
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [k for k, _ in pairs]
-    if len(set(keys)) != len(keys):
-        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} stands twice")
-    return dict(pairs)
-
-
-def _no_constants(name: str) -> Any:
-    raise ValueError(f"{name} is not a number that JSON has")
-
-
-def _decode(cls: type[SparsityPlan], data: Any, arrays: dict[str, np.ndarray]) -> SparsityPlan:
-    if not isinstance(data, dict) or data.get("format") != "diffsparse.sparse_plan":
-        raise PlanError("not a sparsity plan (its 'format' is not 'diffsparse.sparse_plan')")
-    version = data.get("format_version")
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise PlanError(f"format_version must be an integer of at least 1, got {version!r}")
-    if version > FORMAT_VERSION:
-        raise PlanError(
-            f"format version {version} is newer than {FORMAT_VERSION}, which this diffsparse reads; update diffsparse"
-        )
-    ignorable = data.get("ignorable", [])
-    unknown = sorted(set(data) - _KEYS - {"ignorable"})
-    # A newer writer lists the keys that no number depends on; any other unknown key might change the output.
-    if refused := [k for k in unknown if k not in ignorable]:
-        raise PlanError(f"keys this version does not know: {', '.join(refused)}; update diffsparse")
-    if unknown:
-        warnings.warn(f"the plan has keys that this version ignores: {', '.join(unknown)}", stacklevel=4)
-    if missing := sorted(_REQUIRED - set(data)):
-        raise PlanError(f"it lacks {', '.join(missing)}")
-    # Where there are none at all, the entry that names one is told.
-    if arrays and DIGEST_KEY in data and data[DIGEST_KEY] != arrays_digest(arrays):
-        raise PlanError(
-            f"{ARRAYS_NAME} belongs to another plan: saving was interrupted, or the folder was copied in part; "
-            "save or search the plan again, or copy the whole folder"
-        )
-    try:
-        architecture = _decode_architecture(data.get("architecture"))
-        rows = [[[int(i) for i in row.split()] for row in phase] for phase in data["index"]]
-        if not isinstance(data["entries"], list) or not isinstance(data.get("record", {}), dict):
-            raise PlanError("entries must be a list and record an object")
-        reading = Reading(arrays)
-        return cls(
-            entries=tuple(decode_entry(e, reading, f"entries[{i}]") for i, e in enumerate(data["entries"])),
-            index=np.array(rows, dtype=np.int64),
-            layers=tuple(str(n) for n in data["layers"]),
-            schedule=decode_schedule(data["schedule"]),
-            block_size=data["block_size"],
-            architecture=architecture,
-            record=data.get("record", {}),
-        )
-    except PlanError:
-        raise
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
-        raise PlanError(f"malformed: {error}") from error
-
-
-def _decode_architecture(data: Any) -> Architecture | None:
-    if data is None:
-        return None
-    names = {f.name for f in fields(Architecture)}
-    if not isinstance(data, dict) or set(data) - names - {"fingerprint"} or "model_class" not in data:
-        raise PlanError(f"architecture must be an object with {', '.join(sorted(names))}")
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in names}
-    if not isinstance(values.get("layers"), tuple) or values.get("text_position", "none") not in TEXT_POSITIONS:
-        raise PlanError(f"architecture needs a list of layers and a text_position of {', '.join(TEXT_POSITIONS)}")
-    architecture = Architecture(**values)
-    if data.get("fingerprint", architecture.fingerprint) != architecture.fingerprint:
-        raise PlanError("the architecture does not match its fingerprint: the file was edited or damaged")
-    return architecture
-
-
 def _download(repo_id: str, revision: str | None, token: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -413,4 +280,6 @@ def _download(repo_id: str, revision: str | None, token: str | None) -> Path:
         )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise PlanError(f"{repo_id!r} is neither a folder nor a plan on the Hub that can be read: {reason}") from error
+        raise PlanError(
+            f"{shown(repo_id)} is neither a folder nor a plan on the Hub that can be read: {one_line(reason, 200)}"
+        ) from error

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from diffsparse.messages import shown
+
 __all__ = ["Schedule"]
 
 
@@ -31,11 +33,16 @@ class Schedule:
     dense_layers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("phase_bounds", "dense_layers"):
+            if not isinstance(getattr(self, name), tuple):
+                raise ValueError(f"a schedule's {name} is a tuple, got {shown(getattr(self, name))}")
+        if not all(isinstance(layer, str) for layer in self.dense_layers):
+            raise ValueError(f"a schedule's dense_layers are names of layers, got {shown(self.dense_layers)}")
         levels = (self.sparse_below, *self.phase_bounds, self.dense_below)
         if any(isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 <= v <= 1 for v in levels):
-            raise ValueError(f"a schedule's noise levels lie in [0, 1]; got {levels}")
+            raise ValueError(f"a schedule's noise levels lie in [0, 1]; got {shown(levels)}")
         if self.phase_bounds and list(levels) != sorted(set(levels), reverse=True):
-            raise ValueError(f"phase bounds descend strictly between sparse_below and dense_below; got {levels}")
+            raise ValueError(f"phase bounds descend strictly between sparse_below and dense_below; got {shown(levels)}")
 
     @property
     def num_phases(self) -> int:

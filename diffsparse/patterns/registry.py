@@ -79,8 +79,8 @@ def decode_pattern(data: Any, reading: Reading, where: str = "pattern") -> Patte
     cls = _KINDS.get(kind) if isinstance(kind, str) else None
     if cls is None:
         raise PlanError(
-            f"{where}: unknown pattern kind {shown(kind)}; known are {', '.join(sorted(_KINDS))}. Update diffsparse, "
-            "or register it with diffsparse.register_pattern"
+            f"{where}: unknown pattern kind {shown(kind)}; update diffsparse, or call diffsparse.register_pattern "
+            f"first; known are {', '.join(sorted(_KINDS))}"
         )
     reading.depth += 1
     try:

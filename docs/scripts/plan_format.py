@@ -19,13 +19,29 @@ from typing import Any
 import numpy as np
 
 from diffsparse import plan as plans
+from diffsparse.architecture import TEXT_POSITIONS
 from diffsparse.codec import encode_entry, encode_pattern
 from diffsparse.entry import MODES, NUMERICS, SELECTIONS, TAILS, Execution, HeadEntry
 from diffsparse.grid import TokenGrid
+from diffsparse.limits import (
+    MAX_ARRAY_BYTES,
+    MAX_BITMAP_BITS,
+    MAX_ENTRIES,
+    MAX_GRID_TOKENS,
+    MAX_HEADS,
+    MAX_INTEGER,
+    MAX_ITEMS,
+    MAX_JSON_BYTES,
+    MAX_JSON_VALUES,
+    MAX_NAME,
+    MAX_NESTING,
+    MAX_PATTERN_PARTS,
+)
 from diffsparse.order import AxisOrder, CurveOrder, PhaseOrder, RasterOrder, TileOrder, TokenOrder, parse_order
 from diffsparse.patterns import Bitmap, Pattern, Sink, Window, pattern_kinds
 from diffsparse.patterns.registry import RETIRED
 from diffsparse.plan import Architecture, SparsityPlan
+from diffsparse.reader import FORMAT_VERSION
 from diffsparse.saving import DIGEST_KEY
 from diffsparse.schedule import Schedule
 from diffsparse.tokens import BLOCK_SIZES
@@ -65,7 +81,7 @@ ORDERS: tuple[TokenOrder, ...] = (
 # The file's keys at the top, in the order in which they are written.
 TOP = {
     "format": '`"diffsparse.sparse_plan"`.',
-    "format_version": f"`{plans.FORMAT_VERSION}`. A higher one is refused.",
+    "format_version": f"`{FORMAT_VERSION}`. A higher one is refused.",
     "block_size": f"Tokens of a block, {' or '.join(map(str, BLOCK_SIZES))}.",
     "architecture": "What the plan shares with the model it is for, with its fingerprint; null for any model.",
     "schedule": "When the plan runs sparse.",
@@ -152,7 +168,22 @@ def page() -> str:
         f"A plan is a folder, or a repository on the Hub, with `{plans.JSON_NAME}`; `{plans.ARRAYS_NAME}` where a "
         f"pattern is a bitmap; and a generated `{plans.CARD_NAME}`, where there is none that somebody wrote. "
         "There is no pickle and no YAML in it, and nothing "
-        f"of it is run. A JSON file of more than {plans.MAX_JSON_BYTES >> 20} MiB is refused.",
+        "of it is run.",
+        "",
+        "What is larger than any model needs is refused before it is read:",
+        "",
+        "| what | at most |",
+        "|---|---|",
+        f"| `{plans.JSON_NAME}` | {MAX_JSON_BYTES >> 20} MiB, {MAX_JSON_VALUES:,} values |",
+        f"| `{plans.ARRAYS_NAME}` | {MAX_ARRAY_BYTES >> 30} GiB |",
+        f"| distinct entries | {MAX_ENTRIES:,} |",
+        f"| heads, over all phases and layers | {MAX_HEADS:,} |",
+        f"| tokens of a grid | {MAX_GRID_TOKENS:,} |",
+        f"| block pairs of a bitmap | {MAX_BITMAP_BITS:,} |",
+        f"| patterns in an entry, parts counted | {MAX_PATTERN_PARTS}, nested {MAX_NESTING} deep |",
+        f"| a list in a pattern | {MAX_ITEMS:,} |",
+        f"| a name | {MAX_NAME} characters, none of them a control character |",
+        f"| an integer | {MAX_INTEGER:,} |",
         "",
         f"## `{plans.JSON_NAME}`",
         "",
@@ -181,7 +212,7 @@ def page() -> str:
         prose(inspect.getdoc(Architecture) or ""),
         "",
         *field_table(Architecture),
-        f"`text_position` is one of {', '.join(f'`{p}`' for p in plans.TEXT_POSITIONS)}. Beside these the file has the "
+        f"`text_position` is one of {', '.join(f'`{p}`' for p in TEXT_POSITIONS)}. Beside these the file has the "
         "`fingerprint` of them all: sixteen hexadecimal digits. One that does not match is refused.",
         "",
         "## Schedule",

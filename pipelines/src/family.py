@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from diffsparse.architecture import TEXT_POSITIONS, Architecture
 from diffsparse.grid import TokenGrid
-from diffsparse.plan import TEXT_POSITIONS, Architecture
 
 TIMESTEP_SCALES = ("train", "unit", "unit_rising")
 

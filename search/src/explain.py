@@ -28,7 +28,7 @@ from diffsparse.search.environment import environment
 from diffsparse.search.errors import BadInput
 from diffsparse.search.recorded import recorded as searched_with
 from diffsparse.search.scale import scale_of_class, scale_of_pipeline, scale_of_record
-from diffsparse.search.show import grid_of, phase_names
+from diffsparse.search.show import check_tokens, grid_of, phase_names
 
 __all__ = [
     "Explanation",
@@ -182,6 +182,7 @@ def shape_for(
                 "the size is not known: give --height, --width and --num-frames with --model-shape (a model's folder, "
                 "or a transformer class of `diffsparse models`), or --grid T,H,W"
             )
+    check_tokens(grid, "the size")
     if recorded is not None and not (grid.text_before or grid.text_after):
         grid = replace(grid, text_before=recorded.text_before, text_after=recorded.text_after)
     position = _text_position(architecture, model_shape)

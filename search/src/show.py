@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,17 @@ import numpy as np
 
 from diffsparse.entry import HeadEntry
 from diffsparse.grid import TokenGrid
+from diffsparse.limits import MAX_GRID_TOKENS
 from diffsparse.patterns import Bitmap
 from diffsparse.plan import SparsityPlan
+from diffsparse.provenance import recorded_grid
 from diffsparse.search.columns import GLUE, text_table
 from diffsparse.search.density import call_density
 from diffsparse.search.errors import BadInput
 from diffsparse.search.measured import HeadFigures, PooledAttention, fitting_attention
 
 __all__ = [
+    "check_tokens",
     "describe",
     "draw",
     "family",
@@ -33,9 +35,20 @@ __all__ = [
 def parse_grid(text: str) -> TokenGrid:
     """``T,H,W`` of the command line."""
     try:
-        return TokenGrid.parse(text)
+        grid = TokenGrid.parse(text)
     except ValueError as error:
         raise BadInput(f"--grid: {error}") from None
+    check_tokens(grid, "--grid")
+    return grid
+
+
+def check_tokens(grid: TokenGrid, option: str) -> None:
+    """Raises :class:`BadInput` for a grid so large that its block masks would not fit into memory."""
+    if grid.seq_len > MAX_GRID_TOKENS:
+        raise BadInput(
+            f"{option}: {grid} has {grid.seq_len:,} tokens, at most {MAX_GRID_TOKENS:,} can be shown; "
+            "give a smaller size"
+        )
 
 
 def family(entry: HeadEntry) -> str:
@@ -62,23 +75,9 @@ def grid_of(plan: SparsityPlan, folder: str | Path | None = None) -> TokenGrid |
 def _recorded_grid(plan: SparsityPlan) -> TokenGrid | None:
     calibration = plan.record.get("calibration")
     recorded = calibration.get("grid") if isinstance(calibration, dict) else None
-    try:
-        if isinstance(recorded, str):
-            return _read_grid(recorded)
-        if isinstance(recorded, list):
-            return TokenGrid(*recorded)
-    except (TypeError, ValueError):  # no grid: as if nothing were recorded, and --grid has to be given
-        return None
-    return next((e.pattern.grid for e in plan.entries if isinstance(e.pattern, Bitmap)), None)
-
-
-def _read_grid(text: str) -> TokenGrid | None:
-    """What ``str(grid)`` wrote, text included: ``5x32x32``, ``226+13x30x45``, ``33x45x80+256``."""
-    match = re.fullmatch(r"(?:(\d+)\+)?(\d+)x(\d+)x(\d+)(?:\+(\d+))?", text)
-    if match is None:
-        return None
-    before, frames, height, width, after = (int(g or 0) for g in match.groups())
-    return TokenGrid(frames, height, width, text_before=before, text_after=after)
+    if recorded is None:
+        return next((e.pattern.grid for e in plan.entries if isinstance(e.pattern, Bitmap)), None)
+    return recorded_grid(recorded)
 
 
 def _entry_densities(plan: SparsityPlan, grid: TokenGrid | None) -> list[float | None]:

@@ -231,8 +231,9 @@ def test_a_plan_for_another_architecture(studio: Studio, session: Session, tmp_p
 def test_a_record_cannot_ask_for_a_huge_grid(
     studio: Studio, session: Session, tmp_path: Path, calibration: dict[str, Any], message: str | None
 ) -> None:
-    plan = replace(make_plan(), record={"calibration": calibration})
-    file = zipped(tmp_path / "x.zip", plan.to_files())
+    files = make_plan().to_files()
+    content = json.loads(files["sparse_plan.json"]) | {"record": {"calibration": calibration}}
+    file = zipped(tmp_path / "x.zip", files | {"sparse_plan.json": json.dumps(content).encode()})
     if message is None:
         assert studio.take_upload(file, session).grid.num_visual > 0
     else:

@@ -31,6 +31,7 @@ from diffsparse.search.errors import BadInput
 from diffsparse.search.explain import Explanation, explain, explain_table, recorded_costs, shape_for
 from diffsparse.search.generate import GenerationSettings, generate_clip
 from diffsparse.search.scale import TokenScale, scale_of_class, scale_of_pipeline, scale_of_record
+from diffsparse.search.show import parse_grid
 from tests.search.conftest import make_plan
 
 CPU = torch.device("cpu")
@@ -346,3 +347,15 @@ def test_a_styled_table_is_as_wide_as_the_terminal(monkeypatch: pytest.MonkeyPat
     assert "\x1b[" in text and max(map(len, bare.splitlines())) <= 40 and bare.count("x") >= 100
     monkeypatch.setenv("NO_COLOR", "1")
     assert "36m" not in text_table(rows, ["layer", "what"], styles=["bold", "cyan"], width=40)
+
+
+@pytest.mark.parametrize("text", ["1000,1000,1000", "1,1,600000", "9" * 30 + ",1,1"])
+def test_grids_that_no_memory_holds_are_refused_before_anything_is_made(text):
+    with pytest.raises(BadInput, match=r"--grid.*at most 524,288 can be shown; give a smaller size") as caught:
+        parse_grid(text)
+    assert len(str(caught.value)) < 200
+
+
+def test_sizes_in_pixels_that_no_memory_holds_are_refused():
+    with pytest.raises(BadInput, match="at most 524,288 can be shown"):
+        shape_for(preset("window"), model_shape="WanTransformer3DModel", height=100_000, width=100_000, num_frames=81)

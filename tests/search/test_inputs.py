@@ -475,7 +475,8 @@ def test_a_calibration_that_is_no_object(
     refused: Refused, tmp_path: Path, model_folder: Path, prompts_file: Path, pipe: Any
 ) -> None:
     plan = edited(tmp_path / "plan", lambda content: content["record"].update(calibration=[1, 2]))
-    assert "the plan's calibration is [1, 2]" in refused(pipe, "eval", model_folder, plan, "--prompts", prompts_file)
+    line = refused(pipe, "eval", model_folder, plan, "--prompts", prompts_file)
+    assert "record.calibration must be an object, got [1, 2]" in line
 
 
 @pytest.mark.usefixtures("nothing_generated")

@@ -12,7 +12,7 @@ import torch
 from diffsparse.entry import TAILS, Execution, HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.order import TileOrder
-from diffsparse.pattern import Window
+from diffsparse.patterns import Window
 from diffsparse.pipelines import sparse_attention, sparse_attention_summary
 from diffsparse.plan import SparsityPlan
 from diffsparse.schedule import Schedule

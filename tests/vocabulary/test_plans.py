@@ -114,36 +114,142 @@ def test_a_truncated_or_cut_plan_is_refused_or_reads_the_same(position, length):
         ({"format_version": "1"}, "format_version must be an integer"),
         ({"gain": 3}, "does not know: gain"),
         ({"block_size": 50}, "block_size must be one of"),
-        ({"block_size": None}, "block_size"),
+        ({"block_size": None}, "block_size must be an integer, got None"),
+        ({"block_size": 64.0}, r"block_size must be an integer, got 64\.0"),
+        ({"block_size": True}, "block_size must be an integer, got True"),
+        ({"block_size": 10**30}, "block_size must lie within"),
+        ({"layers": "ab"}, "layers must be a list, got 'ab'"),
+        ({"layers": ["blocks.0.attn1", 5]}, r"layers\[1\] must be a string, got 5"),
+        ({"layers": ["blocks.0.attn1", "\x1b[31mred"]}, r"none a control character, got '\\x1b\[31mred'"),
+        ({"layers": ["*"], "architecture": None, "index": [["0 0"], ["0 0"]]}, "any model has one head"),
+        ({"ignorable": 5}, "ignorable must be a list of keys, got 5"),
+        ({"ignorable": "gain", "gain": 3}, "ignorable must be a list of keys"),
+        ({"schedule": {"dense_layers": 5}}, r"schedule\.dense_layers must be a list, got 5"),
+        ({"schedule": {"dense_layers": [5]}}, r"dense_layers\[0\] must be a string"),
+        ({"schedule": {"phase_bounds": 0.5}}, r"phase_bounds must be a list, got 0\.5"),
+        ({"schedule": {"sparse_below": True}}, r"sparse_below must be a number, got True"),
         ({"layers": ["blocks.0.attn1"]}, "phases and 1 layers"),
         ({"layers": ["a", "b"]}, "which its architecture lacks"),
         ({"layers": ["blocks.0.attn1"] * 2}, "named twice"),
         ({"index": [["0 9", "0 0"], ["0 0", "0 0"]]}, "one of the plan's"),
-        ({"index": "0"}, "malformed|index"),
-        ({"index": [["0", "0 0"], ["0 0", "0 0"]]}, "malformed|index"),
+        ({"index": "0"}, "index must have a list for each phase"),
+        ({"index": [["0", "0 0"], ["0 0", "0 0"]]}, "index must have as many heads"),
+        ({"index": [["0 0", "0 0"], ["0 0"]]}, "as many of them in every phase"),
+        ({"index": [["0 0", 5], ["0 0", "0 0"]]}, "index must have one string"),
+        ({"index": [["0 -1", "0 0"], ["0 0", "0 0"]]}, "places in entries, parted by spaces; got '-'"),
+        ({"index": [["0 \u0661", "0 0"], ["0 0", "0 0"]]}, "parted by spaces"),
+        ({"index": [["0 " + "9" * 30, "0 0"], ["0 0", "0 0"]]}, "parted by spaces"),
+        ({"index": [["", ""], ["", ""]]}, "index must have as many heads"),
         ({"entries": []}, "one of the plan's 0"),
         ({"entries": {}}, "entries must be a list"),
         ({"entries": [{"pattern": {"kind": "spiral"}}]}, "unknown pattern kind 'spiral'"),
         ({"entries": [{"pattern": {"kind": "window", "size": [1, 1, 1], "speed": 2}}]}, "does not know: speed"),
         ({"entries": [{"pattern": {"kind": "window"}}]}, "lacks size"),
+        ({"entries": [{"pattern": {"kind": "window", "size": []}}]}, r"size must be a list of 3, got \[\]"),
+        ({"entries": [{"pattern": {"kind": "window", "size": [1, 1]}}]}, "size must be a list of 3"),
+        ({"entries": [{"pattern": {"kind": "window", "size": [1, 1, True]}}]}, r"size\[2\] must be .* got True"),
+        ({"entries": [{"pattern": {"kind": "window", "size": [1, 1, 0]}}]}, "size is units >= 1"),
+        ({"entries": [{"pattern": {"kind": "union", "parts": []}}]}, "union takes a tuple of at least one pattern"),
+        ({"entries": [{"pattern": {"kind": "intersection", "parts": []}}]}, "intersection takes a tuple"),
+        ({"entries": [{"pattern": {"kind": "diagonals", "offsets": [[0, 0, 10**30]]}}]}, "must lie within"),
+        ({"entries": [{"pattern": {"kind": "diagonals", "offsets": [[0, 0, 10**400]]}}]}, "must lie within"),
+        ({"entries": [{"pattern": {"kind": "sink", "frames": 1.0}}]}, r"frames must be an integer, got 1\.0"),
+        ({"entries": [{"pattern": {"kind": ["window"]}}]}, r"unknown pattern kind \['window'\]"),
+        ({"entries": [{"order": "tile(1,8,8)", "pattern": {"kind": "radial", "rule": "code"}}]}, "raster order only"),
+        (
+            {
+                "entries": [
+                    {
+                        "pattern": {
+                            "kind": "bitmap",
+                            "grid": [1, 20000, 20000],
+                            "order": "raster",
+                            "block_size": 64,
+                            "bits": "bitmap_0",
+                        }
+                    }
+                ]
+            },
+            "more than 524,288 tokens",
+        ),
+        (
+            {
+                "entries": [
+                    {
+                        "pattern": {
+                            "kind": "bitmap",
+                            "grid": [1, 700, 700],
+                            "order": "raster",
+                            "block_size": 1,
+                            "bits": "bitmap_0",
+                        }
+                    }
+                ]
+            },
+            "at most 67,108,864 pairs of blocks",
+        ),
+        ({"entries": [{"order": "phase(" + "9" * 30 + ")"}]}, "unknown token order"),
+        ({"entries": [{"order": "phase(9999999999)"}]}, "integer of at least 1"),
+        ({"entries": [{"order": "tile(0,1,1)"}]}, "tile sizes must be integers of at least 1"),
+        ({"entries": [{"order": ["raster"]}]}, "must be an order, got"),
+        ({"entries": [{"selection": "x" * 10_000}]}, "selection must be a name of at most 256 characters"),
         ({"entries": [{"order": "spiral"}]}, "unknown token order"),
         ({"entries": [{"execution": {"tail": "long"}}]}, "tail must be one of"),
         ({"schedule": {"sparse_below": 2}}, r"noise levels lie in \[0, 1\]"),
         ({"schedule": {"phase_bounds": [0.2, 0.4]}}, "descend"),
         ({"schedule": {"steps": 3}}, "does not know: steps"),
-        ({"architecture": {"model_class": "X"}}, "list of layers"),
+        ({"architecture": {"model_class": "X"}}, "architecture lacks head_dim, heads, layers, patch_size"),
         ({"architecture": 5}, "architecture must be an object"),
         ({"record": []}, "record an object"),
+        ({"record": {"model": 5}}, r"record\.model must be an object, got 5"),
+        ({"record": {"preset": "\x1b[2J"}}, r"record\.preset must be a text"),
+        ({"record": {"calibration": []}}, r"record\.calibration must be an object"),
+        ({"record": {"calibration": {"trace_steps": "8"}}}, "trace_steps must be an integer from 0 to 1,048,576"),
+        ({"record": {"calibration": {"steps": 10**30}}}, "steps must be at most 1,048,576"),
+        ({"record": {"calibration": {"guidance_scale": 10**400}}}, "guidance_scale must be at most"),
+        ({"record": {"calibration": {"grid": "1x20000x20000"}}}, "grid has 400,000,000 tokens, at most 524,288"),
+        ({"record": {"calibration": {"grid": [1, 20000, 20000]}}}, "grid has 400,000,000 tokens"),
+        ({"record": {"search": {"unstable_heads": [1]}}}, r"unstable_heads\[0\] must be a text"),
+        ({"record": {"costs": {"share": {"none": ["1"]}}}}, r"share\.'none'\[0\] must be a number"),
     ],
 )
 def test_damaged_plans_say_what_is_wrong(changes, message):
-    with pytest.raises(PlanError, match=message):
+    with pytest.raises(PlanError, match=message) as caught:
         SparsityPlan.from_json(changed(**changes), arrays())
+    assert len(str(caught.value)) < 300
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"heads": 2.0}, r"architecture\.heads must be an integer, got 2\.0"),
+        ({"heads": 0}, r"architecture\.heads must be at least 1, got 0"),
+        ({"patch_size": [1, 2]}, "patch_size must be a list of 3"),
+        ({"patch_size": [1, 0, 2]}, "patch_size must be at least 1"),
+        ({"layers": []}, "at least one layer"),
+        ({"layers": 5}, "layers must be a list, got 5"),
+        ({"text_position": "left"}, "one of none, before, after; got 'left'"),
+        ({"model_class": "x\x1b[0m"}, "none a control character"),
+        ({"speed": 1}, "does not know: speed"),
+    ],
+)
+def test_damaged_architectures_say_what_is_wrong(changes, message):
+    data = json.loads(example_plan().to_files()["sparse_plan.json"])
+    data["architecture"] |= changes
+    with pytest.raises(PlanError, match=message):
+        SparsityPlan.from_json(json.dumps(data).encode(), arrays())
+
+
+def test_a_record_that_could_not_be_read_is_not_written():
+    plan = example_plan()
+    plan.record["calibration"] = {"trace_steps": "128"}
+    with pytest.raises(PlanError, match=r"calibration\.trace_steps must be an integer"):
+        plan.to_files()
 
 
 def test_an_edited_architecture_does_not_match_its_fingerprint():
     data = json.loads(example_plan().to_files()["sparse_plan.json"])
-    data["architecture"]["heads"] = 2.0
     data["architecture"]["head_dim"] = 32
     with pytest.raises(PlanError, match="fingerprint"):
         SparsityPlan.from_json(json.dumps(data).encode(), arrays())
@@ -155,6 +261,8 @@ def test_twice_the_same_key_and_nan_are_refused():
         SparsityPlan.from_json(text.replace('"block_size"', '"format": 1, "block_size"', 1).encode(), arrays())
     with pytest.raises(PlanError, match="NaN"):
         SparsityPlan.from_json(text.replace("0.9", "NaN", 1).encode(), arrays())
+    with pytest.raises(PlanError, match="1e999 is too large"):
+        SparsityPlan.from_json(text.replace("0.9", "1e999", 1).encode(), arrays())
 
 
 def test_keys_that_a_newer_writer_calls_ignorable_only_warn():
