@@ -183,7 +183,6 @@ class SparsityPlan:
         ``bound``: the JSON has a digest of the bitmaps, so that those of another plan are refused.
         """
         arrays: dict[str, np.ndarray] = {}
-        check_record(self.record)
         data: dict[str, Any] = {
             "format": "diffsparse.sparse_plan",
             "format_version": FORMAT_VERSION,
@@ -205,6 +204,7 @@ class SparsityPlan:
             text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         except (TypeError, ValueError) as error:
             raise PlanError(f"the plan's record holds what JSON cannot: {error}") from error
+        check_record(json.loads(json.dumps(self.record)))  # as it will be read: tuples are lists there
         files = {JSON_NAME: text.encode()}
         if arrays:
             from safetensors.numpy import save

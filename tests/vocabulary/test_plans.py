@@ -243,6 +243,11 @@ def test_damaged_architectures_say_what_is_wrong(changes, message):
 
 def test_a_record_that_could_not_be_read_is_not_written():
     plan = example_plan()
+    plan.record["costs"] = {"densities": (0.1, np.float64(0.2)), "share": {"none": (0.1, 0.2)}}
+    assert SparsityPlan.from_json(plan.to_files()["sparse_plan.json"], arrays()).record["costs"]["densities"] == [
+        0.1,
+        0.2,
+    ]
     plan.record["calibration"] = {"trace_steps": "128"}
     with pytest.raises(PlanError, match=r"calibration\.trace_steps must be an integer"):
         plan.to_files()
