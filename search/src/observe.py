@@ -237,21 +237,30 @@ def record(pipe: Any, prompt: str, seed: int, settings: GenerationSettings, trac
     outputs: list[tuple[int, Any]] = []
     guided: list[tuple[int, torch.Tensor]] = []
 
-    def after(module: torch.nn.Module, args: Any, output: Any) -> None:
-        outputs.append((counter.step, _clone(output)))
+    def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            outputs.append((counter.step, _clone(output)))
+            return output
+
+        return recorded
 
     def update(prediction: torch.Tensor) -> None:
         guided.append((counter.step, _clone(prediction)))
 
-    handles = [module.register_forward_hook(after) for module in find_transformers(pipe).values()]
+    # Where it is replayed: what forward hooks make of an output they make again.
+    modules = list(find_transformers(pipe).values())
+    originals = [(m, m.__dict__.get("forward"), m.forward) for m in modules]
     try:
+        for module, _, forward in originals:
+            module.forward = wrap(forward)
         with tap_attention(pipe, tracer if tracer else _counting(counter)) as tap, watched_updates(pipe, update):
             latents = final_latents(pipe, prompt, seed, settings)
         if tracer:
             tracer.unseen |= {layer: reason for (_, layer), reason in tap.unseen.items()}
     finally:
-        for handle in handles:
-            handle.remove()
+        _put_back(originals)
     return Recording(list(counter.levels), outputs, guided, latents)
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from diffsparse.pipelines import architecture_of, find_transformers, sparse_attention, sparse_attention_summary
 from diffsparse.pipelines.matrix import model_rows
+from diffsparse.pipelines.state import DENSE_ENTRIES, FULL
 from diffsparse.search.errors import BadInput
 from diffsparse.search.observe import final_latents
 from diffsparse.search.search import SearchConfig, run_search
@@ -25,6 +26,8 @@ PROMPTS = ["a red circle", "a blue square on a hill"]
 SUPPORTED = sorted(row.model_class for row in model_rows())
 #: Searched on each change; the others with the slow tests.
 FAST = ("MochiTransformer3DModel", "QwenImageTransformer2DModel", "SD3Transformer2DModel", "WanVACETransformer3DModel")
+#: With a history as long as the clip, which is always attended.
+DENSER: dict[str, dict[str, Any]] = {"HunyuanVideoFramepackTransformer3DModel": {"density": 0.85}}
 #: Classes that cannot be searched, and the line that says so.
 REFUSED = {"ChromaTransformer2DModel": "no layer can be searched: a mask that is not a key-padding mask"}
 
@@ -39,7 +42,7 @@ def build(model_class: str) -> tuple[Any, dict[str, Any]]:
     if model_class in zoo.OWN:
         make, arguments = zoo.OWN[model_class]
         return make(), arguments
-    return zoo.StandIn(CASES[case_of(model_class)]), {}
+    return zoo.StandIn(CASES[case_of(model_class)]), DENSER.get(model_class, {})
 
 
 def search(pipe: Any, out: Path, lines: list[str] | None = None, **arguments: Any) -> Any:
@@ -74,21 +77,17 @@ def test_every_supported_class_can_be_searched(model_class: str, tmp_path: Path)
     assert {type(t).__name__ for t in transformers.values()} == {model_class}
     layers = architecture_of(next(iter(transformers.values()))).layers
     assert plan.layers == layers
-    assert 0.3 < plan.record["search"]["trajectory_density"] <= 0.6
+    assert 0.3 < plan.record["search"]["trajectory_density"] <= config.density
     with sparse_attention(pipe, plan):
         latents = final_latents(pipe, PROMPTS[1], 1, config.settings(2))
         summary = sparse_attention_summary(pipe)
     assert np.isfinite(latents.numpy()).all()
-    ran = {layer.name for part in summary.transformers.values() for layer in part.layers if layer.sparse_calls}
-    sparse = {n for n in layers for p in range(plan.schedule.num_phases) if not all_dense(plan, p, n)}
-    assert ran == sparse, "a layer ran dense that the plan has sparse entries for"
+    ran = [layer for part in summary.transformers.values() for layer in part.layers]
+    assert {layer.name for layer in ran if layer.sparse_calls}
+    # No layer is dense but by the plan's word: its entries fit the grid of every call.
+    assert {reason for layer in ran for reason in layer.dense_reasons} <= {DENSE_ENTRIES, FULL}
     # What it was to compute is what it computes, whatever the layers' grids; the texts differ by a few tokens.
     assert summary.density == pytest.approx(plan.record["search"]["trajectory_density"], abs=0.03)
-
-
-def all_dense(plan: Any, phase: int, layer: str) -> bool:
-    entries = plan.layer_entries(phase, layer, plan.index.shape[2])
-    return entries is None or all(entry.is_dense for entry in entries)
 
 
 def test_a_generation_of_two_sizes_is_refused(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from diffsparse.pipelines import sparse_attention, tap_attention
 from diffsparse.search.errors import BadInput
 from diffsparse.search.generate import GenerationSettings
 from diffsparse.search.layers import common_architecture, merged_grid, switch_level
-from diffsparse.search.observe import Tracer, final_latents, first_step, record, watched_updates
+from diffsparse.search.observe import Tracer, final_latents, first_step, record, replaying, watched_updates
 from diffsparse.search.search import SearchConfig, run_search
 from diffsparse.search.steps import StepCounter
 from tests.pipelines.models import wan
@@ -178,3 +178,15 @@ def test_where_another_expert_takes_over() -> None:
     pipe.config.boundary_ratio = None
     assert switch_level(pipe, levels, parts) == pytest.approx(0.65)
     assert switch_level(pipe, levels, [["transformer"]] * 3) is None
+
+
+def test_what_hooks_make_of_an_output_is_not_made_twice_when_it_is_replayed() -> None:
+    pipe = zoo.flux_image()
+    handle = pipe.transformer.register_forward_hook(lambda module, args, output: (output[0] * 0.5,))
+    settings = GenerationSettings(3, 3.0, **zoo.IMAGE)
+    recording = record(pipe, "a red circle", 0, settings, None)
+    for until in (recording.first_call(2), 0):
+        with replaying(pipe, recording, until):
+            assert torch.equal(final_latents(pipe, "a red circle", 0, settings), recording.latents)
+    handle.remove()
+    assert "forward" not in pipe.transformer.__dict__
