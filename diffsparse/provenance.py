@@ -136,4 +136,5 @@ def recorded_grid(value: Any) -> TokenGrid | None:
         shape = value
     else:
         return None
-    return TokenGrid(*shape, text_before=before, text_after=after) if min(shape) >= 1 else None
+    frames, height, width = shape
+    return TokenGrid(frames, height, width, before, after) if min(shape) >= 1 else None

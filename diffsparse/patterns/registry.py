@@ -41,7 +41,8 @@ def register_pattern(cls: P, *, replace: bool = False) -> P:
     if any(f.name == "kind" for f in fields(cls)):
         raise TypeError(f"{cls.__name__}.kind must be a ClassVar[str], not a field")
     try:
-        shapes_of(cls)
+        pattern: type[Pattern] = cls
+        shapes_of(pattern)
     except (TypeError, NameError) as error:
         raise TypeError(f"{cls.__name__}: {error}") from error
     taken = _KINDS.get(cls.kind)
