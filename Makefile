@@ -12,6 +12,8 @@ STAMP := $(VENV)/.stamp
 ARGS ?=
 # Worker processes for the fast tests; slow tests measure times and run alone.
 JOBS ?= 2
+# The fast tests that compare numbers; pytest finds them (tests/numeric.py).
+NUMERIC = -n $(JOBS) --dist worksteal -m "numeric and not slow and not gpu"
 
 ifeq ($(origin PYTHON),undefined)
 PYTHON := python3
@@ -27,7 +29,7 @@ endif
 help:
 	@echo "make demo       search a plan for the tiny model in examples/, generate with and without it (writes out/)"
 	@echo "make test       lint, types, fast tests"
-	@echo "make test-slow  whole searches, compiled models, the built wheel"
+	@echo "make test-slow  whole searches, compiled models, the built wheel; numbers as older processors compute them"
 	@echo "make test-gpu   tests that need a CUDA GPU (PYTHON=python3: with that interpreter, building nothing)"
 	@echo "make test-diffusers-latest   what touches diffusers, with the newest one on PyPI"
 	@echo "make docs       the documentation's pages, in site/"
@@ -67,8 +69,15 @@ format: $(STAMP)
 test: lint
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
+# What compares numbers is run as older processors compute it, too: torch and its libraries sum up in another order there,
+# and the compiled kernel, which needs AVX-512, makes way for torch's products.
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+NO_AVX := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
+
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow --durations=15 $(ARGS)
+	$(AVX2) $(BIN)/python -m pytest $(NUMERIC) $(ARGS)
+	$(NO_AVX) $(BIN)/python -m pytest $(NUMERIC) $(ARGS)
 
 test-gpu: $(GPU_NEEDS)
 	PYTHONPATH=. $(GPU_PYTHON) -m pytest -m gpu -p no:cacheprovider $(ARGS)

@@ -18,6 +18,8 @@ os.environ["DIFFSPARSE_CACHE"] = os.path.join(tempfile.gettempdir(), "diffsparse
 import pytest
 import torch
 
+from tests.numeric import REPEATS, compares_numbers
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -27,7 +29,12 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
 
+# First, so that -m knows the mark.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if isinstance(item, pytest.Function) and item.path.name not in REPEATS and compares_numbers(item.function):
+            item.add_marker(pytest.mark.numeric)
     if torch.cuda.is_available():
         return
     for item in items:

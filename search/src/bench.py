@@ -14,7 +14,7 @@ from diffsparse.grid import TokenGrid
 from diffsparse.kernels import BACKENDS, sparse_attention
 from diffsparse.kernels.checks import cannot_run
 from diffsparse.layout import build_layout
-from diffsparse.search.columns import text_table
+from diffsparse.search.columns import fold, text_table
 from diffsparse.search.environment import environment
 from diffsparse.search.errors import BadInput
 from diffsparse.tokens import BLOCK_SIZES
@@ -139,4 +139,4 @@ def bench_table(result: dict[str, Any]) -> str:
     ]
     table = text_table([*dense, *sparse], header=["attention", "density", "ms", "against dense"], right=[1, 2, 3])
     notes = [f"{name} cannot run here: {why}" for name, why in result["unavailable"].items()]
-    return "\n".join([head, "", table, *notes])
+    return "\n".join([fold(head), "", table, *(fold(note, indent="  ") for note in notes)])

@@ -18,7 +18,7 @@ from diffsparse.kernels.break_even import (
     save_local,
 )
 from diffsparse.saving import write_whole
-from diffsparse.search.columns import text_table
+from diffsparse.search.columns import fold, text_table
 from diffsparse.search.environment import stamp
 from diffsparse.search.errors import BadInput, writing
 from diffsparse.tokens import BLOCK_SIZES
@@ -88,10 +88,11 @@ def _figures(table: BreakEvenTable) -> str:
         [f"{n:,}", *(f"{table.break_even(n, tail):.2f}" for tail in tails), f"{share:.2f}"]
         for n, share in zip(table.tokens, table.gather)
     ]
-    head = (
-        f"{table.device}, backend {table.backend}, {table.heads} heads of {table.head_dim}, {table.dtype}: "
-        "share of kept blocks up to which sparse attention is faster"
-    )
+    head = f"{table.device}, backend {table.backend}, {table.heads} heads of {table.head_dim}, {table.dtype}:"
+    what = "share of kept blocks up to which sparse attention is faster"
     header = ["tokens", *(f"tail {tail}" for tail in tails), "gather / dense"]
     grid = text_table(rows, header=header, right=range(len(header)))
-    return f"{head}\n\n{grid}"
+    return f"{fold(head)}
+{what}
+
+{grid}"

@@ -27,6 +27,7 @@ from diffsparse.kernels.random_rows import random_rows
 from diffsparse.layout import BlockLayout
 from diffsparse.order import CurveOrder, TileOrder
 from tests.kernels.cases import MIXED, head, inputs, random_layout
+from tests.tolerance import ATTENTION, assert_near
 
 ROOT = Path(__file__).resolve().parents[2]
 GRID = TokenGrid(3, 9, 16, text_before=5, text_after=40)
@@ -216,7 +217,7 @@ def test_a_layout_in_a_peers_form_is_the_same_attention(
     prepared = PEERS[name].prepare(Inputs(q, k, v), block_lists(layout))
     out = prepared.finish(prepared.run())
     want, _ = reference_attention(q, k, v, layout)
-    torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=1e-5)
+    assert_near(out.double(), want, ATTENTION)
 
 
 @pytest.mark.slow

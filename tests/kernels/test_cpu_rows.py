@@ -12,6 +12,7 @@ from diffsparse.grid import TokenGrid
 from diffsparse.kernels import reference_attention, sparse_attention
 from diffsparse.kernels.backends.cpu import rows as cpu_rows
 from tests.kernels.cases import head, inputs, random_layout
+from tests.tolerance import ATTENTION, assert_near
 
 GRID = TokenGrid(2, 9, 13)
 
@@ -33,7 +34,7 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def run(layout, q, k, v):  # type: ignore[no-untyped-def]
     out = sparse_attention(q, k, v, layout, backend="cpu")
-    torch.testing.assert_close(out.double(), reference_attention(q, k, v, layout)[0], atol=2e-5, rtol=1e-5)
+    assert_near(out.double(), reference_attention(q, k, v, layout)[0], ATTENTION)
 
 
 def test_made_once_for_a_layout(builds: list[int]) -> None:
@@ -52,7 +53,7 @@ def test_text_masks_share_the_tables(builds: list[int]) -> None:
         kv_len = torch.tensor([length], dtype=torch.int32)
         out = sparse_attention(q, k, v, layout, kv_len=kv_len, backend="cpu")
         want = reference_attention(q, k, v, layout, kv_len=kv_len)[0]
-        torch.testing.assert_close(out.double(), want, atol=2e-5, rtol=1e-5)
+        assert_near(out.double(), want, ATTENTION)
     assert builds == [0]
 
 

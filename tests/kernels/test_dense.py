@@ -14,6 +14,7 @@ from diffsparse.grid import TokenGrid
 from diffsparse.kernels import dense
 from diffsparse.kernels.dense import DENSE_KERNELS, OWN_WAY, cannot_run_dense, dense_attention, dense_heads_, race_dense
 from tests.kernels.cases import inputs
+from tests.tolerance import ATTENTION, assert_near
 
 GRID = TokenGrid(3, 7, 9)
 
@@ -30,9 +31,9 @@ def test_every_kernel_that_runs_here_is_attention(kernel: str) -> None:
     q, k, v = inputs(GRID, 3, 16, batch=2)
     out = dense_attention(q, k, v, kernel=kernel)
     assert out.shape == q.shape and out.is_contiguous()
-    torch.testing.assert_close(out.double(), exact(q, k, v), atol=1e-5, rtol=1e-5)
+    assert_near(out.double(), exact(q, k, v), ATTENTION)
     half = dense_attention(q, k, v, kernel=kernel, scale=0.5)
-    torch.testing.assert_close(half.double(), exact(0.5 * 4 * q, k, v), atol=1e-5, rtol=1e-5)
+    assert_near(half.double(), exact(0.5 * 4 * q, k, v), ATTENTION)
 
 
 def test_keys_that_are_masked_out() -> None:
@@ -40,7 +41,7 @@ def test_keys_that_are_masked_out() -> None:
     mask = torch.ones(2, GRID.seq_len, dtype=torch.bool)
     mask[1, 150:] = False
     out = dense_attention(q, k, v, kernel="flash_sdpa", key_mask=mask)
-    torch.testing.assert_close(out.double(), exact(q, k, v, mask[:, None, None]), atol=1e-5, rtol=1e-5)
+    assert_near(out.double(), exact(q, k, v, mask[:, None, None]), ATTENTION)
     with pytest.raises(ValueError, match="dense attention by diffsparse: it masks text tokens only"):
         dense_attention(q, k, v, kernel="diffsparse", key_mask=mask)
 
@@ -133,7 +134,7 @@ def test_other_packages_get_what_they_take(kernel: str, with_lse: bool, monkeypa
         monkeypatch.setitem(sys.modules, name, module)
     q, k, v = inputs(GRID, 2, 16)
     out = dense._PACKAGE_CALLS[kernel](q, k, v, 0.5)
-    torch.testing.assert_close(out.double(), exact(2 * q, k, v), atol=1e-5, rtol=1e-5)
+    assert_near(out.double(), exact(2 * q, k, v), ATTENTION)
 
 
 @pytest.mark.parametrize("chosen", [(), (1,), (0, 2)])
@@ -143,7 +144,7 @@ def test_some_heads_are_overwritten(chosen: tuple[int, ...]) -> None:
     out = torch.zeros_like(q)
     dense_heads_(out, q, k, v, heads, kernel="flash_sdpa")
     want = exact(q, k, v) * heads[:, None]
-    torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=1e-5)
+    assert_near(out.double(), want, ATTENTION)
     torch.library.opcheck(dense._dense_heads_op, (out, q, k, v, heads, None, 0.25, "flash_sdpa"))
 
 

@@ -17,6 +17,7 @@ from diffsparse.kernels.backends.cpu import forward as cpu_forward
 from diffsparse.layout import BlockLayout, build_layout
 from diffsparse.order import TileOrder
 from tests.kernels.cases import MIXED, ORDERS, assert_like_torch, cannot_compile, head, inputs, random_layout, rms
+from tests.tolerance import ATTENTION, assert_near, near
 
 SWEEP = settings(
     max_examples=40,
@@ -62,12 +63,10 @@ def compare(
 ) -> None:
     want, want_lse = reference_attention(q, k, v, layout, kv_len=kv_len)
     out, lse = sparse_attention(q, k, v, layout, kv_len=kv_len, backend="cpu", return_lse=True)
-    torch.testing.assert_close(out.double(), want, atol=2e-5, rtol=1e-5)
-    torch.testing.assert_close(lse.double(), want_lse, atol=2e-5, rtol=1e-5)
+    assert_near(out.double(), want, ATTENTION)
+    assert_near(lse.double(), want_lse, ATTENTION)
     # Without the log-sum-exp another way through the softmax is taken.
-    torch.testing.assert_close(
-        sparse_attention(q, k, v, layout, kv_len=kv_len, backend="cpu"), out, atol=2e-5, rtol=1e-5
-    )
+    assert_near(sparse_attention(q, k, v, layout, kv_len=kv_len, backend="cpu"), out, ATTENTION)
 
 
 @pytest.mark.usefixtures("poison_empty")
@@ -146,7 +145,7 @@ def test_tails_are_exact_where_a_blocks_keys_and_values_are_equal(order: object,
         k[:, tokens], v[:, tokens] = k[:, tokens[:1]], v[:, tokens[:1]]
     want = F.scaled_dot_product_attention(*(x.double().transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
     out = sparse_attention(q, k, v, layout, backend=backend)
-    torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=1e-5)
+    assert_near(out.double(), want, ATTENTION)
 
 
 @SWEEP
@@ -164,8 +163,8 @@ def test_halves_merge_to_the_whole(grid: TokenGrid, seed: int) -> None:
         layout = build_layout(visual, [head()], 64, masks=[mask])
         parts.append(sparse_attention(q, k, v, layout, backend="cpu", return_lse=True))
     out, lse = merge_attention(*parts[0], *parts[1])
-    torch.testing.assert_close(out, parts[2][0], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(lse, parts[2][1], atol=1e-5, rtol=1e-5)
+    assert_near(out, parts[2][0], ATTENTION)
+    assert_near(lse, parts[2][1], ATTENTION)
 
 
 def test_result_does_not_depend_on_the_position_in_the_batch() -> None:
@@ -215,8 +214,8 @@ def test_scale_counts() -> None:
     q, k, v = inputs(grid, len(MIXED), 32)
     out = sparse_attention(q, k, v, layout, scale=0.5, backend="cpu")
     want, _ = reference_attention(q, k, v, layout, scale=0.5)
-    torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(out, sparse_attention(q, k, v, layout, backend="cpu"))
+    assert_near(out.double(), want, ATTENTION)
+    assert not near(out, sparse_attention(q, k, v, layout, backend="cpu"), ATTENTION)
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from diffsparse.kernels.select import register_selector, select_blocks, selector
 from diffsparse.layout import build_layout
 from diffsparse.order import AxisOrder, TileOrder
 from tests.kernels.cases import MIXED, head, inputs
+from tests.tolerance import ATTENTION, assert_near
 
 GRIDS = (TokenGrid(3, 13, 11), TokenGrid(2, 16, 16), TokenGrid(2, 9, 16, text_before=5, text_after=77))
 
@@ -78,8 +79,8 @@ def test_items_with_lists_of_their_own_are_attended_by_them(backend: str) -> Non
     for index in (picked.index, picked.index.unpacked(picked.tokens)):
         one = replace(picked, index=index)
         out, lse = sparse_attention(q, k, v, one, backend=backend, return_lse=True)
-        torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(lse.double(), want_lse, atol=1e-5, rtol=1e-5)
+        assert_near(out.double(), want, ATTENTION)
+        assert_near(lse.double(), want_lse, ATTENTION)
     for b in range(2):
         alone = replace(picked, index=picked.index.item(b))
         single = sparse_attention(*(x[b : b + 1] for x in (q, k, v)), alone, backend=backend)
@@ -96,7 +97,7 @@ def test_heads_of_a_layout_give_the_same_heads_of_the_output() -> None:
         want = sparse_attention(q, k, v, whole)
         for part in (slice(0, 3), slice(3, 9)):
             mine = sparse_attention(q[:, :, part], k[:, :, part], v[:, :, part], whole.of_heads(part))
-            torch.testing.assert_close(mine, want[:, :, part], atol=1e-6, rtol=1e-5)
+            assert_near(mine, want[:, :, part], ATTENTION)
 
 
 def test_a_rule_of_the_users_own(no_more_rules: None) -> None:
@@ -111,7 +112,7 @@ def test_a_rule_of_the_users_own(no_more_rules: None) -> None:
     q, k, v = inputs(grid, 2, 16)
     picked = select_blocks("everything", q, k, layout, 0.5)
     dense = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-    torch.testing.assert_close(sparse_attention(q, k, v, picked), dense, atol=1e-5, rtol=1e-5)
+    assert_near(sparse_attention(q, k, v, picked), dense, ATTENTION)
 
 
 def test_what_does_not_fit_is_refused(no_more_rules: None) -> None:

@@ -21,6 +21,7 @@ from diffsparse.presets import preset
 from diffsparse.schedule import Schedule
 from tests.pipelines.claims import shows
 from tests.pipelines.models import CASES, generate, mixed_plan, run, wan, wan_inputs, wan_pipeline
+from tests.tolerance import GENERATION, MODEL, assert_near
 
 pytestmark = pytest.mark.slow
 
@@ -50,20 +51,20 @@ def test_repeated_blocks(backend: str) -> None:
         sparse = run(model, inputs)
     counter = _counter(backend)
     model.compile_repeated_blocks(fullgraph=True, backend=counter)
-    torch.testing.assert_close(run(model, inputs), dense, rtol=1e-4, atol=1e-5)
+    assert_near(run(model, inputs), dense, MODEL)
     assert counter.frame_count == 1
     enable_sparse_attention(model, plan)
-    torch.testing.assert_close(run(model, inputs), sparse, rtol=1e-4, atol=1e-5)
+    assert_near(run(model, inputs), sparse, MODEL)
     assert counter.frame_count == 2  # one graph for twelve layers
     run(model, late)
     assert counter.frame_count == 3  # the dense steps
-    torch.testing.assert_close(run(model, inputs), sparse, rtol=1e-4, atol=1e-5)
+    assert_near(run(model, inputs), sparse, MODEL)
     assert counter.frame_count == 3
     found = sparse_attention_summary(model).transformers["transformer"]
     assert (found.sparse_calls, found.dense_calls) == (2 * layers, layers)
     assert found.density == pytest.approx((2 * found.call_density + 1) / 3)
     disable_sparse_attention(model)
-    torch.testing.assert_close(run(model, inputs), dense, rtol=1e-4, atol=1e-5)
+    assert_near(run(model, inputs), dense, MODEL)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -77,7 +78,7 @@ def test_layers_that_differ_share_graphs(packed: bool, monkeypatch: pytest.Monke
     counter = _counter("aot_eager")
     model.compile_repeated_blocks(fullgraph=True, backend=counter)
     enable_sparse_attention(model, plan)
-    torch.testing.assert_close(run(model, inputs), sparse, rtol=1e-4, atol=1e-5)
+    assert_near(run(model, inputs), sparse, MODEL)
     assert counter.frame_count == 1  # whatever orders, and however many blocks, their heads have
 
 
@@ -110,8 +111,8 @@ def test_a_compiled_model_takes_any_number_of_plans(kind: str) -> None:
     for _ in range(2):
         for plan, expected in zip(plans, sparse, strict=True):
             with sparse_attention(model, plan):
-                torch.testing.assert_close(run(model, inputs), expected, rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(run(model, inputs), dense, rtol=1e-4, atol=1e-5)
+                assert_near(run(model, inputs), expected, MODEL)
+            assert_near(run(model, inputs), dense, MODEL)
 
 
 def test_plans_of_an_offloaded_model_leave_other_graphs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +158,7 @@ def test_no_graph_is_made_anew_from_step_to_step(kind: str, first: str) -> None:
         graphs.setdefault(schedule.phase(float(timestep) / 1000), set()).add(counter.frame_count)
         return {}
 
-    torch.testing.assert_close(generate(pipe, steps, callback_on_step_end=count), expected, rtol=1e-3, atol=1e-4)
+    assert_near(generate(pipe, steps, callback_on_step_end=count), expected, GENERATION)
     assert set(graphs) == {None, 0, 1, 2}
     assert all(len(seen) == 1 for seen in graphs.values())  # all there are after a phase's first step
     assert counter.frame_count <= (4 if kind == "wrapper" else 2)
@@ -167,7 +168,7 @@ def test_no_graph_is_made_anew_from_step_to_step(kind: str, first: str) -> None:
     )  # fmt: skip
     assert found.density == pytest.approx(eager.density) and found.dense_reasons == eager.dense_reasons
     before = counter.frame_count
-    torch.testing.assert_close(generate(pipe, steps, seed=1), generate(pipe, steps, seed=1))
+    assert_near(generate(pipe, steps, seed=1), generate(pipe, steps, seed=1), GENERATION)
     assert counter.frame_count == before
 
 
@@ -182,7 +183,7 @@ def test_a_function_around_an_enabled_model_says_what_to_compile() -> None:
         expected = run(model, inputs)
     broken = torch.compile(lambda **arguments: model(**arguments)[0], backend="eager")  # graph breaks are allowed
     with torch.no_grad():
-        torch.testing.assert_close(broken(**inputs), expected, rtol=1e-4, atol=1e-5)
+        assert_near(broken(**inputs), expected, MODEL)
 
 
 @pytest.mark.parametrize("wrapped", [True, False])
@@ -197,12 +198,12 @@ def test_whole_model(wrapped: bool) -> None:
     else:
         model.compile(backend="aot_eager", fullgraph=True)
         compiled = model
-    torch.testing.assert_close(run(compiled, inputs), dense, rtol=1e-4, atol=1e-5)
+    assert_near(run(compiled, inputs), dense, MODEL)
     enable_sparse_attention(compiled, "window")
-    torch.testing.assert_close(run(compiled, inputs), sparse, rtol=1e-4, atol=1e-5)
+    assert_near(run(compiled, inputs), sparse, MODEL)
     assert sparse_attention_summary(compiled).transformers["transformer"].sparse_calls == 4
     disable_sparse_attention(compiled)
-    torch.testing.assert_close(run(compiled, inputs), dense, rtol=1e-4, atol=1e-5)
+    assert_near(run(compiled, inputs), dense, MODEL)
 
 
 @pytest.mark.parametrize("name", ["hunyuan", "flux"])
@@ -215,13 +216,13 @@ def test_families_with_text(name: str) -> None:
         sparse = run(model, inputs)
     model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
     enable_sparse_attention(model, plan)
-    torch.testing.assert_close(run(model, inputs), sparse, rtol=1e-4, atol=1e-5)
+    assert_near(run(model, inputs), sparse, MODEL)
     other = case.inputs(*case.shapes[1])
     compiled = run(model, other)
     disable_sparse_attention(model)
     eager = case.build()
     with sparse_attention(eager, plan):
-        torch.testing.assert_close(compiled, run(eager, other), rtol=1e-4, atol=1e-5)
+        assert_near(compiled, run(eager, other), MODEL)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -236,10 +237,10 @@ def test_blocks_of_every_family(name: str) -> None:
         sparse = run(model, inputs)
     for block in _blocks(model, case.layers):
         block.compile(fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(run(model, inputs), dense, rtol=1e-3, atol=1e-4)
+    assert_near(run(model, inputs), dense, GENERATION)
     enable_sparse_attention(model, plan)  # after compiling
     expected = sparse if "compiled blocks" in features_of(type(model).__name__) else dense
-    torch.testing.assert_close(run(model, inputs), expected, rtol=1e-3, atol=1e-4)
+    assert_near(run(model, inputs), expected, GENERATION)
     found = sparse_attention_summary(model).transformers["transformer"]
     if expected is dense:
         assert found.dense_reasons == {"compiled code does not know the number of text tokens": len(case.layers)}
@@ -248,7 +249,7 @@ def test_blocks_of_every_family(name: str) -> None:
     disable_sparse_attention(model)
     # Whoever compiles, enables and disables in one process has graphs of three kinds.
     with torch._dynamo.config.patch(recompile_limit=16):
-        torch.testing.assert_close(run(model, inputs), dense, rtol=1e-3, atol=1e-4)
+        assert_near(run(model, inputs), dense, GENERATION)
 
 
 def _blocks(model: torch.nn.Module, layers: tuple[str, ...]) -> list[torch.nn.Module]:

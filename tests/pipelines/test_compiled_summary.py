@@ -14,6 +14,7 @@ from diffsparse.presets import preset
 from tests.pipelines import zoo_image
 from tests.pipelines.case import TEXT
 from tests.pipelines.models import mixed_plan, wan, wan_inputs
+from tests.tolerance import MODEL, assert_near
 
 pytestmark = pytest.mark.slow
 
@@ -85,7 +86,7 @@ def check_as_eager(build: Callable[[], torch.nn.Module], inputs: dict[str, Any],
     """A compiled model's summary is an uncompiled one's, but for names of backends and details of reasons."""
     expected, eager, _ = counted(build(), inputs, **options)
     out, found, graphs = counted(build(), inputs, kind, **options)
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    assert_near(out, expected, MODEL)
     assert graphs <= 2, "layers that do the same share a graph"
     for one, other in zip(found.layers, eager.layers, strict=True):
         assert (one.sparse_calls, one.dense_calls, one.unseen_calls, one.density) == (

@@ -24,6 +24,7 @@ from diffsparse.plan import SparsityPlan
 from diffsparse.presets import preset
 from diffsparse.schedule import Schedule
 from tests.pipelines.models import CASES, run, wan, wan_inputs
+from tests.tolerance import MODEL, assert_near
 
 SPARSE = preset("window", tail="none")
 DENSE = preset("dense")
@@ -55,7 +56,7 @@ def test_measures_once_a_shape_and_runs_the_winner() -> None:
         run(model, inputs)
         run(model, late)
         found = summary(model)
-    torch.testing.assert_close(out, dense, rtol=1e-4, atol=1e-5)
+    assert_near(out, dense, MODEL)
     layers = len(found.layers)
     assert (found.sparse_calls, found.dense_calls) == (layers, 2 * layers)
     assert sum(found.dense_kernels.values()) == 2 * layers and set(found.dense_kernels) <= {OWN_WAY, *DENSE_KERNELS}
@@ -85,7 +86,7 @@ def test_the_winner_runs_dense_steps_and_layers(winner: str, monkeypatch: pytest
     with sparse_attention(model, plan, backend="cpu", dense_backend="fastest"):
         out = run(model, inputs)
         found = summary(model)
-    torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)
+    assert_near(out, want, MODEL)
     assert found.layers[1].dense_kernels == {winner: 1} and not found.layers[0].dense_kernels
     assert calls == ([] if winner == OWN_WAY else [winner]) and len(shapes) == 1
     text = str(sparse_attention_summary(model)) + str(found)
@@ -126,7 +127,7 @@ def test_masked_calls_are_raced_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     with sparse_attention(model, DENSE, dense_backend="fastest"):
         out = run(model, inputs)
         found = summary(model)
-    torch.testing.assert_close(out, dense, rtol=1e-4, atol=1e-5)
+    assert_near(out, dense, MODEL)
     assert all(shape.endswith("float32, masked") for shape in found.races) and found.races
     for excluded in found.race_excluded.values():
         assert excluded["diffsparse"].startswith("it masks text tokens only")
@@ -168,7 +169,7 @@ def test_compiled_blocks_use_what_won_on_random_inputs(monkeypatch: pytest.Monke
     counter = CompileCounterWithBackend("inductor")
     model.compile_repeated_blocks(fullgraph=True, backend=counter)
     enable_sparse_attention(model, SPARSE, dense_backend="fastest")
-    torch.testing.assert_close(run(model, late), dense, rtol=1e-4, atol=1e-5)
+    assert_near(run(model, late), dense, MODEL)
     run(model, late)
     found = summary(model)
     assert counter.frame_count == 1 and shapes == [(1, 189, 3, 16)]
@@ -217,7 +218,7 @@ def test_dense_heads_run_on_the_winner(winner: str, monkeypatch: pytest.MonkeyPa
     with sparse_attention(model, mixed(model), dense_backend="fastest"):
         out = run(model, inputs)
         found = summary(model)
-    torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)
+    assert_near(out, want, MODEL)
     assert found.dense_calls == 0
     if winner == "diffsparse":  # the sparse kernel runs them as fast itself
         assert not calls and found.backends == {"cpu": 3}
@@ -233,7 +234,7 @@ def test_dense_heads_beside_masked_text() -> None:
     with sparse_attention(model, mixed(model)):
         want = run(model, inputs)
     with sparse_attention(model, mixed(model), dense_backend="fastest"):
-        torch.testing.assert_close(run(model, inputs), want, rtol=1e-4, atol=1e-5)
+        assert_near(run(model, inputs), want, MODEL)
         assert any("dense heads" in name for name in summary(model).backends)
 
 
@@ -268,6 +269,6 @@ def test_dense_heads_cost_compiled_layers_no_graph(name: str, monkeypatch: pytes
         assert (None in apart) == (choice is None)
         graphs.append(counter.frame_count)
         want = out if want is None else want
-    torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)
+    assert_near(out, want, MODEL)
     assert graphs[0] == graphs[1]
     torch._dynamo.reset()

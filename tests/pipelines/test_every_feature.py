@@ -25,6 +25,7 @@ from diffsparse.pipelines.families import FAMILIES
 from diffsparse.pipelines.families.tested import COMMON, features_of, more
 from tests.pipelines.claims import shows
 from tests.pipelines.models import CASES, Case, masked_attention, mixed_plan, run, wan
+from tests.tolerance import GENERATION, MODEL, assert_near
 
 CLASSES = sorted(name for family in FAMILIES for name in family.classes)
 
@@ -148,7 +149,7 @@ def test_beside(feature: str, name: str, _native_afterwards: None) -> None:
 
 def _check_close(found: torch.Tensor, expected: torch.Tensor, dense: torch.Tensor) -> None:
     if found.dtype == torch.float32:
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+        assert_near(found, expected, GENERATION)
     else:  # rounded in other places, so near it as a whole
         assert (found - expected).float().norm() < 0.02 * expected.float().norm()
     assert not torch.equal(expected, dense)
@@ -178,13 +179,13 @@ def test_first_block_cache(name: str) -> None:
         expected = twice(model)
     model = case.build()
     enable_sparse_attention(model, plan)
-    torch.testing.assert_close(twice(model), expected, rtol=1e-3, atol=1e-4)
+    assert_near(twice(model), expected, GENERATION)
     layers = sparse_attention_summary(model).transformers["transformer"].layers
     assert [layer.dense_calls for layer in layers] == [0] * len(layers)
     calls = [layer.sparse_calls for layer in layers]
     assert calls[0] == max(calls) == 2 * case.calls and min(calls) == case.calls
     model.disable_cache()
-    torch.testing.assert_close(run(model, inputs), expected[0], rtol=1e-3, atol=1e-4)
+    assert_near(run(model, inputs), expected[0], GENERATION)
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -206,4 +207,4 @@ def test_saved_files_are_unchanged_and_loaded_again_is_dense(name: str, tmp_path
     for hook in model._forward_hooks.values():  # the test model's own
         loaded.register_forward_hook(hook)
     # Not bitwise: weights lie at other addresses, and some of torch's kernels take other paths by alignment.
-    torch.testing.assert_close(run(loaded, inputs), dense, rtol=1e-4, atol=1e-5)
+    assert_near(run(loaded, inputs), dense, MODEL)

@@ -25,6 +25,7 @@ from diffsparse.pipelines.state import LayerState
 from diffsparse.plan import SparsityPlan
 from diffsparse.presets import preset
 from tests.pipelines.models import CASES, Case, dense_plan, masked_attention, mixed_plan, run
+from tests.tolerance import MODEL, assert_near
 
 every_family = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
@@ -73,7 +74,7 @@ def test_plan_equals_masked_attention(case: Case, backend: str) -> None:
         expected = [run(model, inputs) for inputs in batches]
     enable_sparse_attention(model, plan, backend=backend)
     for i in (0, 1, 0, 1):
-        torch.testing.assert_close(run(model, batches[i]), expected[i], rtol=1e-4, atol=1e-5)
+        assert_near(run(model, batches[i]), expected[i], MODEL)
         assert (expected[i] - dense[i]).abs().max() > 1e-3
     summary = sparse_attention_summary(model).transformers["transformer"]
     assert summary.sparse_calls == 4 * len(case.layers) * case.calls and summary.dense_calls == 0
@@ -206,9 +207,9 @@ def test_fused_projections_and_attention_backend() -> None:
             expected = run(model, inputs)
         model.fuse_qkv_projections()
         enable_sparse_attention(model, plan)
-        torch.testing.assert_close(run(model, inputs), expected, rtol=1e-4, atol=1e-5)
+        assert_near(run(model, inputs), expected, MODEL)
         model.unfuse_qkv_projections()
-        torch.testing.assert_close(run(model, inputs), expected, rtol=1e-4, atol=1e-5)
+        assert_near(run(model, inputs), expected, MODEL)
         disable_sparse_attention(model)
 
 
@@ -224,7 +225,7 @@ def test_attention_backend_before_and_after(_native_afterwards: None) -> None:
         enable_sparse_attention(model, plan)
         assert torch.equal(run(model, inputs), expected)
         model.set_attention_backend("_native_math")  # cross-attention uses it too, so not bitwise
-        torch.testing.assert_close(run(model, inputs), expected, rtol=1e-4, atol=1e-5)
+        assert_near(run(model, inputs), expected, MODEL)
         assert sparse_attention_summary(model).transformers["transformer"].dense_calls == 0
 
 
@@ -241,5 +242,5 @@ def test_fused_after_enabling() -> None:
     enable_sparse_attention(model, mixed_plan(model))
     expected = run(model, inputs)
     model.fuse_qkv_projections()
-    torch.testing.assert_close(run(model, inputs), expected, rtol=1e-4, atol=1e-5)
+    assert_near(run(model, inputs), expected, MODEL)
     assert sparse_attention_summary(model).transformers["transformer"].dense_calls == 0

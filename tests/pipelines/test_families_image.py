@@ -21,6 +21,7 @@ from tests.pipelines import zoo_image as zoo
 from tests.pipelines.case import TEXT, Inputs
 from tests.pipelines.claims import shows
 from tests.pipelines.models import masked_attention, mixed_plan, run
+from tests.tolerance import MODEL, assert_near
 
 NO_KEY_MASK = "a mask that is not a key-padding mask"
 
@@ -34,7 +35,7 @@ def check_sparse(model: torch.nn.Module, inputs: Inputs, grid: TokenGrid) -> tup
     with sparse_attention(model, plan):
         found = run(model, inputs)
         summary = sparse_attention_summary(model).transformers["transformer"]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert_near(found, expected, MODEL)
     assert (found - dense).abs().max() > 1e-3
     assert summary.grids == {str(grid): 1}
     return summary, found
@@ -203,7 +204,7 @@ def test_flux_ip_adapter() -> None:
     inputs["joint_attention_kwargs"] = {"ip_hidden_states": [torch.randn(1, 4, 48)]}
     assert (check_all_sparse(model, inputs, grid) - plain).abs().max() > 1e-3
     processor.scale = [0.0]
-    torch.testing.assert_close(check_all_sparse(model, inputs, grid), plain, rtol=1e-4, atol=1e-5)
+    assert_near(check_all_sparse(model, inputs, grid), plain, MODEL)
 
 
 def test_chroma_mask_is_added_to_the_logits() -> None:
@@ -352,7 +353,7 @@ def test_sd3_fused_projections_and_skipped_layers() -> None:
     model = zoo.sd3()  # diffusers' own function fails on the second attention of 3.5-medium
     plain = check_all_sparse(model, inputs, grid)
     model.fuse_qkv_projections()
-    torch.testing.assert_close(check_all_sparse(model, inputs, grid), plain, rtol=1e-4, atol=1e-5)
+    assert_near(check_all_sparse(model, inputs, grid), plain, MODEL)
 
 
 # -- others ------------------------------------------------------------------------------------------------------------
@@ -363,7 +364,7 @@ def test_auraflow_fused_projections() -> None:
     grid = TokenGrid(1, 13, 16, text_before=TEXT + model.register_tokens.shape[1])
     plain = check_all_sparse(model, inputs, grid)
     model.fuse_qkv_projections()
-    torch.testing.assert_close(check_all_sparse(model, inputs, grid), plain, rtol=1e-4, atol=1e-5)
+    assert_near(check_all_sparse(model, inputs, grid), plain, MODEL)
 
 
 def test_bria_fibo_masks() -> None:

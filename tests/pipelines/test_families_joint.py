@@ -35,6 +35,7 @@ from tests.pipelines.zoo_joint import (
     motif,
     motif_inputs,
 )
+from tests.tolerance import MODEL, assert_near
 
 SHAPE = (3, 7, 9)
 
@@ -56,7 +57,7 @@ def check_plan(model: torch.nn.Module, inputs: dict[str, Any], calls: int) -> No
         expected = run(model, inputs)
     assert (expected - dense).abs().max() > 1e-3
     with sparse_attention(model, plan):
-        torch.testing.assert_close(run(model, inputs), expected, rtol=1e-4, atol=1e-5)
+        assert_near(run(model, inputs), expected, MODEL)
         summary = sparse_attention_summary(model).transformers["transformer"]
     assert (summary.sparse_calls, summary.dense_calls) == (calls, 0)
     assert torch.equal(run(model, inputs), dense)
@@ -149,7 +150,7 @@ def test_hunyuan15_processors_come_back() -> None:
         f"{n}.processor" for n in CASES["hunyuan15"].layers
     ]
     model.set_attention_backend("_native_math")
-    torch.testing.assert_close(run(model, inputs), sparse, rtol=1e-4, atol=1e-5)
+    assert_near(run(model, inputs), sparse, MODEL)
     disable_sparse_attention(model)
     assert all(a is b for a, b in zip(model.attn_processors.values(), own.values()))
     assert all(p._attention_backend == "_native_math" for p in own.values() if hasattr(p, "_attention_backend"))
@@ -224,9 +225,9 @@ def test_hunyuan15_fused_projections() -> None:
     sparse = run(model, inputs)
     for block in model.transformer_blocks:
         block.attn.fuse_projections()
-    torch.testing.assert_close(run(model, inputs), sparse, rtol=1e-4, atol=1e-5)
+    assert_near(run(model, inputs), sparse, MODEL)
     disable_sparse_attention(model)
-    torch.testing.assert_close(run(model, inputs), dense, rtol=1e-4, atol=1e-5)
+    assert_near(run(model, inputs), dense, MODEL)
 
 
 def test_hunyuan15_gradients() -> None:
@@ -238,7 +239,7 @@ def test_hunyuan15_gradients() -> None:
 
     expected = gradient()
     with sparse_attention(model, mixed_plan(model)):
-        torch.testing.assert_close(gradient(), expected)
+        assert_near(gradient(), expected, MODEL)
         layers = sparse_attention_summary(model).transformers["transformer"].layers
     assert [list(layer.dense_reasons) for layer in layers] == [["gradients are needed"]] * 2
 
@@ -260,14 +261,14 @@ def test_hunyuan15_compiled(_fresh_dynamo: None) -> None:
         sparse = run(model, inputs)
     for block in model.transformer_blocks:
         block.compile(backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(run(model, inputs), dense, rtol=1e-4, atol=1e-5)
+    assert_near(run(model, inputs), dense, MODEL)
     enable_sparse_attention(model, plan)
-    torch.testing.assert_close(run(model, inputs), sparse, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(run(model, late), dense_late, rtol=1e-4, atol=1e-5)
+    assert_near(run(model, inputs), sparse, MODEL)
+    assert_near(run(model, late), dense_late, MODEL)
     summary = sparse_attention_summary(model).transformers["transformer"]
     assert (summary.sparse_calls, summary.dense_calls) == (4, 4)
     disable_sparse_attention(model)
-    torch.testing.assert_close(run(model, inputs), dense, rtol=1e-4, atol=1e-5)
+    assert_near(run(model, inputs), dense, MODEL)
 
 
 # -- the others --------------------------------------------------------------------------------------------------------
@@ -347,6 +348,6 @@ def test_motif_decoder_compiled(_fresh_dynamo: None) -> None:
     for block in model.single_transformer_blocks:
         block.compile(backend="aot_eager", fullgraph=True)
     with sparse_attention(model, plan):
-        torch.testing.assert_close(run(model, inputs), sparse, rtol=1e-4, atol=1e-5)
+        assert_near(run(model, inputs), sparse, MODEL)
         assert sparse_attention_summary(model).density == pytest.approx(expected)
         assert sparse_attention_summary(model).transformers["transformer"].dense_calls == 0

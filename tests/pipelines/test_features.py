@@ -33,6 +33,7 @@ from tests.pipelines.models import (
     wan_inputs,
     wan_pipeline,
 )
+from tests.tolerance import GENERATION, MODEL, assert_near, near
 
 WAN = "WanTransformer3DModel"
 STEPS = 6
@@ -161,7 +162,7 @@ def test_beside(name: str, first: str) -> None:
     pipe = wan_pipeline()
     for step in (switch_on, lambda p: p.enable_sparse_attention(plan))[:: 1 if first == "feature first" else -1]:
         step(pipe)
-    torch.testing.assert_close(generate(pipe, STEPS), expected, rtol=1e-3, atol=1e-4)
+    assert_near(generate(pipe, STEPS), expected, GENERATION)
     assert (expected - dense).abs().max() > 1e-2
     summary = pipe.sparse_attention_summary().transformers["transformer"]
     assert summary.dense_calls == 0 and not summary.dense_reasons
@@ -192,17 +193,17 @@ def test_lora_through_its_whole_life() -> None:
     torch.manual_seed(5)
     model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
     adapted = run(model, inputs)
-    assert not torch.allclose(adapted, bare)
+    assert not near(adapted, bare, MODEL)
     model.fuse_lora()
-    torch.testing.assert_close(run(model, inputs), adapted, rtol=1e-4, atol=1e-5)
+    assert_near(run(model, inputs), adapted, MODEL)
     model.unfuse_lora()
-    torch.testing.assert_close(run(model, inputs), adapted, rtol=1e-4, atol=1e-5)
+    assert_near(run(model, inputs), adapted, MODEL)
     model.disable_adapters()
-    torch.testing.assert_close(run(model, inputs), bare, rtol=1e-4, atol=1e-5)
+    assert_near(run(model, inputs), bare, MODEL)
     model.enable_adapters()
-    torch.testing.assert_close(run(model, inputs), adapted, rtol=1e-4, atol=1e-5)
+    assert_near(run(model, inputs), adapted, MODEL)
     model.unload_lora()
-    torch.testing.assert_close(run(model, inputs), bare, rtol=1e-4, atol=1e-5)
+    assert_near(run(model, inputs), bare, MODEL)
     assert sparse_attention_summary(model).transformers["transformer"].dense_calls == 0
 
 
@@ -212,7 +213,7 @@ def test_guidance_in_one_batch_and_in_two_calls() -> None:
         both = run(model, inputs)
         for i in range(2):
             one = {k: v[i : i + 1] if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-            torch.testing.assert_close(run(model, one), both[i : i + 1], rtol=1e-4, atol=1e-5)
+            assert_near(run(model, one), both[i : i + 1], MODEL)
 
 
 @pytest.mark.parametrize("steps", [50, 20, 8, 4])
@@ -222,7 +223,7 @@ def test_any_number_of_steps(steps: int) -> None:
     with tap_attention(pipe, masked_attention(plan)):
         expected = generate(pipe, steps)
     pipe.enable_sparse_attention(plan)
-    torch.testing.assert_close(generate(pipe, steps), expected, rtol=1e-3, atol=1e-3)
+    assert_near(generate(pipe, steps), expected, GENERATION)
     assert pipe.sparse_attention_summary().transformers["transformer"].sparse_calls == 2 * 2 * steps
 
 
@@ -239,7 +240,7 @@ def test_other_schedulers(name: str) -> None:
     with tap_attention(pipe, masked_attention(plan)):
         expected = generate(pipe, 4)
     pipe.enable_sparse_attention(plan)
-    torch.testing.assert_close(generate(pipe, 4), expected, rtol=1e-3, atol=1e-4)
+    assert_near(generate(pipe, 4), expected, GENERATION)
 
 
 @shows("quantised weights", WAN)
@@ -254,7 +255,7 @@ def test_quantised_with_torchao() -> None:
     with tap_attention(model, masked_attention(plan)):
         expected = run(model, inputs)
     enable_sparse_attention(model, plan)
-    torch.testing.assert_close(run(model, inputs), expected, rtol=1e-3, atol=1e-4)
+    assert_near(run(model, inputs), expected, GENERATION)
     assert not torch.equal(expected, full)
     assert sparse_attention_summary(model).transformers["transformer"].dense_calls == 0
 
@@ -289,7 +290,7 @@ def test_quantised_with_gguf(tmp_path: Path) -> None:
     with tap_attention(quantised_model, masked_attention(plan)):
         expected = run(quantised_model, inputs)
     enable_sparse_attention(quantised_model, plan)
-    torch.testing.assert_close(run(quantised_model, inputs), expected, rtol=1e-3, atol=1e-4)
+    assert_near(run(quantised_model, inputs), expected, GENERATION)
     assert sparse_attention_summary(quantised_model).transformers["transformer"].dense_calls == 0
 
 
@@ -306,7 +307,7 @@ def test_a_modular_pipeline() -> None:
     with tap_attention(model, masked_attention(plan)):
         expected = run(model, inputs)
     pipe.enable_sparse_attention(plan)
-    torch.testing.assert_close(run(model, inputs), expected, rtol=1e-4, atol=1e-5)
+    assert_near(run(model, inputs), expected, MODEL)
     assert pipe.sparse_attention_summary().transformers["transformer"].sparse_calls == 2
     pipe.disable_sparse_attention()
     assert torch.equal(run(model, inputs), dense)

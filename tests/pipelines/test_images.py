@@ -20,6 +20,7 @@ from diffsparse.presets import preset
 from tests.pipelines.case import TEXT
 from tests.pipelines.claims import shows
 from tests.pipelines.models import flux, flux_inputs, masked_attention, mixed_plan, run, wan
+from tests.tolerance import GENERATION, assert_near
 
 FLUX = "FluxTransformer2DModel"
 #: Pixels by 16: an autoencoder of 8 and patches of 2. The last two are ragged in tiles of 8 x 8.
@@ -190,7 +191,7 @@ def test_a_flux_pipeline_with_sizes_in_turn() -> None:
         expected = [generate(pipe, *size) for size in sizes]
     with pipe.sparse_attention(plan):
         for i in (0, 1, 2, 0, 1):
-            torch.testing.assert_close(generate(pipe, *sizes[i]), expected[i], rtol=1e-3, atol=1e-4)
+            assert_near(generate(pipe, *sizes[i]), expected[i], GENERATION)
         summary = pipe.sparse_attention_summary().transformers["transformer"]
     assert summary.grids == {"7+1x13x16": 6, "7+1x16x13": 6, "7+1x14x14": 3}
     assert (summary.sparse_calls, summary.dense_calls) == (15 * 3, 0)
@@ -236,8 +237,8 @@ def test_an_ip_adapter_loaded_and_unloaded(first: str) -> None:
     pipe.transformer._load_ip_adapter_weights(ip_adapter())
     if first == "adapter":
         enable_sparse_attention(pipe, plan)
-    torch.testing.assert_close(generate(pipe, **picture), expected, rtol=1e-3, atol=1e-4)
+    assert_near(generate(pipe, **picture), expected, GENERATION)
     pipe.unload_ip_adapter()
-    torch.testing.assert_close(generate(pipe), bare, rtol=1e-3, atol=1e-4)
+    assert_near(generate(pipe), bare, GENERATION)
     summary = pipe.sparse_attention_summary().transformers["transformer"]
     assert (summary.sparse_calls, summary.dense_calls) == (2 * 3 * 3, 0)

@@ -22,6 +22,7 @@ from diffsparse.plan import PlanError
 from diffsparse.schedule import Schedule
 from tests.pipelines.claims import shows
 from tests.pipelines.models import generate, masked_attention, mixed_plan, wan, wan_pipeline
+from tests.tolerance import GENERATION, assert_near
 
 
 @shows("whole pipeline", "WanTransformer3DModel")
@@ -32,7 +33,7 @@ def test_sparse_equals_masked_attention_over_a_generation() -> None:
     with tap_attention(pipe, masked_attention(plan)):
         expected = generate(pipe)
     pipe.enable_sparse_attention(plan)
-    torch.testing.assert_close(generate(pipe), expected, rtol=1e-3, atol=1e-4)
+    assert_near(generate(pipe), expected, GENERATION)
     assert (expected - dense).abs().max() > 1e-2
     pipe.disable_sparse_attention()
     assert torch.equal(generate(pipe), dense)
@@ -63,7 +64,7 @@ def test_two_transformers_with_two_plans() -> None:
     with tap_attention(pipe, lambda call: masked_attention(plans[call.transformer])(call)):
         expected = generate(pipe)
     with pipe.sparse_attention(plans):
-        torch.testing.assert_close(generate(pipe), expected, rtol=1e-3, atol=1e-4)
+        assert_near(generate(pipe), expected, GENERATION)
         summary = pipe.sparse_attention_summary()
         parts = summary.transformers
         assert all(part.sparse_calls for part in parts.values())
@@ -107,7 +108,7 @@ def test_resolutions_in_turn() -> None:
         expected = [generate(pipe, 2, *size) for size in sizes]
     pipe.enable_sparse_attention(plan)
     for i in (0, 1, 2, 0, 1):
-        torch.testing.assert_close(generate(pipe, 2, *sizes[i]), expected[i], rtol=1e-3, atol=1e-4)
+        assert_near(generate(pipe, 2, *sizes[i]), expected[i], GENERATION)
 
 
 def test_vae_runs_as_before() -> None:

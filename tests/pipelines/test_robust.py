@@ -19,6 +19,7 @@ from diffsparse.pipelines import (
 from tests.house.process import run_python
 from tests.pipelines.claims import shows
 from tests.pipelines.models import generate, masked_attention, mixed_plan, run, wan, wan_inputs, wan_pipeline
+from tests.tolerance import GENERATION, assert_near, near
 
 WAN = "WanTransformer3DModel"
 SHAPE = (3, 7, 9)
@@ -30,7 +31,7 @@ def check(pipe: Any, plan: Any, **options: Any) -> None:
     with tap_attention(pipe, masked_attention(plan)):
         expected = generate(pipe, **options)
     with pipe.sparse_attention(plan):
-        torch.testing.assert_close(generate(pipe, **options), expected, rtol=1e-3, atol=1e-4)
+        assert_near(generate(pipe, **options), expected, GENERATION)
         summary = pipe.sparse_attention_summary().transformers["transformer"]
         assert summary.sparse_calls and not summary.dense_calls
     assert (expected - dense).abs().max() > 1e-2
@@ -51,7 +52,7 @@ def test_a_transformer_wrapped_by_peft() -> None:
     config = peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
     pipe.transformer = peft.get_peft_model(pipe.transformer, config)
     assert find_transformers(pipe)["transformer"] is inner
-    assert not torch.allclose(generate(pipe), plain)
+    assert not near(generate(pipe), plain, GENERATION)
     check(pipe, plan)
     enable_sparse_attention(pipe.transformer, plan)  # the wrapper by itself
     with pytest.raises(RuntimeError, match="already enabled"):
@@ -70,9 +71,9 @@ def test_a_transformer_with_accelerates_hooks() -> None:
     pipe.enable_sparse_attention(plan)
     sparse = generate(pipe)
     remove_hook_from_module(pipe.transformer, recurse=True)  # while it is enabled
-    torch.testing.assert_close(generate(pipe), sparse)
+    assert_near(generate(pipe), sparse, GENERATION)
     add_hook_to_module(pipe.transformer, AlignDevicesHook("cpu", io_same_device=True))
-    torch.testing.assert_close(generate(pipe), sparse)
+    assert_near(generate(pipe), sparse, GENERATION)
 
 
 def test_a_transformer_inside_a_module_of_ones_own() -> None:
@@ -133,7 +134,7 @@ def test_enabled_and_disabled_between_steps() -> None:
 
     with tap_attention(pipe, second_step):
         expected = generate(pipe)
-    torch.testing.assert_close(generate(pipe, callback_on_step_end=switch), expected, rtol=1e-3, atol=1e-4)
+    assert_near(generate(pipe, callback_on_step_end=switch), expected, GENERATION)
     assert steps == [2] and not pipe.sparse_attention_summary().enabled
 
 
@@ -215,7 +216,7 @@ def test_a_lora_loaded_fused_and_unloaded_by_the_pipeline(first: str) -> None:
     assert (loaded - bare).abs().max() > 1e-2 and (halved - loaded).abs().max() > 1e-3
 
     def near(expected: torch.Tensor) -> None:
-        torch.testing.assert_close(generate(pipe), expected, rtol=1e-3, atol=1e-3)
+        assert_near(generate(pipe), expected, GENERATION)
 
     pipe = wan_pipeline()
     if first == "plan":
@@ -265,7 +266,7 @@ def test_a_modular_pipeline_from_noise_to_latents() -> None:
     with tap_attention(pipe, masked_attention(plan)):
         expected = denoise()
     with pipe.sparse_attention(plan):
-        torch.testing.assert_close(denoise(), expected, rtol=1e-3, atol=1e-4)
+        assert_near(denoise(), expected, GENERATION)
         summary = pipe.sparse_attention_summary().transformers["transformer"]
         assert (summary.sparse_calls, summary.dense_calls) == (4 * 2 * 2, 0)
     assert (expected - dense).abs().max() > 1e-2

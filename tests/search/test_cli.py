@@ -385,7 +385,7 @@ def test_bench_break_even(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert code == 0, err
     assert "share of kept blocks up to which sparse attention is faster" in out and "256 tokens: dense" in err
     assert json.loads((tmp_path / "a" / "table.json").read_text())["tables"][0]["tokens"] == [128, 256]
-    assert not (tmp_path / "cache").exists()
+    assert not list((tmp_path / "cache").rglob("*.json"))  # a compiled kernel may be there
     data = json.loads(cli(*arguments, "--tokens", "128", "--json")[1])
     assert Path(data["file"]).is_relative_to(tmp_path / "cache") and data["about"]["command"].startswith("diffsparse")
     assert "--tokens '2,1': a rising list" in refused(cli, *arguments, "--tokens", "2,1")

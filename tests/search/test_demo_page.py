@@ -47,6 +47,7 @@ from diffsparse.search.measured import ATTENTION_NAME, HeadFigures, plan_digest
 from tests.house.process import ROOT, heed_ctrl_c
 from tests.search.conftest import make_plan
 from tests.search.tiny import PROMPTS, SHAPE
+from tests.tolerance import MODEL, assert_near
 
 SETTINGS = GenerationSettings(num_inference_steps=3, guidance_scale=3.0, **SHAPE)
 
@@ -434,7 +435,7 @@ def test_previews_show_the_clean_clip_and_keep_to_their_share(pipe: Any) -> None
     # The last step ends without noise: what the model has in mind is then the latents themselves.
     last = watch._before
     assert last is not None
-    torch.testing.assert_close(seen[-1], last.float(), rtol=1e-4, atol=1e-4)
+    assert_near(seen[-1], last.float(), MODEL)
     # From one straight step to the next the noise shrinks, and the clean clip, which is extrapolated, stays near.
     assert float((seen[-2] - seen[-1]).norm()) < float((seen[0] - seen[-1]).norm())
     assert found[0] and not all(found) and watch.known

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from diffsparse.search.metrics import MAX_PSNR
 from diffsparse.search.search import SearchConfig, run_search
 from tests.search.tiny import PROMPTS, SHAPE
 
@@ -33,4 +34,9 @@ def test_rows_of_equal_density(pipe: Any, model_folder: Path, prompts_file: Path
     assert searched["plan"] == "searched" and searched["clips"] == 2
     assert windows and all(w["trajectory_density"] >= searched["trajectory_density"] for w in windows)
     assert at_radial["trajectory_density"] <= radial["trajectory_density"]
-    assert all(-50 < r["above_another_seed"] < 200 for r in result["rows"])
+    apart = result["psnr_of_another_seed"]
+    for r in result["rows"]:
+        assert r["above_another_seed"] == pytest.approx(r["psnr"] - apart)
+        assert r["worst_above_another_seed"] <= r["above_another_seed"]
+        # Nearer to its dense twin than a clip of another seed is, and no nearer than the same clip.
+        assert apart < r["psnr"] <= MAX_PSNR, r
