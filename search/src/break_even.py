@@ -92,7 +92,4 @@ def _figures(table: BreakEvenTable) -> str:
     what = "share of kept blocks up to which sparse attention is faster"
     header = ["tokens", *(f"tail {tail}" for tail in tails), "gather / dense"]
     grid = text_table(rows, header=header, right=range(len(header)))
-    return f"{fold(head)}
-{what}
-
-{grid}"
+    return f"{fold(head)}\n{what}\n\n{grid}"

@@ -342,6 +342,7 @@ diffsparse.register_family(Family(
 ))
 def check(model, inputs, dense, forwards):
     from tests.pipelines.models import masked_attention
+    from tests.tolerance import MODEL, assert_near
     with torch.no_grad():
         sparse = model(**inputs)[0]
         found = diffsparse.sparse_attention_summary(model).transformers["transformer"]
@@ -351,7 +352,7 @@ def check(model, inputs, dense, forwards):
         assert torch.equal(model(**inputs)[0], dense)
         from diffsparse.pipelines import tap_attention
         with tap_attention(model, masked_attention(plan)):
-            torch.testing.assert_close(model(**inputs)[0], sparse, rtol=1e-4, atol=1e-5)
+            assert_near(model(**inputs)[0], sparse, MODEL)
         assert (sparse - dense).abs().max() > 1e-3
 """
     first = """
