@@ -180,7 +180,8 @@ def _lines(text: str, width: int, hang: str = "") -> list[str]:
         return [text]
     indent = text[: len(text) - len(text.lstrip())]
     indent = indent if len(indent) < width // 2 else ""
-    lines, line = [], ""
+    lines: list[str] = []
+    line = ""
 
     def room() -> int:
         return width - len(indent) - (len(hang) if lines else 0)
