@@ -355,11 +355,21 @@ _MODULES: dict[str, dict[str, Any]] = {
 }
 
 
+def _numbers(module: types.ModuleType) -> types.ModuleType:
+    """A module of constants for Triton, as plain numbers."""
+    plain = types.ModuleType("emulated_numbers")
+    for name in module.__all__:
+        setattr(plain, name, getattr(module, name).value)
+    return plain
+
+
 def load_emulated(multiprocessors: int, edit: tuple[str, str] | None = None) -> types.ModuleType:
     """The module that launches the Hopper kernel, with Gluon put in by emulation, on a GPU of so many multiprocessors.
 
     ``edit``: a piece of its text and what to put there, to see whether a fault is noticed.
     """
+    from diffsparse.kernels.backends.triton import codes
+
     gl = _language()
     gluon = types.ModuleType("emulated")
     gluon.jit = Kernel  # type: ignore[attr-defined]
@@ -385,6 +395,7 @@ def load_emulated(multiprocessors: int, edit: tuple[str, str] | None = None) -> 
         "triton.experimental.gluon.language": gl,
         "triton.experimental.gluon.language.nvidia.hopper": hopper,
         f"{_PACKAGE}.compat": compat,
+        codes.__name__: _numbers(codes),
         **modules,
     }
     folder = Path(__file__).resolve().parents[2] / "kernels" / "src" / "backends" / "gluon_sm90"

@@ -41,6 +41,7 @@ from diffsparse.kernels.backends.gluon_sm90.parts import (
     tile_of,
     within_range,
 )
+from diffsparse.kernels.backends.triton.codes import IN_AUTO, TAIL_CENTROIDS, TAIL_MOMENTS, TAIL_NONE
 
 __all__ = ["forward_kernel"]
 
@@ -121,7 +122,7 @@ def _produce_sixteen(
             work, t, tiles, total_tiles, PASS
         )
         start_row = block_start + order * (num_blocks + 1)
-        if (row < end) & ((listed > 0) | (tail != 0)):
+        if (row < end) & ((listed > 0) | (tail != TAIL_NONE)):
             mbarrier.wait(q_empty.index(0), (used_q & 1) ^ 1)
             mbarrier.expect(q_full.index(0), 2 * CONSUMERS * 64 * D)
             if GATHER:
@@ -172,14 +173,14 @@ def _produce_sixteen(
                         False, True, STAGES, BYTES, GATHER,
                     )  # fmt: skip
             if HAS_TAIL:
-                if tail != 0:
+                if tail != TAIL_NONE:
                     bh = b * HEADS + h
-                    for n in range(0, gl.where(tail == 3, 2 * num_blocks, num_blocks), BLOCK):
+                    for n in range(0, gl.where(tail == TAIL_CENTROIDS, 2 * num_blocks, num_blocks), BLOCK):
                         k_stage, k_phase = _fetch(
                             k_ring, k_full, k_empty, k_stage, k_phase, mean_k, mean_k, 0, 0, bh, bh, n,
                             STAGES, BYTES, False,
                         )  # fmt: skip
-                        if tail == 2:
+                        if tail == TAIL_MOMENTS:
                             mbarrier.wait(k_empty.index(k_stage), k_phase ^ 1)
                             mbarrier.expect(k_full.index(k_stage), BYTES)
                             as_var = k_ring.index(k_stage)._reinterpret(
@@ -408,7 +409,7 @@ def _consume_sixteen(
                 top = gl.zeros([64, 4], gl.float32, layout=T)
             else:
                 top = gl.full([64], float("-inf"), gl.float32, layout=gl.SliceLayout(1, S))
-            if (listed > 0) | (tail != 0):
+            if (listed > 0) | (tail != TAIL_NONE):
                 q = q_ring.index(WHICH).reshape([64, D])
                 mbarrier.wait(q_full.index(0), used_q & 1)
                 used_q += 1
@@ -451,8 +452,8 @@ def _consume_sixteen(
                         mbarrier.arrive(v_empty.index(v_stage), count=1)
                         v_stage, v_phase = next_slot(v_stage, v_phase, STAGES)
                 if HAS_TAIL:
-                    if tail != 0:
-                        if tail == 2:
+                    if tail != TAIL_NONE:
+                        if tail == TAIL_MOMENTS:
                             acc, total, top, k_stage, k_phase, v_stage, v_phase = _attend_summaries(
                                 q, acc, total, top, rings, bars, bias_ptr, k_stage, k_phase, v_stage, v_phase, h, i,
                                 num_blocks, num_blocks, scale, True, D, BLOCK, STAGES, PASS, RETURN_LSE,
@@ -460,15 +461,15 @@ def _consume_sixteen(
                         else:
                             acc, total, top, k_stage, k_phase, v_stage, v_phase = _attend_summaries(
                                 q, acc, total, top, rings, bars, bias_ptr, k_stage, k_phase, v_stage, v_phase, h, i,
-                                num_blocks, gl.where(tail == 3, 2 * num_blocks, num_blocks), scale, False, D, BLOCK,
-                                STAGES, PASS, RETURN_LSE,
+                                num_blocks, gl.where(tail == TAIL_CENTROIDS, 2 * num_blocks, num_blocks), scale, False,
+                                D, BLOCK, STAGES, PASS, RETURN_LSE,
                             )  # fmt: skip
                     mbarrier.arrive(q_empty.index(0), count=1)
 
             next_tile = tile_of(work, gl.minimum(t + gl.num_programs(0), count - 1), tiles, total_tiles, PASS)
             total = gl.sum(total, 1)
             if PASS == 1:
-                if (listed > 0) | (tail != 0):
+                if (listed > 0) | (tail != TAIL_NONE):
                     if gl.min(within_range(total).to(gl.int32), 0) == 0:
                         mark(work, t, total_tiles)
             sums = gl.convert_layout(total, gl.SliceLayout(1, O))
@@ -497,7 +498,7 @@ def _consumer(
     HAS_TAIL: gl.constexpr, GATHER: gl.constexpr, RETURN_LSE: gl.constexpr, TAKE_TURNS: gl.constexpr,
     SHARED: gl.constexpr, PASS: gl.constexpr, NUMERICS: gl.constexpr,
 ):  # fmt: skip
-    if NUMERICS == 0:
+    if NUMERICS == IN_AUTO:
         _consume_sixteen(
             rings, bars, tensors, lists, scale, seq, total_tiles, tiles, num_blocks, text_before, visual_end,
             WHICH, HEADS, TEXT_BEFORE, D, HEAD_DIM, BLOCK, STAGES, HAS_MASK, HAS_TAIL, GATHER, RETURN_LSE, TAKE_TURNS,
@@ -517,7 +518,7 @@ def _producer(
     D: gl.constexpr, BLOCK: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, HAS_TAIL: gl.constexpr,
     GATHER: gl.constexpr, SHARED: gl.constexpr, PASS: gl.constexpr, NUMERICS: gl.constexpr,
 ):  # fmt: skip
-    if NUMERICS == 0:
+    if NUMERICS == IN_AUTO:
         _produce_sixteen(
             rings, bars, fetched, lists, total_tiles, tiles, num_blocks,
             HEADS, TEXT_BEFORE, D, BLOCK, CONSUMERS, STAGES, HAS_TAIL, GATHER, SHARED, PASS,
@@ -541,8 +542,8 @@ def forward_kernel(
     PASS: gl.constexpr, NUMERICS: gl.constexpr,
     CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
-    V_ROWS: gl.constexpr = BLOCK if NUMERICS == 0 else D
-    V_COLUMNS: gl.constexpr = D if NUMERICS == 0 else BLOCK
+    V_ROWS: gl.constexpr = BLOCK if NUMERICS == IN_AUTO else D
+    V_COLUMNS: gl.constexpr = D if NUMERICS == IN_AUTO else BLOCK
     q_ring = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, 64, D], q_desc.layout)
     k_ring = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, BLOCK, D], k_desc.layout)
     v_ring = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, V_ROWS, V_COLUMNS], v_desc.layout)
@@ -564,7 +565,7 @@ def forward_kernel(
         mbarrier.init(v_full.index(s), count=1)
         mbarrier.init(k_empty.index(s), count=CONSUMERS)
         mbarrier.init(v_empty.index(s), count=CONSUMERS)
-    rings = (q_ring, k_ring, v_ring) if NUMERICS == 0 else (q_ring, k_ring, v_ring, ones(BLOCK))
+    rings = (q_ring, k_ring, v_ring) if NUMERICS == IN_AUTO else (q_ring, k_ring, v_ring, ones(BLOCK))
     fence_async_shared()
     bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty, (first_turn, second_turn))
     # What a call has not is not handed over, since the host makes every descriptor anew; nor is it ever read.

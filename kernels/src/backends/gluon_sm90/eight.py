@@ -29,6 +29,7 @@ from diffsparse.kernels.backends.gluon_sm90.parts import (
     sums_layout,
     tile_of,
 )
+from diffsparse.kernels.backends.triton.codes import IN_INT8, TAIL_CENTROIDS, TAIL_NONE
 
 __all__ = ["consume_eight", "ones", "produce_eight"]
 
@@ -85,7 +86,7 @@ def produce_eight(
         b, h, _local, i, _order, row, end, first, listed, plain, tail, _gathered = tile_of(
             work, t, tiles, total_tiles, 0
         )
-        if (row < end) & ((listed > 0) | (tail != 0)):
+        if (row < end) & ((listed > 0) | (tail != TAIL_NONE)):
             mbarrier.wait(q_empty.index(0), (used_q & 1) ^ 1)
             mbarrier.expect(q_full.index(0), CONSUMERS * 64 * D)
             for c in gl.static_range(CONSUMERS):
@@ -102,9 +103,9 @@ def produce_eight(
                     j = next_j
                 stage, phase = _fetch(rings, bars, stage, phase, fetched, b, h, 0, j * D, False, True, STAGES)
             if HAS_TAIL:
-                if tail != 0:
+                if tail != TAIL_NONE:
                     # Summaries are blocks behind the others.
-                    for n in range(0, gl.where(tail == 3, 2 * num_blocks, num_blocks), BLOCK):
+                    for n in range(0, gl.where(tail == TAIL_CENTROIDS, 2 * num_blocks, num_blocks), BLOCK):
                         k_row = num_blocks * BLOCK + n
                         v_row = (num_blocks + n // BLOCK) * D
                         stage, phase = _fetch(
@@ -270,8 +271,8 @@ def consume_eight(
     q_full, q_empty, full, empty, _v_full, _v_empty, _turn = bars
     out_ptr, lse_ptr, gather_ptr, key_mask, bias_ptr, q_scale, k_scale, v_scale, v_mean = tensors
     work, col_idx, block_start = lists
-    SUM: gl.constexpr = gl.int32 if NUMERICS == 1 else gl.float32
-    OFFSET: gl.constexpr = _INTEGERS if NUMERICS == 1 else 0.0
+    SUM: gl.constexpr = gl.int32 if NUMERICS == IN_INT8 else gl.float32
+    OFFSET: gl.constexpr = _INTEGERS if NUMERICS == IN_INT8 else 0.0
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 32])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
     N: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32])
@@ -290,7 +291,7 @@ def consume_eight(
             total = gl.zeros([64, 8], gl.float32, layout=N)
             exact = gl.zeros([64, 4], gl.float32, layout=sums_layout())
             top = gl.full([64], float("-inf"), gl.float32, layout=gl.SliceLayout(1, S))
-            if (listed > 0) | (tail != 0):
+            if (listed > 0) | (tail != TAIL_NONE):
                 q = q_ring.index(WHICH).reshape([64, D])
                 mbarrier.wait(q_full.index(0), used_q & 1)
                 used_q += 1
@@ -306,7 +307,7 @@ def consume_eight(
                     logits = warpgroup_mma_wait(0, deps=(_logits(q, k_ring, stage, SUM, S),))
                     mbarrier.arrive(empty.index(stage), count=1)
                     stage, phase = next_slot(stage, phase, STAGES)
-                    if NUMERICS == 1:
+                    if NUMERICS == IN_INT8:
                         logits = _as_float(logits)
                     if plain == 0:
                         logits = checked(logits, j, start_row, mask_row, text_before, visual_end, HAS_MASK, S)
@@ -331,9 +332,9 @@ def consume_eight(
                     mbarrier.arrive(empty.index(stage), count=1)
                     stage, phase = next_slot(stage, phase, STAGES)
                 if HAS_TAIL:
-                    if tail != 0:
+                    if tail != TAIL_NONE:
                         columns = gl.arange(0, BLOCK, layout=gl.BlockedLayout([1], [32], [4], [0]))
-                        count = gl.where(tail == 3, 2 * num_blocks, num_blocks)
+                        count = gl.where(tail == TAIL_CENTROIDS, 2 * num_blocks, num_blocks)
                         bias_row = bias_ptr + (h * num_blocks + i).to(gl.int64) * (2 * num_blocks)
                         for n in range(0, count, BLOCK):
                             # Asked for here, long before it is needed, one for a thread.
@@ -341,7 +342,7 @@ def consume_eight(
                             block_unit = unit * gl.load(scales + num_blocks + n // BLOCK)
                             mbarrier.wait(full.index(stage), phase)
                             logits = warpgroup_mma_wait(0, deps=(_logits(q, k_ring, stage, SUM, S),))
-                            if NUMERICS == 1:
+                            if NUMERICS == IN_INT8:
                                 logits = _as_float(logits) - _INTEGERS
                             bias = gl.convert_layout(bias.to(gl.float32), gl.SliceLayout(0, S))
                             logits = logits * block_unit + bias[None, :]

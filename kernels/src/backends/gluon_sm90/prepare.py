@@ -12,6 +12,17 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from diffsparse.blocks import unpack_bits
 from diffsparse.entry import NUMERICS
+from diffsparse.kernels.backends.triton.codes import (
+    COLUMNS,
+    GATHERED_COLUMN,
+    IN_AUTO,
+    SKIP_COLUMN,
+    TAIL_CENTROIDS,
+    TAIL_COLUMN,
+    TAIL_MEAN,
+    TAIL_MOMENTS,
+    TAIL_NONE,
+)
 from diffsparse.kernels.backends.triton.prepare import store_summary, summary_warps, tokens_of
 from diffsparse.kernels.call import AttentionCall
 
@@ -114,8 +125,8 @@ def _bias_kernel(
 ):
     i = tl.program_id(0)
     h = tl.program_id(1)
-    tail = tl.load(head_mode + h * 4 + 1)
-    if (tail == 0) | (tl.load(head_mode + h * 4) != 0):
+    tail = tl.load(head_mode + h * COLUMNS + TAIL_COLUMN)
+    if (tail == TAIL_NONE) | (tl.load(head_mode + h * COLUMNS + SKIP_COLUMN) != 0):
         return
     row = h * num_blocks + i
     out = bias + row.to(tl.int64) * 2 * num_blocks
@@ -126,10 +137,10 @@ def _bias_kernel(
         start = tl.load(start_row + n, mask=exists, other=0)
         length = tl.load(start_row + n + 1, mask=exists, other=0) - start
         visual = (start >= text_before) & (start < visual_end)
-        first = tl.where(tail == 3, length // 2, length)
+        first = tl.where(tail == TAIL_CENTROIDS, length // 2, length)
         log = tl.where(visual & (first > 0), tl.math.log2(tl.maximum(first, 1).to(tl.float32)), float("-inf"))
         tl.store(out + n, log.to(tl.float16), mask=exists)
-        if tail == 3:
+        if tail == TAIL_CENTROIDS:
             rest = length - first
             log = tl.where(visual & (rest > 0), tl.math.log2(tl.maximum(rest, 1).to(tl.float32)), float("-inf"))
             tl.store(out + num_blocks + n, log.to(tl.float16), mask=exists)
@@ -142,7 +153,7 @@ def _bias_kernel(
         j = tl.load(col_idx + entry, mask=entry < end, other=0)
         none = tl.full([CHUNK], float("-inf"), tl.float16)
         tl.store(out + j, none, mask=entry < end)
-        if tail == 3:
+        if tail == TAIL_CENTROIDS:
             tl.store(out + num_blocks + j, none, mask=entry < end)
 
 
@@ -194,10 +205,10 @@ def _reorder_kernel(
     i = tl.program_id(0)
     local = tl.program_id(1)
     h = first_head + local
-    if (tl.load(head_mode + h * 4 + 3) == 0) | (tl.load(head_kind + h) != 0):
+    if (tl.load(head_mode + h * COLUMNS + GATHERED_COLUMN) == 0) | (tl.load(head_kind + h) != IN_AUTO):
         return
-    tail = tl.load(head_mode + h * 4 + 1)
-    summed = (tail == 1) | (tail == 2)
+    tail = tl.load(head_mode + h * COLUMNS + TAIL_COLUMN)
+    summed = (tail == TAIL_MEAN) | (tail == TAIL_MOMENTS)
     which = tl.program_id(2) % 3
     b = (tl.program_id(2) // 3).to(tl.int64)
     h64 = h.to(tl.int64)

@@ -18,6 +18,14 @@ import triton.language as tl
 
 from diffsparse.entry import NUMERICS
 from diffsparse.kernels.backends.gluon_sm90.prepare import head_kinds
+from diffsparse.kernels.backends.triton.codes import (
+    COLUMNS,
+    IN_FP8,
+    SKIP_COLUMN,
+    TAIL_CENTROIDS,
+    TAIL_COLUMN,
+    TAIL_NONE,
+)
 from diffsparse.kernels.call import AttentionCall
 
 __all__ = ["Quantized", "empty_quantized", "quantize", "rotation", "value_order"]
@@ -222,20 +230,20 @@ def _quantize_means_kernel(
     """Means of blocks, as blocks behind those of the keys."""
     i = tl.program_id(0)
     h = tl.program_id(1)
-    tail = tl.load(head_mode + h * 4 + 1)
-    if (tail == 0) | (tl.load(head_mode + h * 4) != 0) | (tl.load(head_kind + h) != KIND):
+    tail = tl.load(head_mode + h * COLUMNS + TAIL_COLUMN)
+    if (tail == TAIL_NONE) | (tl.load(head_mode + h * COLUMNS + SKIP_COLUMN) != 0) | (tl.load(head_kind + h) != KIND):
         return
     bh = tl.program_id(2).to(tl.int64) * HEADS + h
     row = bh * blocks + num_blocks + i
     n = tl.arange(0, BLOCK)
     channel = tl.arange(0, D)
-    count = tl.where(tail == 3, 2 * num_blocks, num_blocks)
+    count = tl.where(tail == TAIL_CENTROIDS, 2 * num_blocks, num_blocks)
     inside = (i * BLOCK + n < count)[:, None]
     at = (bh * 2 * num_blocks + i * BLOCK + n)[:, None] * D + channel[None, :]
     matrix = tl.load(turn + channel[:, None] * D + channel[None, :])
     mean = tl.load(turned_mean + bh * D + channel)
     k = _turned(tl.load(mean_k + at, mask=inside, other=0.0), inside, matrix, mean)
-    _store_eight(k, k8, (row * BLOCK + n)[:, None] * D + channel[None, :], k_scale + row, D, KIND == 2)
+    _store_eight(k, k8, (row * BLOCK + n)[:, None] * D + channel[None, :], k_scale + row, D, KIND == IN_FP8)
     n = _value_order(n)
     inside = (i * BLOCK + n < count)[:, None]
     at = (bh * 2 * num_blocks + i * BLOCK + n)[:, None] * D + channel[None, :]
@@ -305,7 +313,7 @@ def _quantize_kernel(
             q, inside = _rows(source, stride_qs, starts, tokens, i, n, channel)
             q = _turned(q, inside, matrix, tl.zeros([D], tl.float32))
             row = bh * num_blocks + i
-            _store_eight(q, q8, row * BLOCK * D + at, q_scale + row, D, KIND == 2)
+            _store_eight(q, q8, row * BLOCK * D + at, q_scale + row, D, KIND == IN_FP8)
     elif which == 1:
         source = k_ptr + b * stride_kb + h64 * stride_kh
         mean = tl.load(turned_mean + bh * D + channel)
@@ -313,7 +321,7 @@ def _quantize_kernel(
             k, inside = _rows(source, stride_ks, starts, tokens, i, n, channel)
             k = _turned(k, inside, matrix, mean)
             row = bh * blocks + i
-            _store_eight(k, k8, row * BLOCK * D + at, k_scale + row, D, KIND == 2)
+            _store_eight(k, k8, row * BLOCK * D + at, k_scale + row, D, KIND == IN_FP8)
     else:
         source = v_ptr + b * stride_vb + h64 * stride_vh
         n = _value_order(n)

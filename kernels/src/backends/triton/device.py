@@ -11,6 +11,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from diffsparse.kernels.backends.triton.codes import (
+    COLUMNS,
+    GATHERED_COLUMN,
+    RAGGED,
+    SKIP_COLUMN,
+    TAIL_CENTROIDS,
+    TAIL_COLUMN,
+    TAIL_MEAN,
+    TAIL_MOMENTS,
+)
+
 __all__ = ["forward_kernel"]
 
 
@@ -230,8 +241,8 @@ def forward_kernel(
     SUB_M: tl.constexpr = BLOCK // BLOCK_M
     h = tl.program_id(1)
     b = tl.program_id(2)
-    mode = head_mode + h * 4
-    gathered = tl.load(mode + 3)
+    mode = head_mode + h * COLUMNS
+    gathered = tl.load(mode + GATHERED_COLUMN)
     if (gathered != 0) != GATHER:
         return
     i = tl.program_id(0) // SUB_M
@@ -257,7 +268,7 @@ def forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    if tl.load(mode) == 0:
+    if tl.load(mode + SKIP_COLUMN) == 0:
         if TMA:
             q = q_desc.load([b, h, row, 0]).reshape(BLOCK_M, BLOCK_D)
         else:
@@ -274,7 +285,7 @@ def forward_kernel(
             # Short blocks are the last of their segments (ragged tiles apart), and lists are ascending: text, video,
             # text. So all but the last listed block of the video are full.
             plain = tl.maximum(listed - TEXT_BLOCKS_BEFORE - TEXT_BLOCKS_AFTER - 1, 0)
-            plain = tl.where(gathered == 2, 0, plain)
+            plain = tl.where(gathered == RAGGED, 0, plain)
             checked = listed - plain
         skipped = TEXT_BLOCKS_BEFORE if SOME_PARTIAL else 0
         acc, total, top = _kept_blocks(
@@ -290,17 +301,17 @@ def forward_kernel(
                 D, BLOCK_D, BLOCK_N, BLOCK, PRECISION, True, HAS_MASK, GATHER, TMA,
             )  # fmt: skip
         if HAS_TAIL:
-            tail = tl.load(mode + 1)
+            tail = tl.load(mode + TAIL_COLUMN)
             variances = (b64 * HEADS + h) * num_blocks * D
             summary = 2 * variances
             bits_row = bits + (h * num_blocks + i).to(tl.int64) * bit_words
-            if (tail == 1) | (tail == 3):
-                parts = tl.where(tail == 3, 2, 1)
+            if (tail == TAIL_MEAN) | (tail == TAIL_CENTROIDS):
+                parts = tl.where(tail == TAIL_CENTROIDS, 2, 1)
                 acc, total, top = _tail_blocks(
                     acc, total, top, q, mean_k + summary, mean_v + summary, var_k, bits_row, start_row,
                     scale, num_blocks, parts, text_before, visual_end, D, BLOCK_D, BLOCK_T, PRECISION, False,
                 )  # fmt: skip
-            if tail == 2:
+            if tail == TAIL_MOMENTS:
                 acc, total, top = _tail_blocks(
                     acc, total, top, q, mean_k + summary, mean_v + summary, var_k + variances, bits_row, start_row,
                     scale, num_blocks, 1, text_before, visual_end, D, BLOCK_D, BLOCK_T, PRECISION, True,

@@ -8,6 +8,14 @@ import torch
 import triton
 import triton.language as tl
 
+from diffsparse.kernels.backends.triton.codes import (
+    COLUMNS,
+    GATHERED_COLUMN,
+    IN_AUTO,
+    TAIL_CENTROIDS,
+    TAIL_COLUMN,
+    TAIL_NONE,
+)
 from diffsparse.kernels.call import AttentionCall
 from diffsparse.kernels.summaries import AXIS_STEPS
 
@@ -117,10 +125,15 @@ def _summary_kernel(
     means and variances, of keys or of values, each its own program (heads with other tails). Not of those that another
     pass puts in order and sums up (``MOVED``)."""
     h = tl.program_id(1)
-    tail = tl.load(head_mode + h * 4 + 1)
-    if (tail == 0) | ((tail == 3) != CENTROIDS):
+    tail = tl.load(head_mode + h * COLUMNS + TAIL_COLUMN)
+    if (tail == TAIL_NONE) | ((tail == TAIL_CENTROIDS) != CENTROIDS):
         return
-    if MOVED & (tail != 3) & (tl.load(head_mode + h * 4 + 3) != 0) & (tl.load(head_kind + h) == 0):
+    if (
+        MOVED
+        & (tail != TAIL_CENTROIDS)
+        & (tl.load(head_mode + h * COLUMNS + GATHERED_COLUMN) != 0)
+        & (tl.load(head_kind + h) == IN_AUTO)
+    ):
         return
     part = tl.program_id(2)
     b = (part if CENTROIDS else part // 2).to(tl.int64)
