@@ -55,6 +55,8 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
         "BlockLayout",
         "build_layout",
     ),
+    "diffsparse.kernels.backends": ("register_backend",),
+    "diffsparse.kernels.tails": ("register_tail",),
     "diffsparse.schedule": ("Schedule",),
     "diffsparse.architecture": ("Architecture",),
     "diffsparse.plan": (
@@ -81,7 +83,9 @@ if TYPE_CHECKING:  # the same table, for type checkers and editors (a test compa
     from diffsparse.entry import HeadEntry as HeadEntry
     from diffsparse.grid import TokenGrid as TokenGrid
     from diffsparse.heads import HeadSpec as HeadSpec
+    from diffsparse.kernels.backends import register_backend as register_backend
     from diffsparse.kernels.select import register_selector as register_selector
+    from diffsparse.kernels.tails import register_tail as register_tail
     from diffsparse.layout import BlockLayout as BlockLayout
     from diffsparse.layout import build_layout as build_layout
     from diffsparse.order import AxisOrder as AxisOrder

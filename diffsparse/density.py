@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["TAIL_COST", "call_density", "tail_density"]
+from diffsparse.tails import TAIL_COST
 
-# Cost of a tail in units of one dense row, times the block size: one summary per key block (mean), plus the second
-# product over squared queries and variances (moments), or two summaries (centroids).
-TAIL_COST = {"none": 0.0, "mean": 1.0, "moments": 1.5, "centroids": 2.0}
+__all__ = ["TAIL_COST", "call_density", "tail_density"]
 
 
 def tail_density(tail: str, num_blocks: int, tokens: int) -> float:

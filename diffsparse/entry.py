@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from diffsparse.messages import shown
 from diffsparse.order import RasterOrder, TokenOrder
 from diffsparse.patterns import Full, Pattern
+from diffsparse.tails import TAILS, tail_names
 
 __all__ = ["MODES", "NUMERICS", "SELECTIONS", "TAILS", "Execution", "HeadEntry"]
 
 MODES = ("exact", "skip")
-TAILS = ("none", "mean", "moments", "centroids")
 NUMERICS = ("auto", "int8", "fp8")
 SELECTIONS = ("static",)
 
@@ -30,7 +30,8 @@ class Execution:
     ``ln n`` added to the logit; ``moments`` also adds half the variance of the block's logits under a diagonal
     covariance of its keys (the second cumulant); ``centroids`` attends it through two mean keys and values, each with
     its half of ``n``: the block is cut at the median of its keys along their principal axis, because a block's values
-    go with its keys, and one mean value for all of them is what the other tails get most wrong.
+    go with its keys, and one mean value for all of them is what the other tails get most wrong; or a tail that
+    ``diffsparse.register_tail`` made known.
     ``numerics``: ``auto`` is the precision of q, k and v; in ``int8`` products of queries and keys are taken in that,
     in ``fp8`` in float8 (e4m3), and in both those of probabilities and values in float8. What a device has no 8 bits
     for runs in the precision of q, k and v. The variances of the tail ``moments`` are not to be had in 8 bits.
@@ -42,7 +43,7 @@ class Execution:
 
     def __post_init__(self) -> None:
         _choice("mode", self.mode, MODES)
-        _choice("tail", self.tail, TAILS)
+        _choice("tail", self.tail, tail_names())
         _choice("numerics", self.numerics, NUMERICS)
         if self.numerics != "auto" and self.tail == "moments":
             raise ValueError(

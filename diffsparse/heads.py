@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from diffsparse.entry import NUMERICS as NUMERICS_NAMES
-from diffsparse.entry import TAILS, HeadEntry
+from diffsparse.entry import HeadEntry
+from diffsparse.tails import TAILS, tail_code
 from diffsparse.tokens import HeadSelection, TokenLayout, take_heads
 
 __all__ = ["GATHERED", "NUMERICS", "SKIP", "TAIL", "HeadSpec", "describe_heads"]
@@ -20,16 +21,18 @@ SKIP, TAIL, NUMERICS, GATHERED = range(4)  # columns of HeadSpec.table
 class HeadSpec:
     """Plain numbers by head, which kernels read on the device, so that layers with different heads share one graph.
 
-    table: int32 ``[H, 4]``: skip (0 or 1), tail (index in ``entry.TAILS``), numerics (index in ``entry.NUMERICS``),
+    table: int32 ``[H, 4]``: skip (0 or 1), tail (``tails.tail_code``), numerics (index in ``entry.NUMERICS``),
         gathered (0 where the head's order is the model's own, 2 where it has short blocks inside the video, else 1).
     has_tail, numerics: whether any head has a tail, and the numerics in use. Kept beside the table so that nobody has
         to read it back from a device; a plan may set them to what holds for all its layers, so that compiled code sees
         one value.
+    own_tails: those tails of heads that are not the library's own: a backend has to know them by name.
     """
 
     table: torch.Tensor
     has_tail: bool
     numerics: tuple[str, ...]
+    own_tails: tuple[str, ...] = ()
 
     @property
     def num_heads(self) -> int:
@@ -60,7 +63,7 @@ def describe_heads(entries: Sequence[HeadEntry], tokens: TokenLayout) -> HeadSpe
     table = [
         [
             int(e.execution.mode == "skip"),
-            TAILS.index(e.execution.tail),
+            tail_code(e.execution.tail),
             NUMERICS_NAMES.index(e.execution.numerics),
             0 if e.order.is_raster else 1 + short[o],
         ]
@@ -70,4 +73,5 @@ def describe_heads(entries: Sequence[HeadEntry], tokens: TokenLayout) -> HeadSpe
         table=torch.tensor(table, dtype=torch.int32),
         has_tail=any(e.execution.tail != "none" for e in entries),
         numerics=tuple(n for n in NUMERICS_NAMES if any(e.execution.numerics == n for e in entries)),
+        own_tails=tuple(sorted({e.execution.tail for e in entries} - set(TAILS))),
     )

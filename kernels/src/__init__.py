@@ -10,6 +10,7 @@ from diffsparse.kernels.call import BACKENDS
 from diffsparse.kernels.checks import check
 from diffsparse.kernels.merge import merge_attention
 from diffsparse.kernels.select import Selector, register_selector, select_blocks, selectors
+from diffsparse.kernels.tails import Tail, register_tail
 
 __all__ = [
     "BACKENDS",
@@ -17,6 +18,7 @@ __all__ = [
     "CallFacts",
     "KernelBackend",
     "Selector",
+    "Tail",
     "available_backends",
     "check",
     "merge_attention",
@@ -25,5 +27,6 @@ __all__ = [
     "register_selector",
     "select_blocks",
     "selectors",
+    "register_tail",
     "sparse_attention",
 ]

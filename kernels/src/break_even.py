@@ -31,6 +31,7 @@ from diffsparse.kernels.random_rows import random_rows
 from diffsparse.layout import BlockLayout
 from diffsparse.order import AxisOrder, RasterOrder
 from diffsparse.saving import write_whole
+from diffsparse.tails import measured_as, tail_name
 
 __all__ = ["BreakEvenTable", "device_name", "find_table", "local_file", "measure_break_even", "save_local"]
 
@@ -86,7 +87,7 @@ class BreakEvenTable:
         position = np.interp(np.log(tokens), np.log(self.tokens), np.arange(len(self.tokens)))
         low = int(position)
         high, part = min(low + 1, len(self.tokens) - 1), float(position - low)
-        rows = np.array(self.ratio[tail])
+        rows = np.array(self.ratio[measured_as(tail, self.ratio)])
         row = (1 - part) * rows[low] + part * rows[high]
         extra = (1 - part) * self.gather[low] + part * self.gather[high] if gathered else 0.0
         return float(np.interp(density, self.densities, row)) + extra
@@ -113,7 +114,7 @@ class BreakEvenTable:
                 continue
             key = (counts[h] / blocks[order[h]] ** 2, mode[h][TAIL], int(mode[h][GATHERED] > 0))
             if key not in known:
-                known[key] = self.head_ratio(tokens, key[0], TAILS[key[1]], bool(key[2]))
+                known[key] = self.head_ratio(tokens, key[0], tail_name(key[1]), bool(key[2]))
             total += known[key]
         return total / heads
 

@@ -197,7 +197,7 @@ def check(
     if reason is None:
         reason = kv_len_error(kv_len, layout.seq_len, layout.grid.text_before, layout.grid.num_visual)
     if reason is None and backend != "auto":
-        reason = cannot_run(backend, q)
+        reason = cannot_run(backend, q, layout.heads.own_tails)
     if reason is not None and raise_error:
         raise ValueError(reason)
     return reason

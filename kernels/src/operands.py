@@ -13,6 +13,9 @@ from diffsparse.tokens import TokenLayout
 
 __all__ = ["as_operands", "from_operands"]
 
+#: Stands before the name of a tail that is not the library's own.
+_TAIL = "tail:"
+
 
 def as_operands(layout: BlockLayout) -> tuple[list[torch.Tensor], list[int], str]:
     """The tensors of a layout, how its tokens are cut, and what holds for its heads, as names between commas."""
@@ -24,6 +27,7 @@ def as_operands(layout: BlockLayout) -> tuple[list[torch.Tensor], list[int], str
         traits.append("tail")
     if tokens.needs_gather:
         traits.append("gather")
+    traits += [f"{_TAIL}{name}" for name in heads.own_tails]
     return tensors, [tokens.block_size, tokens.text_before, tokens.num_visual], ",".join(traits)
 
 
@@ -37,5 +41,7 @@ def from_operands(
     tokens = TokenLayout(
         gather, scatter, block_start, head_order, block_size, text_before, num_visual, "gather" in names
     )
-    numerics = tuple(name for name in names if name not in ("tail", "gather"))
-    return tokens, BlockIndex(row_ptr, col_idx, tokens.num_blocks), HeadSpec(table, "tail" in names, numerics)
+    own_tails = tuple(name.removeprefix(_TAIL) for name in names if name.startswith(_TAIL))
+    numerics = tuple(name for name in names if name not in ("tail", "gather") and not name.startswith(_TAIL))
+    heads = HeadSpec(table, "tail" in names, numerics, own_tails)
+    return tokens, BlockIndex(row_ptr, col_idx, tokens.num_blocks), heads

@@ -57,7 +57,7 @@ def sparse_attention_op(
     tokens, index, heads = from_operands(layout, cut, traits)
     if (reason := kv_len_error(kv_len, tokens.seq_len, tokens.text_before, tokens.num_visual)) is not None:
         raise ValueError(reason)
-    name = choose_backend(backend, q)
+    name = choose_backend(backend, q, heads.own_tails)
     call = AttentionCall(
         q=q,
         k=k,

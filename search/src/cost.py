@@ -19,6 +19,7 @@ from diffsparse.layout import build_layout
 from diffsparse.order import TokenOrder
 from diffsparse.patterns import Full
 from diffsparse.search.candidates import fill
+from diffsparse.tails import measured_as
 
 __all__ = ["CostModel", "measure_costs"]
 
@@ -46,6 +47,7 @@ class CostModel:
         ``fill``: how full the blocks of its order are. Kernels multiply whole blocks, so that the same pairs take
         ``1 / fill ** 2`` times as many. None: as full as those that were timed.
         """
+        tail = measured_as(tail, self.share)
         if density < 1 and fill is not None and self.fill is not None:
             density *= (self.fill / fill) ** 2
         times = float(np.interp(density, (*self.densities, 1.0), (*self.share[tail], max(1.0, self.share[tail][-1]))))

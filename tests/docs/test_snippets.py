@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,22 @@ def _smaller(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def _known_tails() -> Iterator[None]:
+    """A tail that a snippet registers is forgotten after it."""
+    from diffsparse.tails import TAIL_COST
+
+    before = dict(TAIL_COST)
+    yield
+    TAIL_COST.clear()
+    TAIL_COST.update(before)
+
+
+@pytest.fixture
+def place(_known_tails: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with what snippets name, in which ``cuda`` is the CPU and other models are tiny random ones."""
     from diffusers import DiffusionPipeline, FluxPipeline, WanPipeline
 
+    from diffsparse.kernels import tails
     from diffsparse.kernels.backends import registry as backends
     from diffsparse.patterns import registry
     from diffsparse.pipelines import family
@@ -52,6 +64,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(family, "_FAMILIES", dict(family._FAMILIES))
     monkeypatch.setattr(registry, "_KINDS", dict(registry._KINDS))
     monkeypatch.setattr(backends, "_BACKENDS", dict(backends._BACKENDS))
+    monkeypatch.setattr(tails, "_TAILS", dict(tails._TAILS))
     load, to = DiffusionPipeline.from_pretrained.__func__, DiffusionPipeline.to
 
     def from_pretrained(cls: type, model: str, *args: Any, **kwargs: Any) -> Any:

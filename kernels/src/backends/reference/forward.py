@@ -6,11 +6,11 @@ import math
 
 import torch
 
-from diffsparse.entry import TAILS
 from diffsparse.heads import SKIP, TAIL
 from diffsparse.kernels.call import AttentionCall, make_call
-from diffsparse.kernels.summaries import AXIS_STEPS
+from diffsparse.kernels.tails import find_tail
 from diffsparse.layout import BlockLayout
+from diffsparse.tails import tail_name
 
 __all__ = ["reference_attention", "run"]
 
@@ -40,18 +40,6 @@ def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     return out.to(call.q.dtype), lse.float()
 
 
-def _halves(k: torch.Tensor, tokens: torch.Tensor) -> list[torch.Tensor]:
-    """A block's tokens, cut at the median of their keys along the principal axis."""
-    if len(tokens) == 1:
-        return [tokens]
-    centred = k[tokens] - k[tokens].mean(0)
-    axis = centred[centred.square().sum(1).argmax()]
-    for _ in range(AXIS_STEPS):
-        axis = centred.T @ (centred @ (axis / axis.norm().clamp(min=1e-30)))
-    ranked = tokens[(centred @ axis).argsort(dim=0, stable=True)]
-    return [ranked[: len(tokens) // 2], ranked[len(tokens) // 2 :]]
-
-
 def _compute(call: AttentionCall, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     batch, seq, heads, _ = call.q.shape
     n = call.num_blocks
@@ -66,7 +54,7 @@ def _compute(call: AttentionCall, dtype: torch.dtype) -> tuple[torch.Tensor, tor
     for h in range(heads):
         if modes[h][SKIP]:
             continue
-        order, tail = order_of[h], TAILS[modes[h][TAIL]]
+        order, tail = order_of[h], find_tail(tail_name(modes[h][TAIL]))
         gather = call.tokens.gather[order].long()
         border = start_of[order]
         tokens = [gather[border[i] : border[i + 1]] for i in range(n)]
@@ -82,16 +70,11 @@ def _compute(call: AttentionCall, dtype: torch.dtype) -> tuple[torch.Tensor, tor
                 if call.key_mask is not None:
                     keys = keys[call.key_mask[b, keys]]
                 logits, values = [query @ k[keys].T], [v[keys]]
-                dropped = [j for j in range(n) if visual[j] and j not in set(kept)] if tail != "none" else []
-                parts = [tokens[j] for j in dropped]
-                if tail == "centroids":
-                    parts = [half for block in parts for half in _halves(k, block)]
-                for part in parts:
-                    logit = query @ k[part].mean(0) + math.log(len(part))
-                    if tail == "moments":
-                        logit = logit + 0.5 * query.square() @ k[part].var(0, unbiased=False)
-                    logits.append(logit[:, None])
-                    values.append(v[part].mean(0, keepdim=True))
+                for j in range(n) if tail is not None else ():
+                    if visual[j] and j not in set(kept):
+                        logit, value = tail.summaries(query, k[tokens[j]], v[tokens[j]])
+                        logits.append(logit)
+                        values.append(value)
                 weights = torch.cat(logits, 1)
                 if weights.shape[1]:
                     lse[b, tokens[i], h] = weights.logsumexp(1)
