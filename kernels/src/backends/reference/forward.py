@@ -70,8 +70,9 @@ def _compute(call: AttentionCall, dtype: torch.dtype) -> tuple[torch.Tensor, tor
                 if call.key_mask is not None:
                     keys = keys[call.key_mask[b, keys]]
                 logits, values = [query @ k[keys].T], [v[keys]]
-                for j in range(n) if tail is not None else ():
-                    if visual[j] and j not in set(kept):
+                if tail is not None:
+                    listed = set(kept)
+                    for j in (j for j in range(n) if visual[j] and j not in listed):
                         logit, value = tail.summaries(query, k[tokens[j]], v[tokens[j]])
                         logits.append(logit)
                         values.append(value)
