@@ -31,7 +31,7 @@ from diffsparse.search import load, script
 from diffsparse.search.errors import BadInput
 from diffsparse.search.evaluate import EvalReport, compare, generate_dense
 from diffsparse.search.generate import GenerationSettings
-from diffsparse.search.search import SearchConfig, run_search, thoroughness
+from diffsparse.search.search import SearchConfig, search_plan, thoroughness
 from diffsparse.search.show import grid_of
 
 TIME_EXTENTS: tuple[float | None, ...] = (None, 0.6, 1)
@@ -164,7 +164,7 @@ def main() -> None:
             **size,
         )
         calibration = load.read_prompts(a.calibration)
-        measure("searched at radial's", run_search(pipe, calibration, config, a.search_out, say=print))
+        measure("searched at radial's", search_plan(pipe, calibration, config, a.search_out, say=print))
 
 
 if __name__ == "__main__":

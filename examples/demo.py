@@ -32,7 +32,7 @@ def run(
     from diffsparse.search.evaluate import compare, generate_dense
     from diffsparse.search.generate import GenerationSettings
     from diffsparse.search.report import can_write_videos, write_report
-    from diffsparse.search.search import SearchConfig, run_search, thoroughness
+    from diffsparse.search.search import SearchConfig, search_plan, thoroughness
     from diffsparse.search.show import draw, grid_of
     from diffsparse.search.signature import makes_videos
 
@@ -52,7 +52,7 @@ def run(
     print(f"1. Search a plan on {place} (budget: {budget:g} of the dense attention time)", flush=True)
     thorough = thoroughness(place)
     config = SearchConfig(budget=budget, steps=steps, trace_steps=min(4, steps), candidates=2, **thorough, **size)
-    plan = run_search(pipe, calibration, config, folder, say=lambda line: print(f"   {line}", flush=True))
+    plan = search_plan(pipe, calibration, config, folder, say=lambda line: print(f"   {line}", flush=True))
     draw(plan, grid_of(plan, folder), out / "plan.png", folder=folder)
 
     print(f"2. Generate {prompts * seeds} clips of prompts that the search did not see, dense and sparse", flush=True)

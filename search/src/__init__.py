@@ -1,1 +1,25 @@
 """From a model and prompts to a sparsity plan: search, evaluation, command line.  Knows all rooms."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+# Loaded when they are first used: they bring diffusers along.
+_HOME = {
+    "SearchConfig": "diffsparse.search.config",
+    "evaluate_plan": "diffsparse.search.evaluate",
+    "search_plan": "diffsparse.search.search",
+}
+
+__all__ = ["SearchConfig", "evaluate_plan", "search_plan"]
+
+if TYPE_CHECKING:
+    from diffsparse.search.config import SearchConfig as SearchConfig
+    from diffsparse.search.evaluate import evaluate_plan as evaluate_plan
+    from diffsparse.search.search import search_plan as search_plan
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOME[name]), name)
+    return value

@@ -208,7 +208,7 @@ def search_command(
         place = load.choose_device(device)
         precision = load.choose_dtype(dtype, place)
         folder = load.check_output(out)
-        from diffsparse.search.search import SearchConfig, run_search, thoroughness
+        from diffsparse.search.search import SearchConfig, search_plan, thoroughness
 
         load.quiet_libraries()
         pipe = load.load_pipeline(model, device=place, dtype=precision)
@@ -228,7 +228,7 @@ def search_command(
             validation_prompts=validate,
             **thoroughness(place, trace_prompts, samples),
         )
-        plan = run_search(pipe, found, config, folder, say=_say)
+        plan = search_plan(pipe, found, config, folder, say=_say)
         from diffsparse.search.measured import figures_beside
         from diffsparse.search.show import describe, grid_of, plan_table
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from diffsparse.plan import Architecture, SparsityPlan
 from diffsparse.schedule import Schedule
 from diffsparse.search.assign import Assignment, InfeasibleBudget, assign, lagrangian
 from diffsparse.search.candidates import fill, orders_for
+from diffsparse.search.config import SearchConfig
 from diffsparse.search.cost import CostModel
 from diffsparse.search.errors import BadInput
 from diffsparse.search.options import (
@@ -73,7 +74,7 @@ def distinct(levels: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
 class Measurements(Protocol):
     """What a composer reads of a search."""
 
-    config: Any
+    config: SearchConfig
     architecture: Architecture
 
     @property
@@ -170,8 +171,8 @@ class Composer:
         # A step's error moves the final latent by this, times the root of the model's output error. Steps beside each
         # other make the same error with the same masks: amplitudes add up, so squares are weighted with all of them.
         self.push = strides(self.levels) * np.sqrt(np.interp(-self.levels, -np.array(traced), growth))
-        share = self.config.density - DENSITY_MARGIN if self.config.density is not None else self.config.budget
-        self.wanted = float(share)
+        density, budget = self.config.density, self.config.budget
+        self.wanted = density - DENSITY_MARGIN if density is not None else float(budget or 0.0)
         self.blocks = {
             grid: len(search.table(grid, orders_for(grid, self.config.block_size)[0]).weight) for grid in costs
         }

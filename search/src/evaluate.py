@@ -32,7 +32,7 @@ __all__ = [
     "check_plan",
     "clip_report",
     "compare",
-    "evaluate",
+    "evaluate_plan",
     "generate_dense",
     "paired",
 ]
@@ -406,7 +406,7 @@ def clip_report(dense: Clip, sparse: Clip, other_seed: float | None = None, mode
     )
 
 
-def evaluate(
+def evaluate_plan(
     pipe: Any,
     plan: SparsityPlan | str,
     prompts: Sequence[str],

@@ -285,12 +285,12 @@ def test_search_passes_on_what_was_asked(
 ) -> None:
     seen: list[Any] = []
 
-    def run_search(pipe: Any, prompts: list[str], config: Any, out: Path, **options: Any) -> Any:
+    def search_plan(pipe: Any, prompts: list[str], config: Any, out: Path, **options: Any) -> Any:
         print("a library prints this")
         seen.append((prompts, config, out))
         return make_plan()
 
-    monkeypatch.setattr("diffsparse.search.search.run_search", run_search)
+    monkeypatch.setattr("diffsparse.search.search.search_plan", search_plan)
     common = ["search", model_folder, "--prompts", prompts_file, "--out", tmp_path / "plan", *SHAPE]
     code, out, err = cli(
         *common, "--density", "0.3", "--seed", "7", "--guidance-scale", "4", "--validate", "0", "--json"
@@ -314,10 +314,10 @@ def test_a_folder_with_another_search(
 ) -> None:
     from diffsparse.search.store import StoreMismatch
 
-    def run_search(*args: Any, **kwargs: Any) -> None:
+    def search_plan(*args: Any, **kwargs: Any) -> None:
         raise StoreMismatch("the folder holds\nanother search")
 
-    monkeypatch.setattr("diffsparse.search.search.run_search", run_search)
+    monkeypatch.setattr("diffsparse.search.search.search_plan", search_plan)
     line = refused(cli, "search", model_folder, "--prompts", prompts_file, "--out", tmp_path, *SHAPE)
     assert "the folder holds another search" in line
 

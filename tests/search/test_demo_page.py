@@ -29,7 +29,7 @@ from diffsparse.search.demo.inspector import PlanView
 from diffsparse.search.demo.launch import _uncollected, bundled_model, serving
 from diffsparse.search.demo.live import Cancelled, Made, Step, denoise
 from diffsparse.search.demo.preview import Previewer
-from diffsparse.search.demo.search_plan import SearchUpdate, search_plan
+from diffsparse.search.demo.search_plan import SearchUpdate, search_updates
 from diffsparse.search.demo.sessions import Job, Session, Sessions
 from diffsparse.search.demo.studio import (
     CONSERVATIVE,
@@ -482,13 +482,13 @@ def test_a_search_is_cancelled_goes_on_and_loads_its_plan(studio: Studio, sessio
     with pytest.raises(BadInput, match="no search has ended"):
         studio.view(SEARCHED_HERE, session)
     first: list[SearchUpdate] = []
-    for update in search_plan(studio, session, session.begin(), *asked):
+    for update in search_updates(studio, session, session.begin(), *asked):
         first.append(update)
         if update.message.startswith("sensitivity: 1 of"):
             session.cancel()
     assert first[-1].kind == "stopped" and session.searched is None and not studio.lock.locked()
     assert not any("schedule" in update.message for update in first)
-    second = list(search_plan(studio, session, session.begin(), *asked))
+    second = list(search_updates(studio, session, session.begin(), *asked))
     assert second[-1].kind == "done", second[-1].message
     texts = [update.message for update in second]
     assert texts[0] == "going on with the search" and not any(text.startswith("trace") for text in texts)
@@ -515,7 +515,7 @@ def test_a_search_is_cancelled_goes_on_and_loads_its_plan(studio: Studio, sessio
 def test_bad_searches_are_one_line(
     studio: Studio, session: Session, prompts: Any, budget: Any, steps: Any, message: str
 ) -> None:
-    found = list(search_plan(studio, session, session.begin(), prompts, budget, steps))
+    found = list(search_updates(studio, session, session.begin(), prompts, budget, steps))
     assert [update.kind for update in found] == ["error"] and message in found[0].message
 
 
@@ -753,7 +753,7 @@ socket.socket.connect, socket.getaddrinfo = only_local, resolve_local
 from pathlib import Path
 from diffsparse.search.demo.generate import Request, generate
 from diffsparse.search.demo.launch import serve
-from diffsparse.search.demo.search_plan import search_plan
+from diffsparse.search.demo.search_plan import search_updates
 from diffsparse.search.demo.sessions import Session
 from diffsparse.search.demo.studio import Studio
 
@@ -765,7 +765,7 @@ def use():
     studio.defaults = lambda: dataclasses.replace(Studio.defaults(studio), **size)
     asked = Request("a red circle", steps=2, plan="conservative", **size)
     made = list(generate(studio, session, session.begin(), asked))
-    found = list(search_plan(studio, session, session.begin(), "a red circle", 0.9, 2))
+    found = list(search_updates(studio, session, session.begin(), "a red circle", 0.9, 2))
     looked = session.searched is not None and session.searched.overview(0)
     return [made[-1].kind, found[-1].kind, bool(looked)]
 

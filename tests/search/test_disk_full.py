@@ -19,7 +19,7 @@ from diffsparse.search.demo.generate import explain
 from diffsparse.search.errors import BadInput, DiskFull, writing
 from diffsparse.search.html import write_html
 from diffsparse.search.report import write_picture, write_video
-from diffsparse.search.search import run_search
+from diffsparse.search.search import search_plan
 from diffsparse.search.show import draw
 from tests.search.conftest import Cli, make_plan
 from tests.search.test_cli import SHAPE
@@ -135,14 +135,15 @@ def test_a_plan_that_finds_no_room_is_not_searched_again(
     pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     def search(say: Callable[[str], None]) -> Any:
-        return run_search(pipe, PROMPTS, config(validation_prompts=0), tmp_path, progress=False, say=say)
+        return search_plan(pipe, PROMPTS, config(validation_prompts=0), tmp_path, progress=False, say=say)
 
     request.getfixturevalue("full")
     with pytest.raises(DiskFull, match="run the same command again: it goes on from what was measured"):
         search(lambda line: None)
     assert [file.name for file in tmp_path.iterdir()] == ["search.sqlite"]
     monkeypatch.undo()
-    monkeypatch.setattr("diffsparse.search.search.record", None)  # nothing is generated any more
+    for module in ("stages.probe", "stages.trace", "workspace"):
+        monkeypatch.setattr(f"diffsparse.search.{module}.record", None)  # nothing is generated any more
     lines: list[str] = []
     search(lines.append)
     assert "going on" in lines[0] and (tmp_path / "sparse_plan.json").is_file()

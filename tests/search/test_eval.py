@@ -14,7 +14,7 @@ from diffsparse.pipelines import sparse_attention_summary
 from diffsparse.presets import preset
 from diffsparse.search import metrics
 from diffsparse.search.errors import BadInput
-from diffsparse.search.evaluate import DenseSet, compare, evaluate, generate_dense, paired
+from diffsparse.search.evaluate import DenseSet, compare, evaluate_plan, generate_dense, paired
 from diffsparse.search.generate import GenerationSettings, LoopTimer, generate_clip, generate_clips
 from tests.search.conftest import make_plan
 from tests.search.tiny import PROMPTS, SHAPE
@@ -140,7 +140,7 @@ def test_the_report_is_plain_json(pipe: Any, dense: DenseSet) -> None:
 
 
 def test_another_seed_with_one_seed_given(pipe: Any) -> None:
-    report = evaluate(
+    report = evaluate_plan(
         pipe, "window", PROMPTS[:1], seeds=[5], num_inference_steps=2, noise_floor=False, progress=False, **SHAPE
     )
     assert report.other_seed_psnr is not None and report.noise_floor is None

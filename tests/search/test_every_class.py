@@ -18,7 +18,7 @@ from diffsparse.pipelines.matrix import model_rows
 from diffsparse.pipelines.state import DENSE_ENTRIES, FULL
 from diffsparse.search.errors import BadInput
 from diffsparse.search.observe import final_latents
-from diffsparse.search.search import SearchConfig, run_search
+from diffsparse.search.search import SearchConfig, search_plan
 from tests.pipelines.models import CASES
 from tests.search import zoo
 
@@ -52,7 +52,7 @@ def search(pipe: Any, out: Path, lines: list[str] | None = None, **arguments: An
         | arguments
     )
     say = (lambda line: None) if lines is None else lines.append
-    return run_search(pipe, PROMPTS, config, out, progress=False, say=say), config
+    return search_plan(pipe, PROMPTS, config, out, progress=False, say=say), config
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from diffsparse.search import search as searches
 from diffsparse.search.identity import model_identity
-from diffsparse.search.search import SearchConfig, run_search
+from diffsparse.search.search import SearchConfig, search_plan
 from diffsparse.search.store import StoreMismatch
 from tests.search.tiny import PROMPTS, SHAPE, build_pipeline
 
@@ -92,7 +92,7 @@ def test_a_record_of_another_model_is_not_gone_on_with(tmp_path: Path, monkeypat
     monkeypatch.setattr(searches, "_run", begins)
 
     def search(pipe: Any) -> None:
-        run_search(pipe, PROMPTS, CONFIG, tmp_path, progress=False, say=lambda line: None)
+        search_plan(pipe, PROMPTS, CONFIG, tmp_path, progress=False, say=lambda line: None)
 
     for _ in range(2):
         with pytest.raises(Began):

@@ -16,9 +16,9 @@ from diffsparse.search import load
 from diffsparse.search.call import call_pipeline, sizes_seen
 from diffsparse.search.cli import main
 from diffsparse.search.errors import BadInput
-from diffsparse.search.evaluate import evaluate
+from diffsparse.search.evaluate import evaluate_plan
 from diffsparse.search.generate import MAX_SEED, GenerationSettings, check_seeds, generate_clip
-from diffsparse.search.search import SearchConfig, run_search
+from diffsparse.search.search import SearchConfig, search_plan
 from diffsparse.search.signature import check_generates, makes_videos, parameters
 from tests.pipelines.models import flux
 from tests.search.conftest import make_plan
@@ -388,7 +388,7 @@ def test_a_search_records_the_pipelines_own_values_and_eval_takes_them(
     config = SearchConfig(
         budget=1.0, trace_steps=2, steps=2, samples=1, trace_prompts=1, validation_prompts=0, candidates=1
     )
-    run_search(pipe, PROMPTS[:1], config, tmp_path / "plan", progress=False)
+    search_plan(pipe, PROMPTS[:1], config, tmp_path / "plan", progress=False)
     record = load.load_plan(str(tmp_path / "plan")).record["calibration"]
     assert (record["guidance_scale"], record["height"], record["width"]) == (3.5, 128, 128)
     pipe.default_sample_size = 32
@@ -487,13 +487,13 @@ def test_a_plan_with_a_layer_that_the_model_lacks(
     run = ["eval", model_folder, plan, "--prompts", prompts_file]
     assert "it names blocks.9.attn1, which the model lacks" in refused(pipe, *run)
     with pytest.raises(ValueError, match=r"blocks\.9\.attn1"):
-        evaluate(pipe, load.load_plan(str(plan)), PROMPTS)
+        evaluate_plan(pipe, load.load_plan(str(plan)), PROMPTS)
 
 
 @pytest.mark.usefixtures("nothing_generated")
 def test_a_backend_that_cannot_run_is_said_before_the_clips(pipe: Any) -> None:
     with pytest.raises(ValueError, match="no-such-backend"):
-        evaluate(pipe, make_plan(), PROMPTS, backend="no-such-backend")
+        evaluate_plan(pipe, make_plan(), PROMPTS, backend="no-such-backend")
 
 
 # -- prompts and seeds -------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from diffsparse.schedule import Schedule
 from diffsparse.search.cost import CostModel
 from diffsparse.search.generate import GenerationSettings
 from diffsparse.search.observe import call_levels, final_latents
-from diffsparse.search.search import SearchConfig, run_search
+from diffsparse.search.search import SearchConfig, search_plan
 from tests.search.tiny import PROMPTS, SHAPE, build_pipeline
 
 GRID, TILE, STEPS = TokenGrid(3, 12, 12), TileOrder(1, 8, 8), 5
@@ -76,12 +76,12 @@ def test_a_searched_plan_runs_the_density_that_was_asked_for(
 ) -> None:
     pipe = pipeline(scheduler)
     costs = CostModel("cpu", 1.0, (0.02, 0.1, 0.3, 0.6), {tail: (0.1, 0.2, 0.4, 0.7) for tail in TAILS})
-    monkeypatch.setattr("diffsparse.search.search.measure_costs", lambda *args: costs)
+    monkeypatch.setattr("diffsparse.search.stages.compose.measure_costs", lambda *args: costs)
     config = SearchConfig(
         budget=None, density=0.6, steps=STEPS, trace_steps=4, samples=1, trace_prompts=1, validation_prompts=0,
         guidance_scale=3.0, dense_steps=1, **SHAPE,
     )  # fmt: skip
-    plan = run_search(pipe, PROMPTS, config, tmp_path, progress=False, say=lambda line: None)
+    plan = search_plan(pipe, PROMPTS, config, tmp_path, progress=False, say=lambda line: None)
     said = plan.record["search"]["trajectory_density"]
     assert said == pytest.approx(executed(pipe, plan, STEPS), abs=1e-9)
     assert 0.55 < said <= 0.6

@@ -18,7 +18,7 @@ from diffsparse.search.errors import BadInput
 from diffsparse.search.generate import GenerationSettings
 from diffsparse.search.layers import common_architecture, merged_grid, switch_level
 from diffsparse.search.observe import Tracer, final_latents, first_step, record, replaying, watched_updates
-from diffsparse.search.search import SearchConfig, run_search
+from diffsparse.search.search import SearchConfig, search_plan
 from diffsparse.search.steps import StepCounter
 from tests.pipelines.models import wan
 from tests.search import zoo
@@ -85,7 +85,7 @@ def test_no_head_is_left_out_that_one_of_the_experts_needs(tmp_path: Path) -> No
     config = SearchConfig(
         budget=None, density=0.69, steps=4, trace_steps=4, samples=2, trace_prompts=1, validation_prompts=0, **settings
     )
-    plan = run_search(pipe, ["a red circle"], config, tmp_path, progress=False, say=lambda line: None)
+    plan = search_plan(pipe, ["a red circle"], config, tmp_path, progress=False, say=lambda line: None)
     skipped = 0
     experts: dict[float, str] = {}
     with torch.no_grad(), tap_attention(pipe, lambda call: experts.update({call.noise_level: call.transformer})):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from diffsparse.search.metrics import MAX_PSNR
-from diffsparse.search.search import SearchConfig, run_search
+from diffsparse.search.search import SearchConfig, search_plan
 from tests.search.tiny import PROMPTS, SHAPE
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "quality.py"
@@ -20,7 +20,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "quality.py"
 @pytest.mark.slow
 def test_rows_of_equal_density(pipe: Any, model_folder: Path, prompts_file: Path, tmp_path: Path) -> None:
     config = SearchConfig(budget=None, density=0.7, steps=4, trace_steps=3, samples=2, dense_steps=1, **SHAPE)
-    run_search(pipe, PROMPTS, config, tmp_path / "plan", progress=False, say=lambda line: None)
+    search_plan(pipe, PROMPTS, config, tmp_path / "plan", progress=False, say=lambda line: None)
     out = tmp_path / "out.json"
     command = [
         sys.executable, str(SCRIPT), str(model_folder), str(tmp_path / "plan"), "--prompts", str(prompts_file),

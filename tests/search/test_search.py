@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffsparse.entry import TAILS
 from diffsparse.kernels import sparse_attention
 from diffsparse.kernels.break_even import save_local
 from diffsparse.layout import build_layout
@@ -20,6 +22,7 @@ from diffsparse.pipelines import architecture_of, sparse_attention_summary, tap_
 from diffsparse.pipelines import sparse_attention as attached
 from diffsparse.plan import SparsityPlan
 from diffsparse.search.compose import strides
+from diffsparse.search.cost import CostModel
 from diffsparse.search.errors import BadInput
 from diffsparse.search.generate import GenerationSettings, generate_clip
 from diffsparse.search.load import sparse_backend
@@ -27,7 +30,7 @@ from diffsparse.search.measured import PooledAttention, figures_beside
 from diffsparse.search.observe import final_latents, record, replaying, step_effect
 from diffsparse.search.options import HeadScores, is_stable
 from diffsparse.search.score import projection_roots
-from diffsparse.search.search import SearchConfig, run_search
+from diffsparse.search.search import SearchConfig, search_plan
 from diffsparse.search.store import SearchStore, StoreMismatch
 from tests.pipelines.test_break_even import table
 from tests.search.tiny import PROMPTS, SHAPE
@@ -43,7 +46,16 @@ def config(**changes: Any) -> SearchConfig:
 
 
 def search(pipe: Any, out: Path, **changes: Any) -> SparsityPlan:
-    return run_search(pipe, PROMPTS, config(**changes), out, progress=False, say=lambda line: None)
+    return search_plan(pipe, PROMPTS, config(**changes), out, progress=False, say=lambda line: None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fixed_costs() -> Iterator[None]:
+    """Calls this small take so little time that measured costs are noise."""
+    costs = CostModel("cpu", 1.0, (0.02, 0.1, 0.3, 0.6), {tail: (0.1, 0.2, 0.4, 0.7) for tail in TAILS})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("diffsparse.search.stages.compose.measure_costs", lambda *args: costs)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +150,7 @@ def test_they_are_what_the_kernel_makes(pipe: Any, tmp_path: Path) -> None:
 def test_a_finished_search_read_back_gives_the_same_plan(pipe: Any, found: Path, tmp_path: Path) -> None:
     plan = SparsityPlan.from_pretrained(found)
     lines: list[str] = []
-    again = run_search(pipe, PROMPTS, config(), found, progress=False, say=lines.append)
+    again = search_plan(pipe, PROMPTS, config(), found, progress=False, say=lines.append)
     assert "going on" in lines[0]
     for each in (plan, again):
         each.record["search"].pop("seconds")  # the second one read what the first one measured
@@ -203,7 +215,7 @@ def test_plans_are_validated_sparse_where_auto_would_stay_dense(
 
 def test_what_cannot_work_is_said(pipe: Any, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="at least one prompt"):
-        run_search(pipe, [], config(), tmp_path)
+        search_plan(pipe, [], config(), tmp_path)
     with pytest.raises(BadInput, match=r"a density of 0\.001 cannot be had on this model: the least is 0\.\d{3}"):
         search(pipe, tmp_path / "a", density=0.001)
     assert [file.name for file in (tmp_path / "a").iterdir()] == ["search.sqlite"]

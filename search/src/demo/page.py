@@ -14,7 +14,7 @@ from PIL import Image
 
 from diffsparse.search.demo.generate import Request, Update, explain, generate
 from diffsparse.search.demo.inspector import PlanView
-from diffsparse.search.demo.search_plan import search_plan
+from diffsparse.search.demo.search_plan import search_updates
 from diffsparse.search.demo.sessions import Session, Sessions
 from diffsparse.search.demo.studio import (
     CONSERVATIVE,
@@ -301,7 +301,7 @@ class _Page:
                 yield _status("stopped", "cancelled"), ""
                 return
             session.job.started = True
-            for update in search_plan(self.studio, session, session.job, *values):
+            for update in search_updates(self.studio, session, session.job, *values):
                 fraction = update.fraction if update.kind == "busy" else None
                 items = "".join(f"<li>{html.escape(line)}</li>" for line in update.lines)
                 yield _status(update.kind, update.message, fraction), f"<ol>{items}</ol>"

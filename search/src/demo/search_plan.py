@@ -18,9 +18,9 @@ from diffsparse.search.demo.live import Cancelled, follow
 from diffsparse.search.demo.sessions import Job, Session
 from diffsparse.search.demo.studio import Studio
 from diffsparse.search.errors import BadInput
-from diffsparse.search.search import FREE_SETTINGS, SearchConfig, run_search, thoroughness
+from diffsparse.search.search import FREE_SETTINGS, SearchConfig, search_plan, thoroughness
 
-__all__ = ["SearchUpdate", "search_plan"]
+__all__ = ["SearchUpdate", "search_updates"]
 
 MAX_PROMPTS = 16
 TRACE_STEPS = 4
@@ -118,7 +118,7 @@ class _Log:
         return tuple(self._lines.values())
 
 
-def search_plan(
+def search_updates(
     studio: Studio, session: Session, job: Job, prompts: Any, budget: Any, steps: Any
 ) -> Iterator[SearchUpdate]:
     """Searches a plan and makes it the session's ``searched``. Never raises: errors are updates.
@@ -132,7 +132,7 @@ def search_plan(
 
         def work(tell: Callable[[Any], None]) -> PlanView:
             with _stop_where_cancelled(studio, job):
-                plan = run_search(
+                plan = search_plan(
                     studio.pipe,
                     found,
                     config,

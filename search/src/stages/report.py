@@ -1,0 +1,104 @@
+"""What a search writes beside the plan: its record, and the attention that it measured."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import diffsparse
+from diffsparse.entry import HeadEntry
+from diffsparse.grid import TokenGrid
+from diffsparse.kernels import sparse_attention
+from diffsparse.search.compose import Candidate
+from diffsparse.search.cost import CostModel
+from diffsparse.search.environment import environment
+from diffsparse.search.layers import main_grid
+from diffsparse.search.load import shape_rule
+from diffsparse.search.measured import HeadFigures, PooledAttention, plan_digest
+from diffsparse.search.options import FamilyTable
+from diffsparse.search.workspace import Workspace
+
+__all__ = ["measured", "search_record"]
+
+
+def search_record(work: Workspace, grid: TokenGrid, costs: CostModel) -> dict[str, Any]:
+    config = work.config
+    name = getattr(work.pipe, "name_or_path", None) or getattr(work.pipe.config, "_name_or_path", "")
+    # The folder's own name only: where a model lies on somebody's disk is nobody's business.
+    sizes = _size_that_ran(work, grid)
+    return {
+        "model": {"id": Path(str(name)).name, "pipeline": type(work.pipe).__name__},
+        "calibration": {
+            "prompts_sha256": hashlib.sha256("\n".join(work.prompts).encode()).hexdigest(),
+            "traced_prompts": len(work.traced()),
+            "seed": config.seed,
+            "grid": str(grid),
+            "steps": config.steps,
+            "trace_steps": config.trace_steps,
+            **{
+                name: value
+                for name in ("guidance_scale", "true_cfg_scale", "height", "width", "num_frames")
+                if (value := sizes.get(name, getattr(config, name))) is not None
+            },
+        },
+        "search": {"budget": config.budget, "density": config.density, "kernel": _kernel_version()},
+        "costs": costs.to_dict(),
+        "environment": environment(next(work.transformer.parameters()).device),
+    }
+
+
+def _size_that_ran(work: Workspace, grid: TokenGrid) -> dict[str, int]:
+    """Height and width in pixels where nobody gave them, and the pipeline has them from its model.
+
+    What the pipeline prepared latents for counts only where it agrees with the grid that was seen.
+    """
+    size, rule = work.probe.size, shape_rule(work.pipe)
+    if size is None or size != (grid.height * rule.height, grid.width * rule.width):
+        return {}
+    return {"height": size[0], "width": size[1]}
+
+
+def _kernel_version() -> str:
+    return f"{sparse_attention.__module__} {diffsparse.__version__}"
+
+
+def measured(work: Workspace, chosen: Candidate) -> PooledAttention:
+    """Mean attention of every phase, layer and head, and what the chosen entries make of it."""
+    plan = chosen.plan
+    phases, heads = plan.schedule.num_phases, work.architecture.heads
+    traced, orders = work.trace_levels, work.probe.orders
+    members = [[s for s, level in enumerate(traced) if plan.schedule.phase(level) == p] for p in range(phases)]
+    # Orders cut a ragged grid into different numbers of blocks; the bins are equally many for all.
+    side = min(80, *(len(t.weight) for t in work.tables.values()))
+    pooled = np.zeros((phases, len(work.layers), heads, side, side), np.float16)
+    kept = np.zeros((phases, len(work.layers), heads))
+    for j, (layer, grid) in enumerate(work.grids.items()):
+        for head in range(heads):
+            table = work.table(grid, orders[layer][head])
+            for p in range(phases):
+                steps = members[p] or [len(traced) // 2]
+                masses = [work.mass(prompt, layer, head, steps) for prompt in work.traced()]
+                pooled[p, j, head] = _shrink(masses[0], side)
+                kept[p, j, head] = _kept_mass(plan.entries[plan.index[p, j, head]], np.mean(masses, axis=0), table)
+    figures = HeadFigures(chosen.error, kept, plan_digest(plan))
+    by_layer = {layer: list(row) for layer, row in orders.items()}
+    return PooledAttention(pooled, by_layer, main_grid(work.grids), plan.block_size, figures)
+
+
+def _kept_mass(entry: HeadEntry, mass: np.ndarray, table: FamilyTable) -> float:
+    """Share of the attention that an entry computes exactly, by the ``mass [NB, NB]`` of the blocks of its order."""
+    if entry.is_dense or entry.execution.mode == "skip":  # in no order of their own
+        return float(entry.is_dense)
+    dropped = ~entry.pattern.block_mask(table.grid, entry.order, table.block_size)
+    share = table.weight.sum(1)  # of the queries, by block
+    return float(np.clip(1 - share @ (mass * dropped).sum(1), 0, 1))
+
+
+def _shrink(mass: np.ndarray, side: int) -> np.ndarray:
+    """Pool a square matrix to ``[side, side]``, keeping rows' sums: queries are averaged, keys are summed."""
+    edges = np.linspace(0, len(mass), side + 1).astype(int)[:-1]
+    rows = np.diff([*edges, len(mass)])[:, None]
+    return np.add.reduceat(np.add.reduceat(mass, edges, 0) / rows, edges, 1)

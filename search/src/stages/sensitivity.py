@@ -1,0 +1,116 @@
+"""Third stage: what an error in a layer does to the model's output, and what an error in a step does to the clip."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from diffsparse.entry import TAILS, Execution, HeadEntry
+from diffsparse.layout import BlockLayout
+from diffsparse.patterns import Bitmap
+from diffsparse.pipelines import tap_attention
+from diffsparse.search.compose import strides
+from diffsparse.search.layers import layouts_by_call
+from diffsparse.search.observe import final_latents, partial_error, replaying, step_effect
+from diffsparse.search.options import reference_mask
+from diffsparse.search.workspace import Workspace
+
+__all__ = ["amplification", "effects", "reference"]
+
+REFERENCE_DENSITY = 0.06
+INJECTED_SHARE = 0.25
+
+
+def effect_steps(work: Workspace) -> tuple[int, ...]:
+    """Trace steps at which layers are perturbed."""
+    n = work.config.trace_steps
+    return tuple(sorted({min(n - 1, n // 8), n // 2}))
+
+
+def inject_steps(work: Workspace) -> tuple[int, ...]:
+    """Trace steps at which an error is put into the trajectory; growth falls evenly, on a log scale, between."""
+    n = work.config.trace_steps
+    return tuple(sorted({0, 3 * n // 4}))
+
+
+def reference(work: Workspace) -> tuple[dict[str, list[HeadEntry]], np.ndarray]:
+    """Sparse entries of every layer, equal at all steps: bitmaps of the reference density, each head's best tail.
+
+    Also the squared error that they should make in every layer at every traced step: ``[steps, layers]``.
+    """
+    found: dict[str, list[HeadEntry]] = {}
+    predicted = np.zeros((work.trace_length, len(work.layers)))
+    for j, (layer, grid) in enumerate(work.grids.items()):
+        found[layer] = []
+        for head in range(work.architecture.heads):
+            order = work.orders[layer, head]
+            table = work.table(grid, order)
+            steps = [work.scores(layer, head, {s: 1.0}) for s in range(work.trace_length)]
+            together = work.scores(layer, head, {s: 1 / max(x.energy, 1e-30) for s, x in enumerate(steps)})
+            tries = []
+            for t, tail in enumerate(TAILS):
+                mask = reference_mask(together.mean[t], table.weight, REFERENCE_DENSITY)
+                left = [x.corrected(t, float(x.mean[t][~mask].sum())) for x in steps]
+                tries.append((float(np.sum(left)), tail, mask, left))
+            _, tail, mask, left = min(tries, key=lambda x: x[0])
+            predicted[:, j] += left
+            bitmap = Bitmap.from_mask(mask, grid, order, work.config.block_size)
+            found[layer].append(HeadEntry(order, bitmap, execution=Execution(tail=tail)))
+    return found, predicted
+
+
+def effects(work: Workspace, entries: dict[str, list[HeadEntry]], predicted: np.ndarray) -> np.ndarray:
+    """Squared change of the guided output per predicted squared error of each layer: ``[steps, layers]``."""
+    steps = [s for s in effect_steps(work) if s < work.trace_length]
+    todo = [(s, n) for s in steps for n in work.layers if not work.has_effect(s, n)]
+    find = layouts_by_call(entries, work.config.block_size)
+    settings = work.config.settings(work.config.trace_steps)
+    if todo:
+        with work.bar(len(todo), "sensitivity") as bar:
+            for step, layer in todo:
+
+                def one(call: Any, layer: str = layer) -> BlockLayout | None:
+                    return find(call) if call.layer == layer else None
+
+                effect = step_effect(
+                    work.pipe, work.dense_recording(), work.prompts[0], work.config.seed, settings, step, one
+                )
+                work.put_effect(step, layer, effect)
+                bar.update()
+    measured = np.empty((len(steps), len(work.layers)))
+    for j, layer in enumerate(work.layers):
+        for i, step in enumerate(steps):
+            measured[i, j] = work.effect(step, layer) / max(float(predicted[step, j]), 1e-30)
+    every = np.arange(work.trace_length)
+    logs = np.log(np.maximum(measured, 1e-30))
+    return np.exp(np.stack([np.interp(every, steps, logs[:, j]) for j in range(len(work.layers))], 1))
+
+
+def amplification(work: Workspace, entries: dict[str, list[HeadEntry]], output_error: np.ndarray) -> np.ndarray:
+    """Growth of an error between the step that makes it and the final latent, for the traced steps.
+
+    An error of the model's output moves the latent by that error times the step's change of noise level, and what
+    follows makes it ``growth`` times larger (as a squared norm).
+
+    A part of the sparse error is put into one step of the recorded generation, which then goes on dense. Only a
+    part, because a whole one at an early step leads to a different clip, whose distance says nothing about the
+    size of the error any more. ``output_error``: predicted for the whole error, ``[steps]``.
+    """
+    steps = [s for s in inject_steps(work) if s < work.trace_length]
+    todo = [s for s in steps if not work.has_injected(s)]
+    if todo:
+        find = layouts_by_call(entries, work.config.block_size)
+        settings = work.config.settings(work.config.trace_steps)
+        with work.bar(len(todo), "schedule") as bar:
+            for step in todo:
+                recording = work.dense_recording()
+                # Replayed calls make no attention call, so the first one that is counted belongs to this step.
+                inject = partial_error(find, INJECTED_SHARE, 1)
+                with replaying(work.pipe, recording, recording.first_call(step)), tap_attention(work.pipe, inject):
+                    latents = final_latents(work.pipe, work.prompts[0], work.config.seed, settings)
+                work.put_injected(step, float((latents - recording.latents).double().square().sum()))
+                bar.update()
+    stride = strides(np.array(work.trace_levels))
+    found = [work.injected(s) / max(INJECTED_SHARE**2 * float(output_error[s]) * stride[s] ** 2, 1e-30) for s in steps]
+    return np.exp(np.interp(np.arange(work.trace_length), steps, np.log(np.maximum(found, 1e-30))))

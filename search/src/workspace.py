@@ -1,0 +1,265 @@
+"""What the stages of a search share: the pipeline, what is asked for, and what was measured by now, by typed names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from diffsparse.grid import TokenGrid
+from diffsparse.order import TokenOrder, parse_order
+from diffsparse.pipelines import find_transformers
+from diffsparse.search.candidates import orders_for
+from diffsparse.search.config import SearchConfig
+from diffsparse.search.cost import CostModel
+from diffsparse.search.layers import common_architecture
+from diffsparse.search.observe import Recording, call_levels, record
+from diffsparse.search.options import FamilyTable, HeadScores
+from diffsparse.search.store import SearchStore
+
+__all__ = ["Probe", "Stage", "Workspace"]
+
+#: The arrays that are kept of every head at every traced step, by the start of their names, with their number of axes:
+#: ``HeadScores`` says what they hold, and ``mass`` is the attention of each block pair.
+HEAD_ARRAYS = {"error": 3, "mass": 2, "energy": 0, "summed": 2, "true": 2}
+
+
+class Stage:
+    """One stage's bar, and whoever else follows how far it is."""
+
+    def __init__(self, total: int, label: str, progress: bool, on_stage: Callable[[str, int, int], None]) -> None:
+        self._bar = tqdm(total=total, desc=label, disable=not progress, leave=True)
+        self._label, self._total, self._done, self._on_stage = label, total, 0, on_stage
+
+    def __enter__(self) -> Stage:
+        self._on_stage(self._label, 0, self._total)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.close()
+
+    def update(self, count: int = 1) -> None:
+        self._bar.update(count)
+        self._done += count
+        self._on_stage(self._label, self._done, self._total)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the first few steps of one generation tell.
+
+    ``grids``, ``orders``: of the layers that are searched, in the model's order; a layer's orders by head.
+    ``branches``: model calls of a step. ``forward_seconds``: of one of them. ``size``: height and width in pixels that
+    the pipeline prepared latents for, or None. ``dense``: the other layers, with the reason why they stay dense.
+    """
+
+    grids: dict[str, TokenGrid]
+    orders: dict[str, tuple[TokenOrder, ...]]
+    branches: int
+    forward_seconds: float
+    head_dim: int
+    size: tuple[int, int] | None
+    dense: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "grids": {n: [*g.shape, g.text_before, g.text_after] for n, g in self.grids.items()},
+            "orders": {n: [str(order) for order in orders] for n, orders in self.orders.items()},
+            "branches": self.branches,
+            "forward_seconds": self.forward_seconds,
+            "head_dim": self.head_dim,
+            "size": None if self.size is None else list(self.size),
+            "dense": self.dense,
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Probe:
+        return cls(
+            grids={n: TokenGrid(*sizes) for n, sizes in data["grids"].items()},
+            orders={n: tuple(map(parse_order, orders)) for n, orders in data["orders"].items()},
+            branches=data["branches"],
+            forward_seconds=data["forward_seconds"],
+            head_dim=data["head_dim"],
+            size=None if data["size"] is None else (data["size"][0], data["size"][1]),
+            dense=data["dense"],
+        )
+
+
+@dataclass
+class Workspace:
+    """The state that stages share; everything costly is in the store, and read and written through the names here."""
+
+    pipe: Any
+    prompts: tuple[str, ...]
+    config: SearchConfig
+    store: SearchStore
+    progress: bool
+    say: Callable[[str], None]
+    on_stage: Callable[[str, int, int], None]
+    recording: Recording | None = None
+    tables: dict[tuple[TokenGrid, TokenOrder], FamilyTable] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.architecture = common_architecture(self.pipe)
+        # For what all of them share: the device and the data type.
+        self.transformer = next(iter(find_transformers(self.pipe).values()))
+
+    def bar(self, total: int, label: str) -> Stage:
+        return Stage(total, label, self.progress, self.on_stage)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pipeline runs."""
+        return torch.device(getattr(self.pipe, "_execution_device", next(self.transformer.parameters()).device))
+
+    def layer_orders(self, grid: TokenGrid) -> list[TokenOrder]:
+        """The orders that are tried on a grid; the first costs least to gather."""
+        return orders_for(grid.visual_only(), self.config.block_size)
+
+    # -- what was measured -----------------------------------------------------------------------------------------
+
+    @property
+    def has_probe(self) -> bool:
+        return "probe" in self.store
+
+    @cached_property
+    def probe(self) -> Probe:
+        """Known when the first stage has run."""
+        return Probe.from_dict(self.store.get_json("probe"))
+
+    def put_probe(self, probe: Probe) -> None:
+        self.store.put_json("probe", probe.to_dict())
+
+    @property
+    def grids(self) -> dict[str, TokenGrid]:
+        """The grid of every layer that is searched, in the model's order."""
+        return self.probe.grids
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers that are searched; all others stay dense."""
+        return tuple(self.grids)
+
+    @cached_property
+    def orders(self) -> dict[tuple[str, int], TokenOrder]:
+        """Every head's best order."""
+        return {(n, h): order for n, row in self.probe.orders.items() for h, order in enumerate(row)}
+
+    def costs(self, grid: TokenGrid, measure: Callable[[], CostModel]) -> CostModel:
+        """Costs on a grid, measured once per search: a resumed one must end in the same plan."""
+        if (name := f"costs/{grid}") not in self.store:
+            self.store.put_json(name, measure().to_dict())
+        return CostModel.from_dict(self.store.get_json(name))
+
+    def traced(self) -> list[int]:
+        """Numbers of the prompts that are traced."""
+        return list(range(min(self.config.trace_prompts, len(self.prompts))))
+
+    def is_traced(self, prompt: int) -> bool:
+        return f"trace/{prompt}/levels" in self.store
+
+    def put_head_arrays(self, prompt: int, step: int, layer: str, arrays: dict[str, np.ndarray]) -> None:
+        """The arrays of all heads of a layer at one step of a prompt: names as in ``HEAD_ARRAYS``, and the head."""
+        heads = range(self.architecture.heads)
+        wanted = {f"{name}{head}": axes for name, axes in HEAD_ARRAYS.items() for head in heads}
+        if (found := {name: array.ndim for name, array in arrays.items()}) != wanted:
+            raise AssertionError(f"{layer} was scored as {found}, wanted {wanted}")
+        self.store.put_arrays(f"trace/{prompt}/{step}/{layer}", arrays)
+
+    def put_trace(self, prompt: int, levels: Sequence[float], parts: Sequence[Sequence[str]]) -> None:
+        """A prompt is traced when this is there: noise levels of its steps, and the transformers that ran in each."""
+        self.store.put_json(f"trace/{prompt}/parts", [sorted(names) for names in parts])
+        self.store.put_json(f"trace/{prompt}/levels", list(levels))
+
+    @property
+    def trace_levels(self) -> list[float]:
+        """Noise levels of the traced steps."""
+        return [float(v) for v in self.store.get_json("trace/0/levels")]
+
+    @property
+    def trace_parts(self) -> list[list[str]]:
+        """The transformers that ran in each traced step."""
+        return [list(names) for names in self.store.get_json("trace/0/parts")]
+
+    @property
+    def trace_length(self) -> int:
+        return len(self.trace_levels)
+
+    def effect(self, step: int, layer: str) -> float:
+        """Squared change of the model's output by a layer's sparse error at a step."""
+        return float(self.store.get_json(f"effect/{step}/{layer}"))
+
+    def has_effect(self, step: int, layer: str) -> bool:
+        return f"effect/{step}/{layer}" in self.store
+
+    def put_effect(self, step: int, layer: str, effect: float) -> None:
+        self.store.put_json(f"effect/{step}/{layer}", effect)
+
+    def injected(self, step: int) -> float:
+        """Squared change of the final latent by an error that was put into a step."""
+        return float(self.store.get_json(f"inject/{step}"))
+
+    def has_injected(self, step: int) -> bool:
+        return f"inject/{step}" in self.store
+
+    def put_injected(self, step: int, change: float) -> None:
+        self.store.put_json(f"inject/{step}", change)
+
+    def validation(self, case: int, plan: str) -> dict[str, float] | None:
+        """What a plan, by its digest, had on a validation clip: ``psnr`` and ``speedup``; None where it has not run."""
+        name = f"validation/{case}/{self.config.steps}/{plan}"
+        return self.store.get_json(name) if name in self.store else None
+
+    def put_validation(self, case: int, plan: str, psnr: float, speedup: float) -> None:
+        self.store.put_json(f"validation/{case}/{self.config.steps}/{plan}", {"psnr": psnr, "speedup": speedup})
+
+    def call_levels(self) -> list[float]:
+        """The noise level of every model call of the generation that the plan is for."""
+        name = f"levels/{self.config.steps}"
+        if name not in self.store:
+            settings = self.config.settings(self.config.steps)
+            self.store.put_json(name, call_levels(self.pipe, self.prompts[0], self.config.seed, settings))
+        return [float(v) for v in self.store.get_json(name)]
+
+    def dense_recording(self) -> Recording:
+        """The recorded generation of the first prompt; run again where an earlier process made it."""
+        if self.recording is None:
+            settings = self.config.settings(self.config.trace_steps)
+            self.recording = record(self.pipe, self.prompts[0], self.config.seed, settings, None)
+        return self.recording
+
+    # -- scores ----------------------------------------------------------------------------------------------------
+
+    def scores(self, layer: str, head: int, weights: Mapping[int, float]) -> HeadScores:
+        """Scores of a head over the traced steps in ``weights``, each with its weight."""
+        parts = [[(w, self._arrays(p, step, layer)) for step, w in weights.items()] for p in self.traced()]
+
+        def total(name: str) -> np.ndarray:
+            return np.stack([sum(w * a[f"{name}{head}"].astype(np.float64) for w, a in part) for part in parts])
+
+        return HeadScores(total("error"), float(total("energy").mean()), total("summed").mean(0), total("true").mean(0))
+
+    def mass(self, prompt: int, layer: str, head: int, steps: Sequence[int]) -> np.ndarray:
+        """Attention mass of a head's visual blocks, per query, mean over traced steps: float ``[NB, NB]``."""
+        found = [self._arrays(prompt, s, layer)[f"mass{head}"].astype(np.float32) for s in steps]
+        return np.asarray(np.mean(found, axis=0))
+
+    def _arrays(self, prompt: int, step: int, layer: str) -> dict[str, np.ndarray]:
+        key = (prompt, step, layer)
+        if not hasattr(self, "_held") or self._held[0] != layer:
+            self._held: tuple[str, dict[tuple[int, int, str], dict[str, np.ndarray]]] = (layer, {})
+        held = self._held[1]
+        if key not in held:
+            held[key] = self.store.get_arrays(f"trace/{prompt}/{step}/{layer}")
+        return held[key]
+
+    def table(self, grid: TokenGrid, order: TokenOrder) -> FamilyTable:
+        key = (grid.visual_only(), order)
+        if key not in self.tables:
+            self.tables[key] = FamilyTable(*key, self.config.block_size)
+        return self.tables[key]
