@@ -13,12 +13,12 @@ things make that less simple than two lines of ``setattr``:
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
+
+from diffsparse._on_import import OnImport
 
 __all__ = ["MARK", "METHODS", "TARGETS", "install", "uninstall"]
 
@@ -93,50 +93,18 @@ def _patch(module: ModuleType) -> None:
         _add_methods(cls)
 
 
-class _Loader(Loader):
-    """The loader that would have run, and the methods right after it."""
-
-    def __init__(self, inner: Any, finder: _Finder) -> None:
-        self._inner = inner
-        self._finder = finder
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self._inner.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        # From here on the module is its own loader's again, for importlib.resources, inspect, pickle and reload.
-        if module.__spec__ is not None:
-            module.__spec__.loader = self._inner
-        module.__loader__ = self._inner
-        self._inner.exec_module(module)
-        _patch(module)
-        self._finder.seen(module.__name__)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-
-class _Finder(MetaPathFinder):
+class _Finder(OnImport):
     """Waits for the modules in ``waiting``; takes itself off ``sys.meta_path`` after the last one has run."""
 
     def __init__(self, waiting: set[str]) -> None:
         self.waiting = waiting
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname not in self.waiting:
-            return None
-        for finder in sys.meta_path:  # whoever would have found it
-            spec = None if finder is self else finder.find_spec(fullname, path, target)
-            if spec is not None:
-                if spec.loader is not None:
-                    spec.loader = _Loader(spec.loader, self)
-                return spec
-        return None
+    def wants(self, name: str) -> bool:
+        return name in self.waiting
 
-    def seen(self, fullname: str) -> None:
-        self.waiting.discard(fullname)
+    def ran(self, module: ModuleType) -> None:
+        _patch(module)
+        self.waiting.discard(module.__name__)
         if not self.waiting and self in sys.meta_path:
             sys.meta_path.remove(self)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 
 from diffsparse.kernels.backends import backend_names
-from diffsparse.kernels.checks import cannot_run, input_error
+from diffsparse.kernels.checks import cannot_run
+from diffsparse.kernels.inputs import input_error
 from diffsparse.kernels.operands import as_operands
 from diffsparse.kernels.ops import sparse_attention_op
 from diffsparse.layout import BlockLayout
@@ -91,6 +92,24 @@ def sparse_attention(
     reason = input_error(q, k, v, layout, scale=scale, kv_len=kv_len, numerics=numerics, backend=backend)
     if reason is not None:
         raise ValueError(reason)
+    return run_checked(
+        q, k, v, layout, scale=scale, kv_len=kv_len, numerics=numerics, backend=backend, return_lse=return_lse
+    )
+
+
+def run_checked(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: BlockLayout,
+    *,
+    scale: float | None = None,
+    kv_len: torch.Tensor | None = None,
+    numerics: str = "auto",
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Any:
+    """:func:`sparse_attention` of arguments with which ``inputs.input_error`` has found nothing wrong."""
     out, lse = sparse_attention_op(
         q,
         k,

@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from diffsparse.entry import NUMERICS as NUMERICS_NAMES
 from diffsparse.entry import TAILS, Execution, HeadEntry
 from diffsparse.grid import TokenGrid
-from diffsparse.heads import GATHERED, SKIP, TAIL
+from diffsparse.heads import GATHERED, NUMERICS, SKIP, TAIL
 from diffsparse.kernels.api import sparse_attention
 from diffsparse.kernels.cache import cache_root
 from diffsparse.kernels.checks import choose_backend
@@ -32,8 +33,9 @@ from diffsparse.layout import BlockLayout
 from diffsparse.order import AxisOrder, RasterOrder
 from diffsparse.saving import write_whole
 from diffsparse.tails import measured_as, tail_name
+from diffsparse.work import HeadWork
 
-__all__ = ["BreakEvenTable", "device_name", "find_table", "local_file", "measure_break_even", "save_local"]
+__all__ = ["BreakEvenTable", "device_name", "find_table", "local_file", "measure_break_even", "save_local", "work_of"]
 
 logger = logging.getLogger("diffsparse")
 
@@ -100,23 +102,19 @@ class BreakEvenTable:
         """
         return float(tokens * (heads / self.heads) ** 0.5)
 
-    def layout_ratio(self, layout: BlockLayout) -> float:
+    def over_dense(self, heads: Sequence[HeadWork], tokens: int) -> float:
         """Predicted time of a call over its dense time: the mean over its heads, of which skipped ones take none."""
-        heads, n = layout.num_heads, layout.num_blocks
-        tokens = self.tokens_of(layout.seq_len, heads)
-        counts = layout.index.row_ptr[0].diff().view(heads, n).sum(1).tolist()
-        blocks = (layout.tokens.lengths() > 0).sum(1).tolist()
-        order, mode = layout.tokens.head_order.tolist(), layout.heads.table.tolist()
-        known: dict[tuple[float, int, int], float] = {}
+        size = self.tokens_of(tokens, len(heads))
+        known: dict[tuple[float, str, bool], float] = {}
         total = 0.0
-        for h in range(heads):
-            if mode[h][SKIP]:
+        for head in heads:
+            if head.skipped:
                 continue
-            key = (counts[h] / blocks[order[h]] ** 2, mode[h][TAIL], int(mode[h][GATHERED] > 0))
+            key = (head.blocks, head.tail, head.gathered)
             if key not in known:
-                known[key] = self.head_ratio(tokens, key[0], tail_name(key[1]), bool(key[2]))
+                known[key] = self.head_ratio(size, *key)
             total += known[key]
-        return total / heads
+        return total / len(heads)
 
     def break_even(self, tokens: int, tail: str = "none", gathered: bool = False) -> float:
         """The density, in steps of 0.01, up to which sparse is predicted to be faster; 0 where it is not even there."""
@@ -136,6 +134,25 @@ class BreakEvenTable:
         ratio = {tail: tuple(tuple(map(float, row)) for row in data["ratio"][tail]) for tail in TAILS}
         lists = {name: tuple(data[name]) for name in ("tokens", "densities", "gather", "dense")}
         return cls(**{**data, **lists, "ratio": ratio})
+
+
+def work_of(layout: BlockLayout) -> list[HeadWork]:
+    """What each head of a layout has to do."""
+    heads, n = layout.num_heads, layout.num_blocks
+    counts = layout.index.row_ptr[0].diff().view(heads, n).sum(1).tolist()
+    blocks = (layout.tokens.lengths() > 0).sum(1).tolist()
+    order, table = layout.tokens.head_order.tolist(), layout.heads.table.tolist()
+    return [
+        HeadWork(
+            density=layout.densities[h],
+            blocks=counts[h] / blocks[order[h]] ** 2,
+            tail=tail_name(table[h][TAIL]),
+            gathered=table[h][GATHERED] > 0,
+            skipped=bool(table[h][SKIP]),
+            numerics=NUMERICS_NAMES[table[h][NUMERICS]],
+        )
+        for h in range(heads)
+    ]
 
 
 def device_name(device: torch.device) -> str:

@@ -1,16 +1,16 @@
-"""Times of single calls, with enough samples for percentiles."""
+"""The timer: single calls, with enough samples for percentiles, or without making a GPU wait for the answer."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-__all__ = ["Timing", "samples_ms", "timing"]
+__all__ = ["Timing", "Watch", "samples_ms", "start_watch", "timing"]
 
 #: Samples that are taken however long a call is.
 LEAST = 5
@@ -68,14 +68,68 @@ def timing(samples: Sequence[float]) -> Timing:
 
 def _by_events(function: Callable[[], Any], device: torch.device) -> float:
     with torch.cuda.device(device):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
+        watch = _CudaWatch(device)
         function()
-        end.record()
-        end.synchronize()
-        return float(begin.elapsed_time(end))
+        watch.stop()
+        watch.end.synchronize()
+        return 1e3 * (watch.seconds() or 0.0)
 
 
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+class Watch(Protocol):
+    """Started when it is made, stopped once, and read when the time is known."""
+
+    def stop(self) -> None: ...
+
+    def seconds(self) -> float | None:
+        """The time between start and stop, or None while the device has not come so far."""
+        ...
+
+
+class _HostWatch:
+    """For the CPU, where a call has ended when it returns."""
+
+    __slots__ = ("begin", "end")
+
+    def __init__(self) -> None:
+        self.begin = self.end = time.perf_counter()
+
+    def stop(self) -> None:
+        self.end = time.perf_counter()
+
+    def seconds(self) -> float | None:
+        return self.end - self.begin
+
+
+class _CudaWatch:
+    """Two events on the stream that the call runs on. The GPU passes them by; whoever asks too early gets None."""
+
+    __slots__ = ("begin", "end", "stream")
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.current_stream(device)
+        self.begin = torch.cuda.Event(enable_timing=True)
+        self.end = torch.cuda.Event(enable_timing=True)
+        self.begin.record(self.stream)
+
+    def stop(self) -> None:
+        self.end.record(self.stream)
+
+    def seconds(self) -> float | None:
+        return self.begin.elapsed_time(self.end) / 1e3 if self.end.query() else None
+
+
+def start_watch(device: torch.device, timing: bool) -> Watch | None:
+    """A watch for a call on ``device``; None where there is none, or where ``timing`` was not asked for on a GPU.
+
+    While a CUDA graph is captured nothing runs, so there is nothing to time.
+    """
+    if device.type == "cpu":
+        return _HostWatch()
+    if not timing or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return None
+    return _CudaWatch(device)

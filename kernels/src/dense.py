@@ -20,8 +20,9 @@ from diffsparse.entry import HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels.api import sparse_attention
 from diffsparse.kernels.call import BACKENDS
-from diffsparse.kernels.checks import cannot_run, input_error
+from diffsparse.kernels.checks import cannot_run
 from diffsparse.kernels.clock import samples_ms, timing
+from diffsparse.kernels.inputs import input_error
 from diffsparse.layout import BlockLayout, build_layout
 
 __all__ = ["DENSE_KERNELS", "OWN_WAY", "DenseRace", "cannot_run_dense", "dense_attention", "dense_heads_", "race_dense"]

@@ -15,7 +15,8 @@ import torch
 from diffsparse.blocks import BlockIndex
 from diffsparse.kernels.backends import find_backend
 from diffsparse.kernels.call import AttentionCall, key_mask_of
-from diffsparse.kernels.checks import choose_backend, kv_len_error, possible_numerics
+from diffsparse.kernels.checks import choose_backend, possible_numerics
+from diffsparse.kernels.inputs import kv_len_error
 from diffsparse.kernels.operands import from_operands
 from diffsparse.tokens import TokenLayout
 

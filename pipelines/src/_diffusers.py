@@ -21,6 +21,8 @@ import diffusers
 import torch
 import torch.nn.functional
 
+from diffsparse._on_import import OnImport
+
 __all__ = [
     "PRIVATE_NAMES",
     "StandIn",
@@ -75,36 +77,56 @@ original_dispatch: Callable[..., torch.Tensor] = _need("diffusers.models.attenti
 
 _MODELS = "diffusers.models."
 _CALLS_SDPA = ("diffusers.models.attention_processor", "diffusers.models.transformers.")
-_seen_modules = 0
-_functional: ModuleType | None = None
+_watch: _Watch | None = None
+
+
+class _Watch(OnImport):
+    """Puts the two functions in place in modules of diffusers, and in others by name.
+
+    Those that are loaded later are seen when they are imported: a model may get a processor from one of them.
+    """
+
+    def __init__(self, dispatch: Callable[..., torch.Tensor], sdpa: Callable[..., torch.Tensor]) -> None:
+        self.dispatch = dispatch
+        # A copy of torch.nn.functional: the original is everybody's.
+        self.functional: Any = ModuleType("torch.nn.functional", torch.nn.functional.__doc__)
+        self.functional.__dict__.update(vars(torch.nn.functional))
+        self.functional.scaled_dot_product_attention = sdpa
+
+    def wants(self, name: str) -> bool:
+        return name.startswith(_MODELS)
+
+    def ran(self, module: ModuleType) -> None:
+        self.replace(module.__name__, module)
+
+    def replace(self, name: str, module: Any, also: bool = False) -> None:
+        """In one module, which may have neither name. ``also``: one from outside diffusers."""
+        if not isinstance(module, ModuleType):
+            return
+        names = vars(module)
+        # In attention_dispatch too, so that model modules loaded later import the replacement.
+        if names.get("dispatch_attention_fn") is original_dispatch:
+            names["dispatch_attention_fn"] = self.dispatch
+        if (also or name.startswith(_CALLS_SDPA)) and names.get("F") is torch.nn.functional:
+            names["F"] = self.functional
 
 
 def install(
     dispatch: Callable[..., torch.Tensor], sdpa: Callable[..., torch.Tensor], also: Collection[str] = ()
 ) -> None:
-    """Put the two functions in place, in every module that is loaded by now. Cheap where nothing was loaded since.
+    """Put the two functions in place, in every module of diffusers that is loaded by now or will be.
 
     ``also``: names of modules outside diffusers that are to have them too.
     """
-    global _seen_modules, _functional
-    if len(sys.modules) == _seen_modules and not also:
-        return
-    if _functional is None:
-        # A copy of torch.nn.functional: the original is everybody's.
-        _functional = ModuleType("torch.nn.functional", torch.nn.functional.__doc__)
-        _functional.__dict__.update(vars(torch.nn.functional))
-        _functional.scaled_dot_product_attention = sdpa  # type: ignore[attr-defined]
-    loaded = list(sys.modules.items())
-    for name, module in loaded:
-        if not (name.startswith(_MODELS) or name in also) or not isinstance(module, ModuleType):
-            continue
-        names = vars(module)
-        # In attention_dispatch too, so that model modules loaded later import the replacement.
-        if names.get("dispatch_attention_fn") is original_dispatch:
-            names["dispatch_attention_fn"] = dispatch
-        if (name.startswith(_CALLS_SDPA) or name in also) and names.get("F") is torch.nn.functional:
-            names["F"] = _functional
-    _seen_modules = len(loaded)
+    global _watch
+    if _watch is None:
+        _watch = _Watch(dispatch, sdpa)
+        sys.meta_path.insert(0, _watch)
+        for name, module in list(sys.modules.items()):
+            if _watch.wants(name):
+                _watch.replace(name, module)
+    for name in also:
+        _watch.replace(name, sys.modules.get(name), also=True)
 
 
 def replaced_forward(module: torch.nn.Module) -> bool:

@@ -11,16 +11,23 @@ from typing import Any
 import torch
 
 from diffsparse.grid import TokenGrid
+from diffsparse.kernels.clock import Watch, start_watch
 from diffsparse.layout import BlockLayout
-from diffsparse.pipelines.state import BY_PLAN, OTHER_KEYS, OUTSIDE, RAN_SPARSE, LayerState, ModelState
-from diffsparse.pipelines.timing import Watch, start_watch
+from diffsparse.pipelines.policy import (
+    BY_PLAN,
+    FOREIGN,
+    NOT_READY,
+    OTHER_KEYS,
+    OUTSIDE,
+    RAN_SPARSE,
+    UNKNOWN,
+    UNSEEN,
+)
+from diffsparse.pipelines.state import LayerState, ModelState
 
 __all__ = ["Call"]
 
-UNSEEN = "no attention call was seen (a processor from outside diffusers?)"
-FOREIGN = "queries and keys had different lengths only"
 COMPILED = "compiled"
-UNKNOWN = "compiled code left no word of what it did"
 
 
 @dataclass(eq=False)
@@ -102,24 +109,33 @@ class Call:
             return None
         return self.state.without_dense_heads(grid, self.phase, index, device, uniform)
 
-    def start_watch(self, q: torch.Tensor) -> Watch | None:
+    def start_watch(self, device: torch.device) -> Watch | None:
         """For the call that comes next, where it can be timed."""
-        return start_watch(q.device, self.state.timing)
+        return start_watch(device, self.state.timing)
 
-    def ran_sparse(self, index: int, q: torch.Tensor, density: float, backend: str, watch: Watch | None) -> None:
-        self.events.setdefault(index, []).append((density, _work(q), "", backend))
+    def ran_sparse(self, index: int, shape: torch.Size, density: float, backend: str, watch: Watch | None) -> None:
+        """Count a sparse call. ``shape``: of its queries, ``[B, S, H, D]``."""
+        self.events.setdefault(index, []).append((density, _work(shape), "", backend))
         if watch is not None:
             watch.stop()
             self.watches.append((index, True, watch))
 
     def run_dense(
-        self, index: int, q: torch.Tensor, reason: str, dense: Callable[[], torch.Tensor], *, issue: bool, by: str = ""
+        self,
+        index: int,
+        shape: torch.Size,
+        device: torch.device,
+        reason: str,
+        dense: Callable[[], torch.Tensor],
+        *,
+        issue: bool,
+        by: str = "",
     ) -> torch.Tensor:
         """The output of a dense call, which is counted with its reason. ``by``: the kernel where it was chosen."""
-        self.events.setdefault(index, []).append((None, _work(q), reason, by))
+        self.events.setdefault(index, []).append((None, _work(shape), reason, by))
         if issue:
             self.state.log(f"runs dense: {reason}")
-        watch = self.start_watch(q)
+        watch = self.start_watch(device)
         out = dense()
         if watch is not None:
             watch.stop()
@@ -186,9 +202,9 @@ class Call:
 
     def _reason_by_plan(self, layer: LayerState) -> str:
         found = self.layout(layer.index, self.device or torch.device("cpu"), uniform=True)
-        return found if isinstance(found, str) else "the layout was not ready when compiled code ran"
+        return found if isinstance(found, str) else NOT_READY
 
 
-def _work(q: torch.Tensor) -> float:
-    batch, seq, heads, _ = q.shape
+def _work(shape: torch.Size) -> float:
+    batch, seq, heads, _ = shape
     return float(batch * heads * seq * seq)

@@ -129,9 +129,9 @@ def _after_layer(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -
 @torch.compiler.disable(reason=_OPEN)
 def _before_model(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
     state: ModelState = getattr(module, MODEL_STATE)
-    # A module of diffusers may have been loaded since; a model may come out of a pickle.
-    install_patch(None if state.installed else module)
-    state.installed = True
+    if not state.installed:  # a copy, or a model out of a pickle
+        install_patch(module)
+        state.installed = True
     CTX.layer = None
     call = _read_call(module, state, args, kwargs)
     call.previous = CTX.call if CTX.call is not None and CTX.call.is_running() else None
@@ -140,7 +140,9 @@ def _before_model(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
     device = call.device = _device_of(args, kwargs)
     if device is not None and call.phase is not None:
         dtype = next((p.dtype for p in module.parameters() if p.dtype.is_floating_point), torch.float32)
-        call.no_kernel = state.no_kernel(device, dtype)
+        call.no_kernel = state.machine(device, dtype).without_kernel
+        if call.no_kernel is not None:
+            state.log(f"runs dense: {call.no_kernel}")
     for layer in state.layers:
         layout: BlockLayout | str | None = None
         if call.problem is None and device is not None:

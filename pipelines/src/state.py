@@ -11,7 +11,7 @@ import logging
 import threading
 import weakref
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,12 +20,12 @@ import torch
 
 from diffsparse.entry import HeadEntry
 from diffsparse.grid import TokenGrid
-from diffsparse.kernels.break_even import find_table
-from diffsparse.kernels.checks import has_8_bits, no_kernel
+from diffsparse.kernels.break_even import work_of
+from diffsparse.kernels.clock import Watch
 from diffsparse.layout import BlockLayout, build_layout
 from diffsparse.pipelines.dense import DenseChoice
 from diffsparse.pipelines.family import Family, architecture_of, family_by_class, layers_of
-from diffsparse.pipelines.timing import Watch
+from diffsparse.pipelines.policy import SLOWER, Machine, entries_of, judge_layer, machine_for
 from diffsparse.pipelines.uniform import alike, mark_sizes
 from diffsparse.plan import Architecture, SparsityPlan
 
@@ -36,9 +36,7 @@ __all__ = [
     "LayerState",
     "LayoutCache",
     "ModelState",
-    "sparse_entries",
     "state_of",
-    "without_kernel",
 ]
 
 logger = logging.getLogger("diffsparse")
@@ -54,43 +52,6 @@ MAX_LAYOUT_BYTES = 2 * 2**30
 PACKED_FROM = 16 * 2**20
 # Watches that the GPU has not passed yet: far more than a forward has calls; beyond it the oldest are given up.
 MAX_PENDING = 16384
-
-FULL = "every block is kept on this grid"
-DENSE_ENTRIES = "all heads are dense in the plan"
-NOT_IN_PLAN = "dense layer of the plan"
-SLOWER = "dense attention is faster here, by the break-even table"
-OUTSIDE = "noise level outside the plan's sparse range"
-
-# What compiled code can say of a call: it ran sparse, dense by the plan's word (which one is known from the layouts),
-# was none of the layer's own, or ran dense for a reason.
-RAN_SPARSE = "sparse"
-BY_PLAN = "dense by the plan"
-OTHER_KEYS = "keys of another length"
-OTHER_TOKENS = "another number of tokens than the grid has"
-OTHER_HEADS = "another number of heads than the plan has"
-MASKED_VIDEO = "a key mask over visual tokens"
-UNKNOWN_TEXT = "compiled code does not know the number of text tokens"
-
-
-def without_kernel(why: str | None) -> str | None:
-    """The reason for running dense where ``diffsparse.kernels.checks.no_kernel`` gives one."""
-    return None if why is None else f"no kernel for these tensors ({why}); backend='reference' runs all the same"
-
-
-def sparse_entries(plan: SparsityPlan, phase: int, layer: str, heads: int) -> tuple[HeadEntry, ...] | str:
-    """One layer's entries, or why the plan has it dense whatever the grid."""
-    entries = plan.layer_entries(phase, layer, heads)
-    if entries is None:
-        return NOT_IN_PLAN
-    return DENSE_ENTRIES if all(entry.is_dense for entry in entries) else entries
-
-
-def is_full(densities: Iterable[float], numerics: Iterable[str], eight: bool) -> bool:
-    """Whether a layer's heads keep all blocks, so that dense attention does the same.
-
-    ``eight``: where they may run in 8 bits, heads that are to do so are faster than that.
-    """
-    return min(densities) >= 1 and not (eight and set(numerics) - {"auto"})
 
 
 def _is_packed(device: torch.device, grid: TokenGrid, heads: int, block_size: int) -> bool:
@@ -217,7 +178,7 @@ class ModelState:
     def _fresh(self, pipe: Any = None, tap: Any = None) -> None:
         """What belongs to this object alone, and is made anew for a copy."""
         self.layouts = LayoutCache()
-        self.kernels: dict[tuple[torch.device, torch.dtype], str | None] = {}
+        self.machines: dict[tuple[torch.device, torch.dtype], Machine] = {}
         self.lock = threading.Lock()
         self.tap = tap
         self.installed = False  # the pass-through functions in the modules that define the model
@@ -230,7 +191,7 @@ class ModelState:
             self.num_train_timesteps = int(scheduler.config.get("num_train_timesteps", self.num_train_timesteps))
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("layouts", "kernels", "lock", "tap", "installed", "_pipe", "schedule", "pending")
+        own = ("layouts", "machines", "lock", "tap", "installed", "_pipe", "schedule", "pending")
         return {k: v for k, v in self.__dict__.items() if k not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -252,16 +213,12 @@ class ModelState:
         scheduler = getattr(pipe, "scheduler", None)
         return scheduler if hasattr(scheduler, "config") else None
 
-    def no_kernel(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Why backend ``"auto"`` leaves the model dense on a device: it has only the reference there. Else None."""
-        if self.backend != "auto" or self.plan is None:
-            return None
-        if (device, dtype) not in self.kernels:
-            probe = torch.empty(1, 1, 1, self.architecture.head_dim, dtype=dtype, device=device)
-            self.kernels[device, dtype] = without_kernel(no_kernel(probe))
-        if (reason := self.kernels[device, dtype]) is not None:
-            self.log(f"runs dense: {reason}")
-        return reason
+    def machine(self, device: torch.device, dtype: torch.dtype) -> Machine:
+        """What kernels can do for this model's tensors, worked out once for a device and type."""
+        found = self.machines.get((device, dtype))
+        if found is None:
+            found = self.machines[device, dtype] = machine_for(self.backend, device, dtype, self.architecture.head_dim)
+        return found
 
     # -- layouts ---------------------------------------------------------------------------------------------------
 
@@ -285,7 +242,7 @@ class ModelState:
         """
         assert self.plan is not None
         layout = self.layout(grid, phase, index, device, uniform)
-        entries = sparse_entries(self.plan, phase, self.layers[index].name, self.architecture.heads)
+        entries = entries_of(self.plan, phase, self.layers[index].name, self.architecture.heads)
         if isinstance(layout, str) or isinstance(entries, str) or not any(e.is_dense for e in entries):
             return None
 
@@ -303,7 +260,7 @@ class ModelState:
         name = self.layers[index].name
         if name in self.skipped:
             return self.skipped[name]
-        entries = sparse_entries(self.plan, phase, name, self.architecture.heads)
+        entries = entries_of(self.plan, phase, name, self.architecture.heads)
         if isinstance(entries, str):
             return entries
         return self.layouts.get(
@@ -316,16 +273,16 @@ class ModelState:
         assert self.plan is not None
         packed = _is_packed(device, grid, len(entries), self.plan.block_size)
         layout = build_layout(grid, entries, self.plan.block_size, packed=packed)
-        eight = self.backend in ("auto", "gluon_sm90") and has_8_bits(device, self.architecture.head_dim)
-        if is_full(layout.densities, layout.heads.numerics, eight):
-            return FULL
-        table = find_table(device, self.architecture.head_dim) if self.backend == "auto" else None
-        if table is not None and table.layout_ratio(layout) >= 1:
+        machine = self.machine(device, torch.float32 if device.type == "cpu" else torch.bfloat16)
+        found = judge_layer(work_of(layout), layout.seq_len, machine)
+        if found.reason == SLOWER and machine.table is not None:
             self.log(
                 f"layers whose blocks take longer than dense attention at {layout.seq_len} tokens stay dense, by the "
-                f"break-even table of {table.device}; backend={table.backend!r} runs them sparse all the same"
+                f"break-even table of {machine.table.device}; backend={machine.table.backend!r} runs them sparse all "
+                "the same"
             )
-            return SLOWER
+        if found.reason is not None:
+            return found.reason
         if uniform:
             return mark_sizes(alike(layout, self.plan).to(device))
         return layout.to(device)

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 
 from diffsparse import pipelines
-from diffsparse.pipelines.call import OUTSIDE
-from diffsparse.pipelines.state import DENSE_ENTRIES, NOT_IN_PLAN
+from diffsparse.pipelines.policy import DENSE_ENTRIES, NOT_IN_PLAN, OUTSIDE
 from diffsparse.plan import SparsityPlan
 from diffsparse.search import metrics
 from diffsparse.search.errors import BadInput

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -12,23 +11,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffsparse.density import TAIL_COST
 from diffsparse.entry import TAILS, HeadEntry
 from diffsparse.grid import TokenGrid
-from diffsparse.kernels.break_even import BreakEvenTable, find_table
-from diffsparse.kernels.checks import choose_backend, has_8_bits, no_kernel
 from diffsparse.pipelines.family import Family, UnsupportedModelError, family_by_class
-from diffsparse.pipelines.state import FULL, SLOWER, is_full, sparse_entries, without_kernel
+from diffsparse.pipelines.policy import Machine, entries_of, judge_layer, machine_for
 from diffsparse.plan import Architecture, SparsityPlan
 from diffsparse.search.candidates import fill
 from diffsparse.search.columns import GLUE, fold, printable, text_table
 from diffsparse.search.cost import CostModel
-from diffsparse.search.density import kept_density
 from diffsparse.search.environment import environment
 from diffsparse.search.errors import BadInput
 from diffsparse.search.recorded import recorded as searched_with
 from diffsparse.search.scale import scale_of_class, scale_of_pipeline, scale_of_record
 from diffsparse.search.show import check_tokens, grid_of, phase_names
+from diffsparse.work import HeadWork, head_work
 
 __all__ = [
     "Explanation",
@@ -261,27 +257,22 @@ def break_even(costs: CostModel) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class HeadForecast:
-    """One head. ``kept``: density without its tail. ``time``: over dense. ``fallback``: its bitmap does not fit."""
+    """One head. ``time``: over dense, by the costs that the plan records. ``fallback``: its bitmap does not fit."""
 
-    kept: float
-    density: float
+    work: HeadWork
     time: float | None
     fallback: bool
 
+    @property
+    def density(self) -> float:
+        return self.work.density
+
 
 class HeadForecaster:
-    """Figures of entries, each worked out once."""
+    """Figures of entries, each worked out once. ``machine``: what kernels can do where the plan is to run."""
 
-    def __init__(
-        self,
-        plan: SparsityPlan,
-        costs: CostModel | None,
-        table: BreakEvenTable | None = None,
-        has_8_bits: bool = False,
-        without_kernel: str | None = None,
-    ) -> None:
-        self.without_kernel = without_kernel
-        self.plan, self.costs, self.table, self.has_8_bits = plan, costs, table, has_8_bits
+    def __init__(self, plan: SparsityPlan, costs: CostModel | None, machine: Machine | None = None) -> None:
+        self.plan, self.costs, self.machine = plan, costs, machine
         self.known: dict[tuple[HeadEntry, TokenGrid], HeadForecast] = {}
 
     def head(self, entry: HeadEntry, grid: TokenGrid) -> HeadForecast:
@@ -291,50 +282,33 @@ class HeadForecaster:
 
     def _head(self, entry: HeadEntry, grid: TokenGrid) -> HeadForecast:
         size = self.plan.block_size
-        skipped = entry.execution.mode == "skip"
-        kept = kept_density(entry, grid, size)
-        tail = "none" if skipped or kept >= 1 else entry.execution.tail
-        text = sum(-(-n // size) for n in (grid.text_before, grid.text_after))
-        rows = entry.order.partition(grid.visual_only(), size).num_blocks + text
-        density = min(1.0, kept + TAIL_COST[tail] * rows / grid.seq_len)
+        work = head_work(entry, grid, size)
+        assert work.kept is not None
         time = None
         if self.costs is not None:
+            tail = "none" if work.kept >= 1 else work.tail
+            known = 0.0 if work.skipped else 1.0 if entry.is_dense else None
             full = fill(entry.order, grid, size)
-            time = 0.0 if skipped else 1.0 if entry.is_dense else self.costs.relative(kept, tail, full)
-        fallback = not skipped and entry.pattern.uses_fallback(grid, entry.order, size)
-        return HeadForecast(kept, density, time, fallback)
+            time = self.costs.relative(work.kept, tail, full) if known is None else known
+        fallback = not work.skipped and entry.pattern.uses_fallback(grid, entry.order, size)
+        return HeadForecast(work, time, fallback)
 
     def phase(self, phase: int, layer: str, heads: int, grid: TokenGrid) -> PhaseForecast:
         from diffsparse.search.show import family
 
-        entries = sparse_entries(self.plan, phase, layer, heads)
+        assert self.machine is not None
+        entries = entries_of(self.plan, phase, layer, heads)
         one = 1.0 if self.costs is not None else None
         if isinstance(entries, str):
             return PhaseForecast(1.0, one, entries, 0, {"dense": heads})
         found = [self.head(entry, grid) for entry in entries]
-        density = float(np.mean([f.density for f in found]))
         families = dict(Counter(family(entry) for entry in entries).most_common())
         fallback = sum(f.fallback for f in found)
-        if self.without_kernel is not None:
-            return PhaseForecast(1.0, one, self.without_kernel, fallback, families)
-        if is_full([f.density for f in found], [e.execution.numerics for e in entries], self.has_8_bits):
-            return PhaseForecast(1.0, one, FULL, fallback, families)
-        if self.table is not None and self._over_dense(self.table, entries, found, grid) >= 1:
-            return PhaseForecast(1.0, one, SLOWER, fallback, families)
-        time = None if self.costs is None else float(np.mean([f.time for f in found if f.time is not None]))
-        return PhaseForecast(density, time, None, fallback, families)
-
-    def _over_dense(
-        self, table: BreakEvenTable, entries: Sequence[HeadEntry], found: Sequence[HeadForecast], grid: TokenGrid
-    ) -> float:
-        """What ``BreakEvenTable.layout_ratio`` says, up to short blocks, of which it counts the whole."""
-        tokens = table.tokens_of(grid.seq_len, len(entries))
-        times = [
-            0.0 if entry.execution.mode == "skip"
-            else table.head_ratio(tokens, head.kept, entry.execution.tail, not entry.order.is_raster)
-            for entry, head in zip(entries, found)
-        ]  # fmt: skip
-        return float(np.mean(times))
+        verdict = judge_layer([f.work for f in found], grid.seq_len, self.machine)
+        time = one
+        if self.costs is not None and verdict.reason is None:
+            time = float(np.mean([f.time for f in found if f.time is not None]))
+        return PhaseForecast(verdict.density, time, verdict.reason, fallback, families)
 
 
 def explain(
@@ -356,26 +330,18 @@ def explain(
     heads = architecture.heads if architecture is not None else plan.index.shape[2]
     head_dim = architecture.head_dim if architecture is not None else USUAL_HEAD_DIM
     try:
-        probe = torch.empty((1, 1, heads, head_dim), device=device, dtype=dtype)
-        chosen = choose_backend(backend, probe)
+        machine = machine_for(backend, device, dtype, head_dim)
     except ValueError as error:
         raise BadInput(f"--backend {backend}: {error}; see `diffsparse env`") from None
     family = _family(architecture, model_class)
     costs = recorded_costs(plan)
-    table = find_table(device, head_dim) if backend == "auto" else None
-    forecaster = HeadForecaster(
-        plan,
-        costs,
-        table,
-        chosen == "gluon_sm90" and has_8_bits(device, head_dim),
-        without_kernel(no_kernel(probe)) if backend == "auto" else None,
-    )
+    forecaster = HeadForecaster(plan, costs, machine)
     rows = []
     for layer in layers:
         own = grid.visual_only() if family is not None and family.is_visual_only(layer) else grid
         phases = tuple(forecaster.phase(p, layer, heads, own) for p in range(plan.schedule.num_phases))
         sparse = any(phase.dense_because is None for phase in phases)
-        rows.append(LayerForecast(layer, chosen if sparse else None, own.seq_len, phases))
+        rows.append(LayerForecast(layer, machine.kernel if sparse else None, own.seq_len, phases))
     notes = [*shape.notes]
     if architecture is None and plan.is_uniform:
         notes.append("one rule for all layers and heads of any model")
@@ -390,7 +356,7 @@ def explain(
     return Explanation(
         shape=shape,
         device=str(environment(device)["device"]),
-        backend=chosen,
+        backend=machine.kernel,
         sparse_below=plan.schedule.sparse_below,
         dense_below=plan.schedule.dense_below,
         phases=tuple(phase_names(plan)),

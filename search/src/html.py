@@ -184,7 +184,7 @@ def _entry(entry: HeadEntry, forecaster: HeadForecaster, grid: TokenGrid) -> dic
         "order": str(entry.order),
         "tail": tail_of(entry),
         "density": round(found.density, 5),
-        "kept": round(found.kept, 5),
+        "kept": round(found.work.kept or 0.0, 5),
         "time": None if found.time is None else round(found.time, 4),
         "fallback": found.fallback,
     }

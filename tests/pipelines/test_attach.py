@@ -527,7 +527,7 @@ def test_times_that_are_not_known_yet_are_not_waited_for(monkeypatch: pytest.Mon
 
 
 def test_gpu_calls_are_timed_where_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    from diffsparse.pipelines import timing
+    from diffsparse.kernels import clock as timing
 
     class Event:
         marks: list[str] = []

@@ -14,8 +14,8 @@ from diffsparse.entry import TAILS, Execution, HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels.break_even import BreakEvenTable, device_name, save_local
 from diffsparse.patterns import Band
-from diffsparse.pipelines import architecture_of, sparse_attention, sparse_attention_summary, state
-from diffsparse.pipelines.state import FULL, SLOWER
+from diffsparse.pipelines import architecture_of, policy, sparse_attention, sparse_attention_summary
+from diffsparse.pipelines.policy import FULL, SLOWER
 from diffsparse.plan import SparsityPlan
 from diffsparse.presets import preset
 from tests.pipelines.models import run, wan, wan_inputs
@@ -90,7 +90,7 @@ def test_all_blocks_in_8_bits_are_more_than_dense_attention(monkeypatch: pytest.
     entry = HeadEntry(pattern=Band(1.0), execution=Execution(numerics="int8"))
     plan = SparsityPlan.uniform(entry)
     assert summary(wan(), plan)[1].dense_reasons == {FULL: 2}
-    monkeypatch.setattr(state, "has_8_bits", lambda device, head_dim: True)
+    monkeypatch.setattr(policy, "has_8_bits", lambda device, head_dim: True)
     assert summary(wan(), plan)[1].sparse_calls == 2
     assert summary(wan(), plan, backend="cpu")[1].dense_reasons == {FULL: 2}
     assert summary(wan(), plan.with_numerics("auto"))[1].dense_reasons == {FULL: 2}

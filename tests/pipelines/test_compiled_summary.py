@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from diffsparse.pipelines import patch, sparse_attention, sparse_attention_summary
-from diffsparse.pipelines.call import UNKNOWN
+from diffsparse.pipelines import attend, patch, sparse_attention, sparse_attention_summary
+from diffsparse.pipelines.policy import UNKNOWN
 from diffsparse.presets import preset
 from tests.pipelines import zoo_image
 from tests.pipelines.case import TEXT
@@ -176,7 +176,7 @@ def test_dense_steps_have_the_plans_reason_whatever_else_there_is() -> None:
 def test_layers_that_left_no_note_are_unknown(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(patch, "_leave_note", lambda *note: None)
+    monkeypatch.setattr(attend, "_leave_note", lambda *note: None)
     found = counted(wan(layers=LAYERS), wan_inputs(3, 7, 9), "blocks")[1]
     assert (found.sparse_calls, found.dense_calls, found.density) == (0, 0, None)
     assert [layer.unseen_calls for layer in found.layers] == [2] * LAYERS

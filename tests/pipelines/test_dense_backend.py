@@ -212,7 +212,7 @@ def test_dense_heads_run_on_the_winner(winner: str, monkeypatch: pytest.MonkeyPa
         calls.append(args[4].tolist())
         dense_heads_(*args, **options)
 
-    monkeypatch.setattr("diffsparse.pipelines.patch.dense_heads_", counted)
+    monkeypatch.setattr("diffsparse.pipelines.attend.dense_heads_", counted)
     with sparse_attention(model, mixed(model)):
         want = run(model, inputs)
     with sparse_attention(model, mixed(model), dense_backend="fastest"):

@@ -19,7 +19,7 @@ from diffsparse.order import AxisOrder, CurveOrder, RasterOrder, TileOrder
 from diffsparse.patterns import Band, Bitmap, Empty, Full, Radial, Window
 from diffsparse.pipelines import sparse_attention, sparse_attention_summary
 from diffsparse.pipelines.families.sizes import USUAL_SIZES
-from diffsparse.pipelines.state import SLOWER
+from diffsparse.pipelines.policy import SLOWER
 from diffsparse.plan import Architecture, SparsityPlan
 from diffsparse.presets import preset
 from diffsparse.schedule import Schedule

@@ -1,0 +1,192 @@
+"""Whether a layer's call runs sparse, or dense and why, and what it costs: asked here, decided nowhere else.
+
+Two questions, since the first has one answer for many calls. What does the plan say of a layer on a grid and a machine
+(:func:`entries_of`, then :func:`judge_layer`)? That needs no tensors, so that ``explain`` gets the answer that a run
+gets. And is a call one that its layer's block lists are for (:func:`judge_call`, :func:`misfit`)? Compiled code asks
+that while it is traced, so these two have no counters, no logging, and nothing that differs from layer to layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from diffsparse.entry import HeadEntry
+from diffsparse.kernels.break_even import BreakEvenTable, find_table
+from diffsparse.kernels.checks import choose_backend, has_8_bits, no_kernel
+from diffsparse.kernels.inputs import input_error, kv_len_error
+from diffsparse.layout import BlockLayout
+from diffsparse.plan import SparsityPlan
+from diffsparse.work import HeadWork
+
+# -- reasons -----------------------------------------------------------------------------------------------------------
+
+# By the plan's word, or this machine's.
+OUTSIDE = "noise level outside the plan's sparse range"
+NOT_IN_PLAN = "dense layer of the plan"
+DENSE_ENTRIES = "all heads are dense in the plan"
+FULL = "every block is kept on this grid"
+SLOWER = "dense attention is faster here, by the break-even table"
+
+# The call is another one than plain self-attention in inference.
+CAUSAL = "causal attention"
+DROPOUT = "dropout"
+PARALLEL = "context parallel"
+EXTRA = "extra arguments for the attention backend"
+GROUPED = "grouped heads"
+SHAPES = "queries and keys differ in shape"
+GRADIENTS = "gradients are needed"
+OTHER_MASK = "a mask that is not a key-padding mask"
+
+# The call is not the one that the layer's block lists are for.
+OTHER_TOKENS = "another number of tokens than the grid has"
+OTHER_HEADS = "another number of heads than the plan has"
+MASKED_VIDEO = "a key mask over visual tokens"
+
+# Of compiled code.
+RAN_SPARSE = "sparse"
+BY_PLAN = "dense by the plan"  # which word of it is known from the layouts
+OTHER_KEYS = "keys of another length"  # no call of the layer's own
+UNKNOWN_TEXT = "compiled code does not know the number of text tokens"
+NOT_READY = "the layout was not ready when compiled code ran"
+
+# A layer of which no call was counted.
+UNSEEN = "no attention call was seen (a processor from outside diffusers?)"
+FOREIGN = "queries and keys had different lengths only"
+UNKNOWN = "compiled code left no word of what it did"
+
+
+# -- a layer -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What kernels can do for tensors of one kind.
+
+    kernel: the backend that runs them. without_kernel: why they run dense under ``"auto"``, or None. table: what was
+    measured of sparse over dense time, asked under ``"auto"`` alone. has_8_bits: heads may run in 8 bits.
+    """
+
+    kernel: str
+    without_kernel: str | None
+    table: BreakEvenTable | None
+    has_8_bits: bool
+
+
+def machine_for(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Machine:
+    """Raises ValueError, with the reason, for a backend that is asked for by name and cannot run such tensors."""
+    probe = torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device)
+    kernel, auto = choose_backend(backend, probe), backend == "auto"
+    why = no_kernel(probe) if auto else None
+    return Machine(
+        kernel=kernel,
+        without_kernel=f"no kernel for these tensors ({why}); backend='reference' runs all the same" if why else None,
+        table=find_table(device, head_dim) if auto and why is None else None,
+        has_8_bits=backend in ("auto", "gluon_sm90") and has_8_bits(device, head_dim),
+    )
+
+
+@dataclass(frozen=True)
+class LayerVerdict:
+    """reason: why the layer runs dense, or None. density: of its calls. time: over dense, None where it is unknown."""
+
+    reason: str | None
+    density: float
+    time: float | None
+
+
+def entries_of(plan: SparsityPlan, phase: int | None, layer: str, heads: int) -> tuple[HeadEntry, ...] | str:
+    """One layer's entries in a phase (None is a dense step), or why the plan has it dense whatever the grid."""
+    if phase is None:
+        return OUTSIDE
+    entries = plan.layer_entries(phase, layer, heads)
+    if entries is None:
+        return NOT_IN_PLAN
+    return DENSE_ENTRIES if all(entry.is_dense for entry in entries) else entries
+
+
+def judge_layer(heads: Sequence[HeadWork], tokens: int, machine: Machine) -> LayerVerdict:
+    """Of heads whose work on a grid of ``tokens`` tokens is known, from entries or from a layout."""
+    if machine.without_kernel is not None:
+        return LayerVerdict(machine.without_kernel, 1.0, 1.0)
+    # Heads in 8 bits are faster than dense attention with every block kept, too.
+    in_8_bits = machine.has_8_bits and any(head.numerics != "auto" for head in heads)
+    if min(head.density for head in heads) >= 1 and not in_8_bits:
+        return LayerVerdict(FULL, 1.0, 1.0)
+    time = machine.table.over_dense(heads, tokens) if machine.table is not None else None
+    if time is not None and time >= 1:
+        return LayerVerdict(SLOWER, 1.0, 1.0)
+    return LayerVerdict(None, sum(head.density for head in heads) / len(heads), time)
+
+
+# -- a call ------------------------------------------------------------------------------------------------------------
+
+
+def judge_arguments(dropout_p: float, is_causal: bool, extra: Any = None, parallel: Any = None) -> str | None:
+    """Why a call runs dense by what is asked of it beside its tensors, or None."""
+    if parallel is not None:
+        return PARALLEL
+    if extra:
+        return EXTRA
+    if is_causal:
+        return CAUSAL
+    return DROPOUT if dropout_p else None
+
+
+def judge_call(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, two_axes: bool
+) -> tuple[str | None, torch.Tensor | None]:
+    """Why a call is none of plain self-attention in inference, or None; and its key mask, bool ``[B, S]``, or None.
+
+    ``two_axes``: a mask ``[B, S]`` is a key mask too (diffusers' dispatch takes it so, torch's function does not).
+    """
+    if k.shape != q.shape or v.shape != q.shape:
+        return (GROUPED if k.shape[2] != q.shape[2] else SHAPES), None
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return GRADIENTS, None
+    if mask is None:
+        return None, None
+    key_mask = _key_mask(mask, q.shape[0], q.shape[1], two_axes)
+    return (OTHER_MASK if key_mask is None else None), key_mask
+
+
+def _key_mask(mask: Any, batch: int, seq: int, two_axes: bool) -> torch.Tensor | None:
+    """A key-padding mask as bool ``[B, S]``, or None where the mask is another one. Reads no values."""
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+        return None
+    if mask.ndim == 4 and mask.shape[1] == 1 and mask.shape[2] == 1:
+        mask = mask[:, 0, 0]
+    elif mask.ndim != 2 or not two_axes or mask.shape[0] != batch or batch == seq:
+        return None
+    if mask.shape[1] != seq or mask.shape[0] not in (1, batch):
+        return None
+    return mask.expand(batch, seq)
+
+
+def misfit(
+    layout: BlockLayout, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None
+) -> str | None:
+    """Why a layer's block lists are not for this call, or None."""
+    tokens = layout.tokens
+    if q.shape[1] != layout.seq_len:
+        return OTHER_TOKENS
+    if q.shape[2] != layout.num_heads:
+        return OTHER_HEADS
+    if key_mask is not None and tokens.num_visual == layout.seq_len:
+        return MASKED_VIDEO
+    return input_error(q, k, v, layout, kv_len=key_mask)
+
+
+def masked_visual_tokens(layout: BlockLayout, key_mask: torch.Tensor | None) -> str | None:
+    """What is wrong with the values of a key mask. They are read on a CPU alone."""
+    return kv_len_error(key_mask, layout.seq_len, layout.tokens.text_before, layout.tokens.num_visual)
+
+
+def told(reason: str, layout: BlockLayout, seq: int, heads: int) -> str:
+    """A reason for readers, with the figures of the call."""
+    if reason == OTHER_TOKENS:
+        return f"{seq} tokens, the grid {layout.grid} has {layout.seq_len}"
+    return f"{heads} heads here, the plan has {layout.num_heads}" if reason == OTHER_HEADS else reason
