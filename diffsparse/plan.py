@@ -26,6 +26,7 @@ from diffsparse.reader import FORMAT_VERSION, read_files, read_plan
 from diffsparse.saving import ARRAYS_NAME, CARD_NAME, DIGEST_KEY, JSON_NAME, arrays_digest, write_plan
 from diffsparse.schedule import Schedule
 from diffsparse.tokens import BLOCK_SIZES
+from diffsparse.work import head_work
 
 __all__ = ["FORMAT_VERSION", "Architecture", "PlanError", "SparsityPlan"]
 
@@ -143,7 +144,7 @@ class SparsityPlan:
         if layers is None:
             layers = self.architecture.layers if self.architecture else self.layers
         heads = heads or (self.architecture.heads if self.architecture else self.index.shape[2])
-        known: dict[tuple[HeadEntry, ...], float] = {}
+        known: dict[HeadEntry, float] = {}
         result = np.ones((self.schedule.num_phases, len(layers)))
         for phase in range(self.schedule.num_phases):
             for i, layer in enumerate(layers):
@@ -151,9 +152,9 @@ class SparsityPlan:
                 if entries is None:
                     continue
                 for entry in entries:
-                    if (entry,) not in known:
-                        known[(entry,)] = build_layout(grid, [entry], self.block_size).density
-                result[phase, i] = np.mean([known[(entry,)] for entry in entries])
+                    if entry not in known:
+                        known[entry] = head_work(entry, grid, self.block_size).density
+                result[phase, i] = np.mean([known[entry] for entry in entries])
         return result
 
     def trajectory_density(

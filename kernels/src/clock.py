@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,8 +33,9 @@ def samples_ms(
 ) -> list[float]:
     """Milliseconds of single calls over about ``budget_ms``, at least ``least`` of them, after warming up.
 
-    On a GPU by ``triton.testing.do_bench`` (device events; the L2 cache is emptied before each call), and where a call
-    takes 50 ms or more, so that neither cache nor launch matter, by events alone. Elsewhere by the host's clock.
+    On a GPU by ``triton.testing.do_bench`` (device events; the L2 cache is emptied before each call), and by events
+    alone where a call takes 50 ms or more, so that neither cache nor launch matter, or there is no Triton. Elsewhere by
+    the host's clock.
     """
     function()
     _wait(device)
@@ -41,8 +43,8 @@ def samples_ms(
     function()
     _wait(device)
     first = (time.perf_counter() - start) * 1e3
-    if device.type == "cuda" and first >= _LONG_MS:
-        return [_by_events(function, device) for _ in range(max(least, int(budget_ms / first)))]
+    if device.type == "cuda" and (first >= _LONG_MS or find_spec("triton") is None):
+        return [_by_events(function, device) for _ in range(max(least, int(budget_ms / max(first, 1e-3))))]
     if device.type == "cuda":
         from triton.testing import do_bench
 
@@ -78,6 +80,8 @@ def _by_events(function: Callable[[], Any], device: torch.device) -> float:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type in ("mps", "xpu"):
+        getattr(torch, device.type).synchronize()
 
 
 class Watch(Protocol):

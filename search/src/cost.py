@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 from diffsparse.entry import TAILS, Execution, HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels import sparse_attention
+from diffsparse.kernels.clock import samples_ms, timing
 from diffsparse.layout import build_layout
 from diffsparse.order import TokenOrder
 from diffsparse.patterns import Full
@@ -70,18 +70,7 @@ class CostModel:
 
 
 def _median_seconds(fn: Callable[[], object], device: torch.device, seconds: float) -> float:
-    fn()
-    times: list[float] = []
-    begin = time.perf_counter()
-    while len(times) < 3 or (time.perf_counter() - begin < seconds and len(times) < 50):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        fn()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
+    return timing(samples_ms(fn, device, 1e3 * seconds, least=3)).ms / 1e3
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from diffsparse.density import TAIL_COST
+from diffsparse.density import tail_density
 from diffsparse.entry import TAILS, Execution, HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.order import TokenOrder
@@ -179,7 +179,7 @@ def work_density(option: Option, grid: TokenGrid, blocks: int) -> float:
     if option.kind == "skip":
         return 0.0
     visual = grid.num_visual**2 / grid.seq_len**2
-    tail = TAIL_COST[option.tail] * blocks / grid.seq_len if option.kind != "dense" else 0.0
+    tail = tail_density(option.tail, blocks, grid.seq_len) if option.kind != "dense" else 0.0
     return min(1.0, 1.0 - visual + option.density * visual + tail)
 
 
