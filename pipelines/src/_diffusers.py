@@ -89,9 +89,8 @@ class _Watch(OnImport):
     def __init__(self, dispatch: Callable[..., torch.Tensor], sdpa: Callable[..., torch.Tensor]) -> None:
         self.dispatch = dispatch
         # A copy of torch.nn.functional: the original is everybody's.
-        self.functional: Any = ModuleType("torch.nn.functional", torch.nn.functional.__doc__)
-        self.functional.__dict__.update(vars(torch.nn.functional))
-        self.functional.scaled_dot_product_attention = sdpa
+        self.functional = ModuleType("torch.nn.functional", torch.nn.functional.__doc__)
+        self.functional.__dict__.update(vars(torch.nn.functional), scaled_dot_product_attention=sdpa)
 
     def wants(self, name: str) -> bool:
         return name.startswith(_MODELS)
