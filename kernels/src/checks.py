@@ -57,11 +57,11 @@ def choose_backend(backend: str, q: torch.Tensor, tails: Collection[str] = ()) -
     raise AssertionError("the reference backend runs everything")
 
 
-def no_kernel(q: torch.Tensor) -> str | None:
-    """Why ``"auto"`` has only the reference for tensors like ``q``, which is slower than dense attention; else None."""
-    if choose_backend("auto", q) != "reference":
+def no_kernel(q: torch.Tensor, tails: Collection[str] = ()) -> str | None:
+    """Why ``"auto"`` has only the reference for such a call, which is slower than dense attention; else None."""
+    if choose_backend("auto", q, tails) != "reference":
         return None
-    facts = CallFacts.of(q)
+    facts = CallFacts.of(q, tails)
     tried = [one.cannot_run(facts) for one in candidates(q.device.type)]
     return "; ".join(dict.fromkeys(reason for reason in tried if reason is not None))
 

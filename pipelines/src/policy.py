@@ -8,7 +8,7 @@ that while it is traced, so these two have no counters, no logging, and nothing 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,11 +76,16 @@ class Machine:
     has_8_bits: bool
 
 
-def machine_for(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Machine:
-    """Raises ValueError, with the reason, for a backend that is asked for by name and cannot run such tensors."""
+def machine_for(
+    backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, tails: Collection[str] = ()
+) -> Machine:
+    """What kernels can do. ``tails``: those of a layer's heads that are not the library's own (``HeadSpec.own_tails``).
+
+    Raises ValueError, with the reason, for a backend that is asked for by name and cannot run such tensors.
+    """
     probe = torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device)
-    kernel, auto = choose_backend(backend, probe), backend == "auto"
-    why = no_kernel(probe) if auto else None
+    kernel, auto = choose_backend(backend, probe, tails), backend == "auto"
+    why = no_kernel(probe, tails) if auto else None
     return Machine(
         kernel=kernel,
         without_kernel=f"no kernel for these tensors ({why}); backend='reference' runs all the same" if why else None,

@@ -178,7 +178,7 @@ class ModelState:
     def _fresh(self, pipe: Any = None, tap: Any = None) -> None:
         """What belongs to this object alone, and is made anew for a copy."""
         self.layouts = LayoutCache()
-        self.machines: dict[tuple[torch.device, torch.dtype], Machine] = {}
+        self.machines: dict[tuple[torch.device, torch.dtype, tuple[str, ...]], Machine] = {}
         self.lock = threading.Lock()
         self.tap = tap
         self.installed = False  # the pass-through functions in the modules that define the model
@@ -213,11 +213,13 @@ class ModelState:
         scheduler = getattr(pipe, "scheduler", None)
         return scheduler if hasattr(scheduler, "config") else None
 
-    def machine(self, device: torch.device, dtype: torch.dtype) -> Machine:
-        """What kernels can do for this model's tensors, worked out once for a device and type."""
-        found = self.machines.get((device, dtype))
+    def machine(self, device: torch.device, dtype: torch.dtype, tails: tuple[str, ...] = ()) -> Machine:
+        """What kernels can do for this model's tensors, worked out once. ``tails``: see ``policy.machine_for``."""
+        key = (device, dtype, tails)
+        found = self.machines.get(key)
         if found is None:
-            found = self.machines[device, dtype] = machine_for(self.backend, device, dtype, self.architecture.head_dim)
+            found = machine_for(self.backend, device, dtype, self.architecture.head_dim, tails)
+            self.machines[key] = found
         return found
 
     # -- layouts ---------------------------------------------------------------------------------------------------
@@ -273,7 +275,8 @@ class ModelState:
         assert self.plan is not None
         packed = _is_packed(device, grid, len(entries), self.plan.block_size)
         layout = build_layout(grid, entries, self.plan.block_size, packed=packed)
-        machine = self.machine(device, torch.float32 if device.type == "cpu" else torch.bfloat16)
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        machine = self.machine(device, dtype, layout.heads.own_tails)
         found = judge_layer(work_of(layout), layout.seq_len, machine)
         if found.reason == SLOWER and machine.table is not None:
             self.log(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from diffsparse.kernels import checks
+from diffsparse.kernels.backends import gluon_sm90, triton
 
 
 def tensor(device: str, dtype: torch.dtype = torch.bfloat16, head_dim: int = 64) -> Any:
@@ -30,13 +31,13 @@ def test_a_kernel_there_is() -> None:
     ],
 )
 def test_only_the_reference(q: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "_triton_missing", lambda: None)
+    monkeypatch.setattr(triton, "not_installed", lambda: None)
     assert checks.choose_backend("auto", q) == "reference"
     assert reason in str(checks.no_kernel(q))
 
 
 @pytest.mark.parametrize("device", ["cuda", "xpu"])
 def test_a_gpu_without_triton(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "_triton_missing", lambda: "triton is not installed")
-    monkeypatch.setattr(checks, "_gluon_missing", lambda: "triton is not installed")
+    monkeypatch.setattr(triton, "not_installed", lambda: "triton is not installed")
+    monkeypatch.setattr(gluon_sm90, "_no_gluon", lambda: "triton is not installed")
     assert checks.no_kernel(tensor(device)) == "triton is not installed"
