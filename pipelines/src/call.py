@@ -185,12 +185,15 @@ class Call:
         """What a layer ran in compiled code, by the notes that it left: counters live outside traced code."""
         events: list[tuple[float | None, float, str, str]] = []
         layout = layer.layout
-        for what, kernel in layer.notes():
+        notes = layer.notes()
+        # Models whose text is known in the call only call attention item by item: together they are the batch.
+        items = self.batch / len(notes) if notes and self.state.family.text_from_call else self.batch
+        for what, kernel in notes:
             if what == OTHER_KEYS and (self.problem is None or events):
                 self.foreign.add(layer.index)
                 continue
             grid = self.grid_of(layer.index)
-            work = float(self.batch * self.state.architecture.heads * (grid.seq_len**2 if grid else 0))
+            work = float(items * self.state.architecture.heads * (grid.seq_len**2 if grid else 0))
             if what == RAN_SPARSE and layout is not None:
                 events.append((layout.density, work, "", COMPILED))
                 continue
