@@ -251,7 +251,7 @@ def test_a_folder_that_cannot_be_written(cli: Cli, model_folder: Path, prompts_f
 
 
 def test_an_error_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: object) -> None:
+    def fail(*args: object, **options: object) -> None:
         raise ZeroDivisionError("a defect")
 
     monkeypatch.setattr(load, "load_plan", fail)

@@ -1,0 +1,141 @@
+"""What commands share: their options, one line for a mistake, one object for machines."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from diffsparse.search.errors import BadInput
+
+__all__ = [
+    "BAD_INPUT",
+    "Device",
+    "Dtype",
+    "FAILED",
+    "Frames",
+    "Guidance",
+    "Height",
+    "INTERRUPTED",
+    "Json",
+    "Model",
+    "Plan",
+    "Prompts",
+    "Steps",
+    "TrueCfg",
+    "Width",
+    "answers",
+    "asked_settings",
+    "check_numbers",
+    "check_share",
+    "interruptible",
+    "say",
+    "stop",
+]
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A diffusers pipeline: a local folder or a Hub id.")]
+Plan = Annotated[
+    str,
+    typer.Argument(metavar="PLAN", help="A plan's folder, a Hub repository, or dense, window, radial or conservative."),
+]
+Prompts = Annotated[str, typer.Option("--prompts", metavar="FILE", help="A text file with one prompt a line.")]
+Height = Annotated[int | None, typer.Option("--height", help="In pixels.")]
+Width = Annotated[int | None, typer.Option("--width", help="In pixels.")]
+Frames = Annotated[int | None, typer.Option("--num-frames", help="Frames of a clip.")]
+Steps = Annotated[int | None, typer.Option("--steps", help="Denoising steps.  [default: the pipeline's own number]")]
+Guidance = Annotated[
+    float | None, typer.Option("--guidance-scale", help="Guidance.  [default: the pipeline's own scale]")
+]
+TrueCfg = Annotated[
+    float | None,
+    typer.Option("--true-cfg-scale", help="The same for Flux and Qwen-Image, which call it so; above 1 it guides."),
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto (bfloat16 on a GPU), float32, bfloat16 or float16.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and everything else to stderr.")]
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+#: Seeds are numbers of 64 bits; the commands count on from the one that is given.
+MAX_OPTION_SEED = 2**62
+
+
+@contextmanager
+def answers(as_json: bool) -> Iterator[Callable[[dict[str, Any], str], None]]:
+    """Gives ``print(data, text)``: the one thing that reaches stdout. Whatever libraries print goes to stderr."""
+    stdout = sys.stdout
+
+    def answer(data: dict[str, Any], text: str) -> None:
+        print(json.dumps(data, allow_nan=False, ensure_ascii=False) if as_json else text, file=stdout, flush=True)
+
+    with redirect_stdout(sys.stderr):
+        yield answer
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def stop(text: str, code: int) -> NoReturn:
+    say(" ".join(text.split()))
+    raise SystemExit(code)
+
+
+def interruptible(resume: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Ctrl-C ends a command with one line that says how to go on."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def wrapped(*args: Any, **kwargs: Any) -> None:
+            try:
+                command(*args, **kwargs)
+            except KeyboardInterrupt:
+                stop(f"interrupted: {resume}", INTERRUPTED)
+
+        return wrapped
+
+    return decorate
+
+
+def asked_settings(pipe: Any, record: dict[str, Any], asked: dict[str, Any]) -> Any:
+    """What was asked for; else what the plan was searched with; else None, which is the pipeline's own.
+
+    ``asked``: values of options by their names, None where one was not given. What only the plan's record says, and
+    this pipeline does not take, is left out.
+    """
+    from diffsparse.search.generate import GenerationSettings
+    from diffsparse.search.load import check_shape
+    from diffsparse.search.recorded import recorded_value
+    from diffsparse.search.signature import check_generates, parameters
+
+    check_generates(pipe)
+    known, values = parameters(pipe), {}
+    for option, value in asked.items():
+        argument = "num_inference_steps" if option == "steps" else option
+        if value is None and argument in known:
+            value = recorded_value(record, option)
+        values[argument] = value
+    settings = GenerationSettings(**values)
+    check_shape(pipe, settings.height, settings.width, settings.num_frames)
+    settings.arguments(pipe)
+    return settings
+
+
+def check_numbers(**values: int | float | None) -> None:
+    """``steps``, ``seed`` and the like, before anything is loaded."""
+    for name, value in values.items():
+        option = "--" + name.replace("_", "-")
+        least = 0 if name in ("seed", "first_seed", "guidance_scale", "true_cfg_scale", "validate") else 1
+        if value is not None and not value >= least:
+            raise BadInput(f"{option} {value}: it must be at least {least}")
+        if value is not None and name in ("seed", "first_seed") and value > MAX_OPTION_SEED:
+            raise BadInput(f"{option} {str(value)[:40]}: it must be at most {MAX_OPTION_SEED}")
+
+
+def check_share(option: str, value: float | None) -> None:
+    if value is not None and not 0 < value <= 1:
+        raise BadInput(f"{option} {value}: it is a share of dense attention, above 0 and at most 1, for example 0.4")
