@@ -13,10 +13,12 @@ import secrets
 import time
 from collections.abc import Mapping
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from diffsparse.card import card_names_plan, is_own_card, seal_card
+
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = ["DIGEST_KEY", "arrays_digest", "is_full", "write_plan", "write_whole"]
 
@@ -38,6 +40,8 @@ def is_full(error: OSError) -> bool:
 
 def arrays_digest(arrays: Mapping[str, np.ndarray]) -> str:
     """Hexadecimal SHA-256 of named arrays: their names, types, shapes and values, in the order of the names."""
+    import numpy as np  # the command line asks this module whether a disk is full, and is to start at once
+
     total = hashlib.sha256()
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])

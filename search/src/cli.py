@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             raise
         where = f" {error.filename}" if error.filename else ""
         stop(
-            f"error: the disk is full: no room to write{where}; make room there, then run the command again", BAD_INPUT
+            f"error: the disk is full: no room to write{where}; free some space, then run the command again", BAD_INPUT
         )
     except _ClickException as error:
         context = getattr(error, "ctx", None)

@@ -24,7 +24,7 @@ class DiskFull(BadInput):
     """No room for a file. What was written before is whole."""
 
     def __init__(self, path: str | os.PathLike[str], then: str = "run the same command again") -> None:
-        super().__init__(f"the disk is full: no room to write {path}; make room there, then {then}")
+        super().__init__(f"the disk is full: no room to write {path}; free some space, then {then}")
 
 
 def disk_is_full(path: Path) -> bool:

@@ -74,7 +74,7 @@ WRITERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
 def test_what_is_written_whole(tmp_path: Path, what: str) -> None:
     name, write = WRITERS[what]
     (tmp_path / name).write_bytes(b"of before")
-    with pytest.raises(DiskFull, match=f"the disk is full: no room to write {tmp_path / name}; make room there"):
+    with pytest.raises(DiskFull, match=f"the disk is full: no room to write {tmp_path / name}; free some space"):
         write(tmp_path / name)
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [(name, b"of before")]
 
@@ -161,9 +161,9 @@ def test_any_other_command_that_finds_no_room(
     code, _, err = cli("models")
     assert (code, err) == (
         2,
-        "error: the disk is full: no room to write; make room there, then run the command again\n",
+        "error: the disk is full: no room to write; free some space, then run the command again\n",
     )
-    assert explain(FULL) == "the disk of the machine that runs this demo is full; make room there, then try again"
+    assert explain(FULL) == "the disk of the machine that runs this demo is full; free some space, then try again"
     monkeypatch.setattr(Path, "touch", full)
     with pytest.raises(DiskFull):
         load.check_output(tmp_path)

@@ -130,7 +130,7 @@ FILL = """
 
 
 def check_full_then_resumed(path: Path, said: str, count: int) -> None:
-    then = "make room there, then run the same command again to go on from there"
+    then = "free some space, then run the same command again to go on from there"
     assert said == f"the disk is full: no room to write {path}; {then}"
     with SearchStore(path) as store:
         claimed = "identity" in store

@@ -37,28 +37,32 @@ class CallFacts:
 
 @runtime_checkable
 class Backend(Protocol):
-    """A way of computing block-sparse attention. One object a backend; see :class:`KernelBackend` for a start.
-
-    name: what ``backend=`` takes.
-    devices: device types (``cpu``, ``cuda``, ...) on which ``backend="auto"`` tries it; empty: only by name.
-    tails: that it knows; None: every registered one. head_dims: that it takes; None: any.
-    numerics: beside ``auto``, each with the head_dims that it is to be had in.
-    """
+    """A way of computing block-sparse attention. One object a backend; see :class:`KernelBackend` for a start."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What ``backend=`` takes."""
+        ...
 
     @property
-    def devices(self) -> Collection[str]: ...
+    def devices(self) -> Collection[str]:
+        """Device types (``cpu``, ``cuda``, ...) on which ``backend="auto"`` tries it; empty: only by name."""
+        ...
 
     @property
-    def tails(self) -> Collection[str] | None: ...
+    def tails(self) -> Collection[str] | None:
+        """The tails that it knows; None: every registered one."""
+        ...
 
     @property
-    def head_dims(self) -> range | None: ...
+    def head_dims(self) -> range | None:
+        """The head_dims that it takes; None: any."""
+        ...
 
     @property
-    def numerics(self) -> Mapping[str, Collection[int]]: ...
+    def numerics(self) -> Mapping[str, Collection[int]]:
+        """What it has beside ``auto``, each with the head_dims that it is to be had in."""
+        ...
 
     def cannot_run(self, facts: CallFacts | None) -> str | None:
         """Why it cannot run such a call (None: any call on this machine), in one line; None where it can."""

@@ -11,17 +11,17 @@ __all__ = ["Tail"]
 
 @runtime_checkable
 class Tail(Protocol):
-    """What a query block attends in the place of the blocks that it drops.
-
-    name: what ``Execution(tail=...)`` and plan files call it. It never changes.
-    cost: of one dropped block, in rows of dense attention: 1 for one summary that is attended as one key.
-    """
+    """What a query block attends in the place of the blocks that it drops."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What ``Execution(tail=...)`` and plan files call it. It never changes."""
+        ...
 
     @property
-    def cost(self) -> float: ...
+    def cost(self) -> float:
+        """Of one dropped block, in rows of dense attention: 1 for one summary that is attended as one key."""
+        ...
 
     def summaries(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor

@@ -69,7 +69,7 @@ def explain(error: Exception) -> str:
     if isinstance(error, (BadInput, PlanError)):
         return " ".join(str(error).split())
     if isinstance(error, OSError) and is_full(error):
-        return "the disk of the machine that runs this demo is full; make room there, then try again"
+        return "the disk of the machine that runs this demo is full; free some space, then try again"
     log.error("the demo failed", exc_info=error)
     kind = type(error).__name__
     if kind == "OutOfMemoryError":
