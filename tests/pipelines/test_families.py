@@ -173,8 +173,8 @@ def test_only_the_familys_layers_are_touched(case: Case, monkeypatch: pytest.Mon
         routed.append(layer.name)
         return original(layer, *args)
 
-    original = patch._route
-    monkeypatch.setattr(patch, "_route", route)
+    original = patch.attend
+    monkeypatch.setattr(patch, "attend", route)
     before = calls_of_others()
     assert not routed
     with sparse_attention(model, mixed_plan(model)):

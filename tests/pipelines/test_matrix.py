@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -60,7 +61,8 @@ def test_the_page_is_fresh() -> None:
 def test_the_command() -> None:
     def run(*arguments: str) -> str:
         command = [sys.executable, "-m", "diffsparse.search", "models", *arguments]
-        return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        wide = {**os.environ, "COLUMNS": "200"}  # names are folded where they do not fit
+        return subprocess.run(command, cwd=ROOT, env=wide, check=True, capture_output=True, text=True).stdout
 
     assert run("--markdown") == markdown()
     shown = run()

@@ -46,7 +46,7 @@ from diffsparse.search.generate import GenerationSettings, generate_clip
 from diffsparse.search.measured import ATTENTION_NAME, HeadFigures, plan_digest
 from tests.house.process import ROOT, heed_ctrl_c
 from tests.search.conftest import make_plan
-from tests.search.tiny import PROMPTS, SHAPE
+from tests.search.tiny import PROMPTS, SHAPE, fix_costs
 from tests.tolerance import MODEL, assert_near
 
 SETTINGS = GenerationSettings(num_inference_steps=3, guidance_scale=3.0, **SHAPE)
@@ -477,7 +477,10 @@ def test_durations() -> None:
 # -- searching ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_search_is_cancelled_goes_on_and_loads_its_plan(studio: Studio, session: Session) -> None:
+def test_a_search_is_cancelled_goes_on_and_loads_its_plan(
+    studio: Studio, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fix_costs(monkeypatch)
     asked = ("\n".join(PROMPTS), 0.6, 3)
     with pytest.raises(BadInput, match="no search has ended"):
         studio.view(SEARCHED_HERE, session)
@@ -756,6 +759,13 @@ from diffsparse.search.demo.launch import serve
 from diffsparse.search.demo.search_plan import search_updates
 from diffsparse.search.demo.sessions import Session
 from diffsparse.search.demo.studio import Studio
+
+from diffsparse.entry import TAILS
+from diffsparse.search.cost import CostModel
+from diffsparse.search.stages import compose
+
+costs = CostModel("cpu", 1.0, (0.02, 0.1, 0.3, 0.6), {tail: (0.1, 0.2, 0.4, 0.7) for tail in TAILS})
+compose.measure_costs = lambda *args: costs  # calls this small take so little time that measured ones are noise
 
 stop, told = threading.Event(), []
 

@@ -15,7 +15,7 @@ import pytest
 
 from diffsparse.pipelines import architecture_of, find_transformers, sparse_attention, sparse_attention_summary
 from diffsparse.pipelines.matrix import model_rows
-from diffsparse.pipelines.state import DENSE_ENTRIES, FULL
+from diffsparse.pipelines.policy import DENSE_ENTRIES, FULL
 from diffsparse.search.errors import BadInput
 from diffsparse.search.observe import final_latents
 from diffsparse.search.search import SearchConfig, search_plan
@@ -57,7 +57,7 @@ def search(pipe: Any, out: Path, lines: list[str] | None = None, **arguments: An
 
 @pytest.fixture(autouse=True)
 def _few_timings(monkeypatch: pytest.MonkeyPatch) -> None:
-    from diffsparse.search import search as module
+    from diffsparse.search.stages import compose as module
 
     monkeypatch.setattr(module, "measure_costs", partial(module.measure_costs, seconds=0.0))
 

@@ -9,18 +9,17 @@ import diffusers
 import pytest
 import torch
 
-from diffsparse.entry import TAILS, Execution, HeadEntry
+from diffsparse.entry import Execution, HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.order import TileOrder
 from diffsparse.patterns import Window
 from diffsparse.pipelines import sparse_attention, sparse_attention_summary
 from diffsparse.plan import SparsityPlan
 from diffsparse.schedule import Schedule
-from diffsparse.search.cost import CostModel
 from diffsparse.search.generate import GenerationSettings
 from diffsparse.search.observe import call_levels, final_latents
 from diffsparse.search.search import SearchConfig, search_plan
-from tests.search.tiny import PROMPTS, SHAPE, build_pipeline
+from tests.search.tiny import PROMPTS, SHAPE, build_pipeline, fix_costs
 
 GRID, TILE, STEPS = TokenGrid(3, 12, 12), TileOrder(1, 8, 8), 5
 #: With their own settings; those whose last step is at noise level 0 are among them.
@@ -75,8 +74,7 @@ def test_a_searched_plan_runs_the_density_that_was_asked_for(
     scheduler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe = pipeline(scheduler)
-    costs = CostModel("cpu", 1.0, (0.02, 0.1, 0.3, 0.6), {tail: (0.1, 0.2, 0.4, 0.7) for tail in TAILS})
-    monkeypatch.setattr("diffsparse.search.stages.compose.measure_costs", lambda *args: costs)
+    fix_costs(monkeypatch)
     config = SearchConfig(
         budget=None, density=0.6, steps=STEPS, trace_steps=4, samples=1, trace_prompts=1, validation_prompts=0,
         guidance_scale=3.0, dense_steps=1, **SHAPE,

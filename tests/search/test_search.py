@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from diffsparse.entry import TAILS
 from diffsparse.kernels import sparse_attention
 from diffsparse.kernels.break_even import save_local
 from diffsparse.layout import build_layout
@@ -22,7 +21,6 @@ from diffsparse.pipelines import architecture_of, sparse_attention_summary, tap_
 from diffsparse.pipelines import sparse_attention as attached
 from diffsparse.plan import SparsityPlan
 from diffsparse.search.compose import strides
-from diffsparse.search.cost import CostModel
 from diffsparse.search.errors import BadInput
 from diffsparse.search.generate import GenerationSettings, generate_clip
 from diffsparse.search.load import sparse_backend
@@ -33,7 +31,7 @@ from diffsparse.search.score import projection_roots
 from diffsparse.search.search import SearchConfig, search_plan
 from diffsparse.search.store import SearchStore, StoreMismatch
 from tests.pipelines.test_break_even import table
-from tests.search.tiny import PROMPTS, SHAPE
+from tests.search.tiny import PROMPTS, SHAPE, fix_costs
 from tests.tolerance import ATTENTION, assert_near
 
 SETTINGS = GenerationSettings(4, 5.0, **SHAPE)
@@ -51,10 +49,8 @@ def search(pipe: Any, out: Path, **changes: Any) -> SparsityPlan:
 
 @pytest.fixture(scope="module", autouse=True)
 def fixed_costs() -> Iterator[None]:
-    """Calls this small take so little time that measured costs are noise."""
-    costs = CostModel("cpu", 1.0, (0.02, 0.1, 0.3, 0.6), {tail: (0.1, 0.2, 0.4, 0.7) for tail in TAILS})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("diffsparse.search.stages.compose.measure_costs", lambda *args: costs)
+        fix_costs(patch)
         yield
 
 
