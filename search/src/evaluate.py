@@ -20,6 +20,7 @@ from diffsparse.pipelines.policy import DENSE_ENTRIES, NOT_IN_PLAN, OUTSIDE
 from diffsparse.plan import SparsityPlan
 from diffsparse.search import metrics
 from diffsparse.search.errors import BadInput
+from diffsparse.search.executed import executed_work
 from diffsparse.search.generate import Clip, GenerationSettings, check_seeds, generate_clip, generate_clips
 from diffsparse.search.statistics import Mean, mean_of
 
@@ -313,7 +314,7 @@ def compare(
     with pipelines.sparse_attention(pipe, plan, backend=backend):
         if warm_up:
             _warm_up(pipe, first.prompt, dense.settings)
-        before = _work(pipelines.sparse_attention_summary(pipe))
+        before = executed_work(pipelines.sparse_attention_summary(pipe))
         label = name or _plan_name(plan)
         with tqdm(dense.clips, desc=f"sparse ({label})", unit="clip", disable=not progress, leave=False) as bar:
             sparse.extend(generate_clip(pipe, prompt, seed, dense.settings) for prompt, seed in bar)
@@ -327,7 +328,7 @@ def compare(
         clip_report(twin, clip, dense.other_seed_psnr, model)
         for twin, clip in zip(dense.clips.values(), sparse, strict=True)
     ]
-    call, trajectory = _work(summary).since(before)
+    call, trajectory = executed_work(summary).since(before)
     if reasons := _why_dense(summary):
         notes.append(reasons)
     return EvalReport(
@@ -356,33 +357,6 @@ def _why_dense(summary: pipelines.SparseSummary) -> str | None:
     if not reasons:
         return None
     return "calls that ran dense (warm-up included): " + "; ".join(f"{n} x {reason}" for reason, n in reasons.items())
-
-
-@dataclass(frozen=True)
-class _Work:
-    """Sums over all self-attention calls since sparse attention was enabled, by what the calls really ran."""
-
-    work: float  # of all calls, as dense ones
-    done: float
-    sparse_calls: int
-    sparse_density: float  # summed over the sparse calls
-
-    def since(self, before: _Work) -> tuple[float | None, float | None]:
-        """``(call density, whole-trajectory density)`` of the calls after ``before``."""
-        work, calls = self.work - before.work, self.sparse_calls - before.sparse_calls
-        call = (self.sparse_density - before.sparse_density) / calls if calls else None
-        return call, (self.done - before.done) / work if work else None
-
-
-def _work(summary: pipelines.SparseSummary) -> _Work:
-    ran = list(summary.transformers.values())
-    layers = [layer for t in ran for layer in t.layers]
-    return _Work(
-        work=math.fsum(t.work for t in ran),
-        done=math.fsum((t.density or 0.0) * t.work for t in ran),
-        sparse_calls=sum(layer.sparse_calls for layer in layers),
-        sparse_density=math.fsum((layer.density or 0.0) * layer.sparse_calls for layer in layers),
-    )
 
 
 def clip_report(dense: Clip, sparse: Clip, other_seed: float | None = None, model: Any = None) -> ClipReport:

@@ -28,7 +28,8 @@ from diffsparse.search.candidates import fill
 from diffsparse.search.columns import printable, text_table
 from diffsparse.search.density import call_density, kept_density
 from diffsparse.search.errors import BadInput
-from diffsparse.search.explain import Explanation, explain, explain_table, recorded_costs, shape_for
+from diffsparse.search.explain import Explanation, explain, recorded_costs, shape_for
+from diffsparse.search.explain_table import explain_table
 from diffsparse.search.generate import GenerationSettings, generate_clip
 from diffsparse.search.scale import TokenScale, scale_of_class, scale_of_pipeline, scale_of_record
 from diffsparse.search.show import parse_grid

@@ -54,7 +54,8 @@ def explain_command(
     with answers(as_json) as answer:
         check_numbers(height=height, width=width, num_frames=num_frames)
         from diffsparse.search import load
-        from diffsparse.search.explain import explain, explain_table, shape_for
+        from diffsparse.search.explain import explain, shape_for
+        from diffsparse.search.explain_table import explain_table
         from diffsparse.search.show import parse_grid
 
         chosen = load.load_plan(plan)
