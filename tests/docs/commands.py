@@ -186,6 +186,9 @@ def small(line: str) -> tuple[list[str], str | None]:
         words, into = words[: words.index(">")], words[words.index(">") + 1]
     for begin, more in SMALL.items():
         if tuple(words[: len(begin)]) == begin:
+            if begin[:2] == ("diffsparse", "search"):
+                # Of so few tokens and steps there are no cheaper plans than these.
+                more = (*more, "--density" if "--density" in words else "--budget", "1")
             return words + list(more), into
     return words, into
 
