@@ -60,6 +60,7 @@ def text_table(
     header: Sequence[str] | None = None,
     right: Collection[int] = (),
     *,
+    names: int | None = None,
     styles: Sequence[str] | None = None,
     width: int | None = None,
 ) -> str:
@@ -69,20 +70,33 @@ def text_table(
         rows: the cells; characters that a terminal would obey are replaced.
         header: names of the columns.
         right: columns that are aligned to the right.
+        names: a column that people copy or search for. It is never broken: where it does not fit beside the others,
+            each of its cells stands above its rows, on a line of its own (broken only where the terminal is narrower).
         styles: of the columns, as rich names them, for a terminal with colours (none where ``NO_COLOR`` is set).
     """
     width = terminal_width() if width is None else max(_NARROWEST, width)
     lines = [[printable(cell) for cell in row] for row in ([header] if header else []) + list(rows)]
     if not lines:
         return ""
-    kept = _told(lines, bool(header), width)
-    lines = [[line[i] for i in kept] for line in lines]
-    at_right = {j for j, i in enumerate(kept) if i in right}
-    widths = _widths(lines, at_right, bool(header), width)
+    body = bool(header)
+
+    def fit(columns: Sequence[int], whole: int | None = None) -> tuple[list[list[str]], set[int], list[int] | None]:
+        shown = [[line[i] for i in columns] for line in lines]
+        at_right = {j for j, i in enumerate(columns) if i in right}
+        return shown, at_right, _widths(shown, at_right, body, width, None if whole is None else columns.index(whole))
+
+    kept = _told(lines, body, width)
+    above: list[list[str]] = []
+    shown, at_right, widths = fit(kept, names)
+    if widths is None and names is not None:
+        above = [_lines(line[names], width) for line in lines[body:]]
+        kept = [i for i in kept if i != names]
+        shown, at_right, widths = fit(kept)
     if widths is None:
-        return _stacked(lines, bool(header), width)
+        return _stacked(shown, body, width, above)
     chosen = None if styles is None else [styles[i] if i < len(styles) else "" for i in kept]
-    return _rendered(lines, bool(header), at_right, widths, chosen)
+    named = styles[names] if styles and above and names is not None and names < len(styles) else ""
+    return _rendered(shown, body, at_right, widths, chosen, above, named)
 
 
 def _natural(lines: Sequence[Sequence[str]]) -> list[int]:
@@ -101,8 +115,11 @@ def _told(lines: Sequence[Sequence[str]], header: bool, width: int) -> list[int]
     return [i for i in everything if any(line[i] not in _EMPTY for line in lines[1:])] or everything
 
 
-def _widths(lines: Sequence[Sequence[str]], right: Collection[int], header: bool, width: int) -> list[int] | None:
-    """A width for each column so that a line fits, or None where there is none: the widest ones give way first."""
+def _widths(
+    lines: Sequence[Sequence[str]], right: Collection[int], header: bool, width: int, whole: int | None = None
+) -> list[int] | None:
+    """A width for each column so that a line fits, or None where there is none: the widest ones give way first, the
+    column ``whole`` not at all."""
     natural = _natural(lines)
     if _total(natural) <= width:
         return natural
@@ -112,6 +129,8 @@ def _widths(lines: Sequence[Sequence[str]], right: Collection[int], header: bool
         found = [min(word, _NARROWEST if i in right else least) for i, word in enumerate(words)]
         if not header:
             found[:-1] = natural[:-1]
+        if whole is not None:
+            found[whole] = natural[whole]
         room = width - _total(found)
         if room < 0:
             continue
@@ -130,17 +149,26 @@ def _rendered(
     right: Collection[int],
     widths: Sequence[int],
     styles: Sequence[str] | None,
+    above: Sequence[Sequence[str]] = (),
+    named: str = "",
 ) -> str:
+    """``above``: lines over each row, once over rows that follow each other; ``named``: their style."""
     folded = [[_lines(cell, width) for cell, width in zip(line, widths, strict=True)] for line in lines]
-    out: list[list[str]] = []
-    for row in folded:
-        for k in range(max(map(len, row))):
-            out.append([_padded(c[k] if k < len(c) else "", widths[i], i in right) for i, c in enumerate(row)])
-    if header:
-        out.insert(max(map(len, folded[0])), ["-" * w for w in widths])
-    if styles is None:
-        return "\n".join(_GAP.join(cells).rstrip() for cells in out).replace(GLUE, " ")
-    return _coloured(out, max(map(len, folded[0])) + 1 if header else 0, styles)
+    styles, coloured = styles or [""] * len(widths), styles is not None
+    out: list[list[tuple[str, str]]] = []
+    for n, row in enumerate(folded):
+        title = header and n == 0
+        k = n - header
+        if above and not title and (k == 0 or above[k] != above[k - 1]):
+            out += [[(line, named)] for line in above[k]]
+        for i in range(max(map(len, row))):
+            cells = [_padded(c[i] if i < len(c) else "", widths[j], j in right) for j, c in enumerate(row)]
+            out.append([(cell, "bold" if title else styles[j]) for j, cell in enumerate(cells)])
+        if title:
+            out.append([("-" * w, "bold") for w in widths])
+    if not coloured:
+        return "\n".join(_GAP.join(cell for cell, _ in cells).rstrip() for cells in out).replace(GLUE, " ")
+    return _coloured(out)
 
 
 def _padded(text: str, width: int, right: bool) -> str:
@@ -148,29 +176,31 @@ def _padded(text: str, width: int, right: bool) -> str:
     return space + text if right else text + space
 
 
-def _coloured(lines: Sequence[Sequence[str]], header: int, styles: Sequence[str]) -> str:
+def _coloured(lines: Sequence[Sequence[tuple[str, str]]]) -> str:
     from rich.console import Console
     from rich.text import Text
 
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=1 << 16)
-    for k, cells in enumerate(lines):
+    for cells in lines:
         line = Text()
-        for i, cell in enumerate(cells):
-            line.append(_GAP if i else "").append(cell, "bold" if k < header else styles[i])
+        for i, (cell, style) in enumerate(cells):
+            line.append(_GAP if i else "").append(cell, style)
         line.rstrip()
         console.print(line, soft_wrap=True)
     return out.getvalue().rstrip("\n")
 
 
-def _stacked(lines: Sequence[Sequence[str]], header: bool, width: int) -> str:
+def _stacked(lines: Sequence[Sequence[str]], header: bool, width: int, above: Sequence[Sequence[str]]) -> str:
     """Each row as a few lines: its cells one after the other, named where there is a header."""
     names, rows = (lines[0], lines[1:]) if header else ([""] * len(lines[0]), lines)
-    told = [
-        " | ".join(f"{name}: {cell}" if name else cell for name, cell in zip(names, row, strict=True) if cell)
-        for row in rows
-    ]
-    return "\n".join(fold(row, width, _GAP) for row in told)
+    out: list[str] = []
+    for k, row in enumerate(rows):
+        if above and (k == 0 or above[k] != above[k - 1]):
+            out += above[k]
+        cells = " | ".join(f"{name}: {cell}" if name else cell for name, cell in zip(names, row, strict=True) if cell)
+        out.append(fold(f"{_GAP if above else ''}{cells}", width, _GAP))
+    return "\n".join(out)
 
 
 def _lines(text: str, width: int, hang: str = "") -> list[str]:

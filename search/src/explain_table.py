@@ -84,7 +84,7 @@ def explain_table(found: Explanation, name: str = "") -> str:
         rows.append([_folded_name([layer.layer for layer in group]), *cells])
     header = ["layer", "backend", "tokens", "density", "time", "fallback heads", "dense because"]
     rows = [["all layers" if row[0] == "*" else row[0], *row[1:]] for row in rows]
-    parts = [text_table(head), text_table(rows, header=header, right=[2])]
+    parts = [text_table(head), text_table(rows, header=header, right=[2], names=0)]
     if found.notes:
         parts.append("\n".join(fold(f"note: {printable(note)}", indent="  ") for note in found.notes))
     return "\n\n".join(parts)

@@ -168,7 +168,9 @@ def plan_table(
     if figures is not None:
         head.append(["error", "of the heads' outputs (squared, 1 for a head left out), predicted: mean (worst head)"])
     rows: list[list[str]] = []
-    for row in data["layers"]:
+    # A layer's phases one below the other: what changes over a generation is seen at a glance.
+    places = {layer: i for i, layer in enumerate(plan.layers)}
+    for row in sorted(data["layers"], key=lambda row: (places[row["layer"]], row["phase"])):
         total = sum(row["families"].values())
         rows.append(
             [
@@ -185,7 +187,7 @@ def plan_table(
     header += [] if figures is None else ["error"]
     right = [0, *range(5, len(header))]
     styles = ["dim", "bold", "cyan", "", "dim", "green", "yellow"] if styled else None
-    return f"{text_table(head)}\n\n{text_table(rows, header, right, styles=styles)}"
+    return f"{text_table(head)}\n\n{text_table(rows, header, right, names=1, styles=styles)}"
 
 
 def phase_names(plan: SparsityPlan) -> list[str]:

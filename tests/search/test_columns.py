@@ -96,6 +96,22 @@ def test_a_column_that_says_nothing_goes_first() -> None:
     assert "dense because" in text_table(rows, ["layer", "dense because", "density"], width=80)
 
 
+@pytest.mark.parametrize("width", [44, 60, 80, 144])
+def test_names_stay_whole(width: int) -> None:
+    """A layer's name can be searched for and copied, in a terminal of any width."""
+    rows = [[str(phase), name, "2 none, 1 moments, 1 centroids", "0.764"] for name in LAYERS for phase in range(2)]
+    text = text_table(rows, ["phase", "layer", "tails", "density"], right=[0, 3], names=1, width=width)
+    assert widest(text) <= width
+    assert letters("".join(map("".join, rows))) - letters("".join(LAYERS)) <= letters(text)
+    for name in LAYERS:
+        # Beside its rows, or once above them.
+        assert sum(name in line for line in text.splitlines()) in (1, 2), text
+    styled = text_table(
+        rows, ["phase", "layer", "tails", "density"], right=[0, 3], names=1, width=width, styles=["", "bold", "", ""]
+    )
+    assert re.sub(r"\x1b\[[0-9;]*m", "", styled) == text
+
+
 def test_where_words_are_broken() -> None:
     """Behind punctuation and before capitals, and what belongs together stays so where it can."""
     rows = [["single_transformer_blocks.12.attn", "HunyuanVideoTransformer3DModel", "word " * 10]]

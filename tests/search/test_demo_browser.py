@@ -16,7 +16,7 @@ from diffsparse.search.demo.inspector import PlanView
 from diffsparse.search.demo.launch import serving
 from diffsparse.search.demo.studio import Studio
 from tests.search.conftest import make_plan
-from tests.search.tiny import PROMPTS
+from tests.search.tiny import PROMPTS, fix_costs
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser") if (path := shutil.which(name))), None)
 MISSING = [
@@ -228,7 +228,10 @@ def test_all_of_it_with_the_keyboard(open_page: Open, shoot: Callable[[Any, str]
     page.wait_for_function("document.querySelector('#search_status').innerText.includes('there is no prompt')")
 
 
-def test_search_and_look_at_what_was_found(open_page: Open, shoot: Callable[[Any, str], None]) -> None:
+def test_search_and_look_at_what_was_found(
+    open_page: Open, shoot: Callable[[Any, str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fix_costs(monkeypatch)  # the page is served by this process
     page = open_page()
     page.get_by_role("tab", name="Search").click()
     page.get_by_label("Prompts, one a line").fill("\n".join(PROMPTS))
@@ -239,7 +242,9 @@ def test_search_and_look_at_what_was_found(open_page: Open, shoot: Callable[[Any
     page.click("#cancel_search")
     page.wait_for_function("document.querySelector('#search_status').innerText.includes('goes on from here')")
     page.click("#search")
-    page.wait_for_function("document.querySelector('#search_status').innerText.includes('done: the plan')")
+    # An error ends a search as well; waiting for the plan alone would hide what it says.
+    page.wait_for_function("/done|cannot|error/i.test(document.querySelector('#search_status').innerText)")
+    assert "done: the plan" in page.inner_text("#search_status")
     stages = page.inner_text("#stages")
     assert "going on with the search" in stages and "probe" not in stages and "validate: 3 of 3" in stages
     shoot(page, "9_searched")
