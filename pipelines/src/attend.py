@@ -7,7 +7,7 @@ layer to layer.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,26 +27,34 @@ from diffsparse.pipelines.policy import (
 )
 from diffsparse.pipelines.state import LayerState
 
-__all__ = ["attend"]
+__all__ = ["Request", "attend"]
 
 
-def attend(
-    layer: LayerState,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: Any,
-    two_axes: bool,
-    scale: float | None,
-    reason: str | None,
-    dense: Callable[[], torch.Tensor],
-) -> torch.Tensor:
-    """The output ``[B, S, H, D]`` of one attention call inside a layer, sparse or from ``dense``.
+class Request(NamedTuple):
+    """One attention call as a model asks for it. (A named tuple, because every version of Dynamo can trace one.)
 
-    ``reason``: why it must run dense, where that is known without its tensors. ``two_axes``: see ``judge_call``.
+    q, k, v: ``[B, S, H, D]``.
+    mask: the model's own, in whatever form. two_axes: see ``judge_call``.
+    scale: factor of the logits, or None for ``D ** -0.5``.
+    reason: why it must run dense, where that is known without its tensors.
+    dense: runs the model's own attention; ``[B, S, H, D]``.
     """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    mask: Any
+    two_axes: bool
+    scale: float | None
+    reason: str | None
+    dense: Callable[[], torch.Tensor]
+
+
+def attend(layer: LayerState, request: Request) -> torch.Tensor:
+    """The output ``[B, S, H, D]`` of one attention call inside a layer, sparse or from ``request.dense``."""
     if torch.compiler.is_compiling():
-        return _compiled(layer, q, k, v, mask, two_axes, scale, reason, dense)
+        return _compiled(layer, request)
+    q, k, v, mask, two_axes, scale, reason, dense = request
     call, index = CTX.call, layer.index
     if call is None or not call.is_running():  # a layer on its own, outside its model's forward: there is no grid
         return dense()
@@ -61,7 +69,7 @@ def attend(
     reason = reason or why
     state = call.state
     if state.tap is not None:
-        return state.tap.run(call, layer, q, k, v, key_mask, scale, reason, dense)
+        return state.tap.run(call, layer, request, key_mask, reason)
     layout = call.layout(index, device, seq=seq)
     by = ""
     if state.dense is not None and reason is None and not isinstance(layout, BlockLayout):
@@ -96,18 +104,9 @@ def attend(
     return out
 
 
-def _compiled(
-    layer: LayerState,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: Any,
-    two_axes: bool,
-    scale: float | None,
-    reason: str | None,
-    dense: Callable[[], torch.Tensor],
-) -> torch.Tensor:
+def _compiled(layer: LayerState, request: Request) -> torch.Tensor:
     """The same in traced code. What was done is left in ``layer.ran`` for the hook after the forward."""
+    q, k, v, mask, two_axes, scale, reason, dense = request
     layout = layer.layout
     why, key_mask = judge_call(q, k, v, mask, two_axes)
     reason = reason or why

@@ -11,7 +11,7 @@ import torch
 
 from diffsparse.layout import BlockLayout
 from diffsparse.pipelines import _diffusers
-from diffsparse.pipelines.attend import attend
+from diffsparse.pipelines.attend import Request, attend
 from diffsparse.pipelines.context import CTX, EPOCH
 from diffsparse.pipelines.policy import judge_arguments
 
@@ -79,7 +79,7 @@ def routed_dispatch(
     # Whatever runs below is not this layer's attention a second time: the native backend calls F.sdpa.
     CTX.layer = None
     reason = judge_arguments(dropout_p, is_causal, attention_kwargs, parallel_config)
-    out = attend(layer, query, key, value, attn_mask, True, scale, reason, dense)
+    out = attend(layer, Request(query, key, value, attn_mask, True, scale, reason, dense))
     CTX.layer = layer
     return out
 
@@ -108,7 +108,7 @@ def routed_sdpa(
 
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     reason = judge_arguments(dropout_p, is_causal)
-    out = attend(layer, q, k, v, attn_mask, False, scale, reason, dense).transpose(1, 2)
+    out = attend(layer, Request(q, k, v, attn_mask, False, scale, reason, dense)).transpose(1, 2)
     CTX.layer = layer
     return out
 

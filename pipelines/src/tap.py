@@ -15,6 +15,7 @@ from diffsparse.pipelines.hooks import attach, compiled_layers, detach, is_attac
 from diffsparse.pipelines.state import LayerState, ModelState
 
 if TYPE_CHECKING:
+    from diffsparse.pipelines.attend import Request
     from diffsparse.pipelines.call import Call
 
 __all__ = ["AttentionCall", "Tap", "tap_attention"]
@@ -70,16 +71,14 @@ class Tap:
         self,
         call: Call,
         layer: LayerState,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        request: Request,
         key_mask: torch.Tensor | None,
-        scale: float | None,
         reason: str | None,
-        dense: Callable[[], torch.Tensor],
     ) -> torch.Tensor:
+        """The output of one call. ``key_mask``, ``reason``: what ``judge_call`` made of its mask and of the rest."""
         if call.problem is not None or call.grid is None:
             raise ValueError(f"{call.state.component}: {call.problem}")
+        q, dense = request.q, request.dense
         grid = call.grid_of(layer.index, q.shape[1])
         assert grid is not None
         if reason is None and q.shape[1] != grid.seq_len:
@@ -93,11 +92,11 @@ class Tap:
                 layer=layer.name,
                 layer_index=layer.index,
                 q=q,
-                k=k,
-                v=v,
+                k=request.k,
+                v=request.v,
                 grid=grid,
                 noise_level=call.noise_level,
-                scale=scale,
+                scale=request.scale,
                 kv_len=key_mask,
                 dense=dense,
                 transformer=call.state.component,
