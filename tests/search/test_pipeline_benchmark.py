@@ -14,6 +14,12 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.library.steps import measure
+from benchmarks.library.steps.attention import pass_on, self_attention, without_mask
+from benchmarks.library.steps.measure import bench_model
+from benchmarks.library.steps.models import MODELS, TINY, build, inputs
+from benchmarks.library.steps.plans import plan_of
+from benchmarks.library.steps.rows import describe
 from diffsparse.layout import build_layout
 from diffsparse.order import AxisOrder, RasterOrder
 from diffsparse.search.errors import BadInput
@@ -76,9 +82,9 @@ def test_compiled_steps(tmp_path: Path) -> None:
     assert {row["backend"] for row in rows if row["what"] == "sparse"} == {"cpu", "compiled"}
 
 
-def test_full_sizes_are_the_models_own(script: ModuleType) -> None:
+def test_full_sizes_are_the_models_own() -> None:
     """Tokens as in the models' own pipelines; parameters as their names say, counted without memory."""
-    tokens = {name: model.grid.seq_len for name, model in script.MODELS.items()}
+    tokens = {name: model.grid.seq_len for name, model in MODELS.items()}
     assert tokens == {
         "wan-1.3b-480p": 32760,
         "wan-1.3b-720p": 75600,
@@ -86,22 +92,22 @@ def test_full_sizes_are_the_models_own(script: ModuleType) -> None:
         "hunyuan-720p": 118800 + 256,
     }
     for name, billions in (("wan-1.3b-480p", 1.42), ("wan-14b-720p", 14.3), ("hunyuan-720p", 12.8)):
-        model = script.build(script.MODELS[name], torch.device("meta"), torch.bfloat16)
+        model = build(MODELS[name], torch.device("meta"), torch.bfloat16)
         assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=0.02)
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert torch.get_default_dtype() == torch.float32
 
 
-def test_plans_have_the_density_asked_for(script: ModuleType) -> None:
-    model = script.TINY["wan-14b-720p"]
-    transformer = script.build(model, torch.device("cpu"), torch.float32)
-    plan = script.plan_of(transformer, model.grid, 0.25, "moments", 64, "mixed")
+def test_plans_have_the_density_asked_for() -> None:
+    model = TINY["wan-14b-720p"]
+    transformer = build(model, torch.device("cpu"), torch.float32)
+    plan = plan_of(transformer, model.grid, 0.25, "moments", 64, "mixed")
     assert {type(e.order) for e in plan.entries} == {AxisOrder, RasterOrder}
     assert {e.execution.tail for e in plan.entries} == {"moments"}
     for name, density in (("wan-1.3b-480p", 0.25), ("wan-14b-720p", 0.08), ("hunyuan-720p", 0.25)):
-        model = script.MODELS[name]
-        transformer = script.build(model, torch.device("meta"), torch.float32)
-        plan = script.plan_of(transformer, model.grid, density, "none", 128, "mixed")
+        model = MODELS[name]
+        transformer = build(model, torch.device("meta"), torch.float32)
+        plan = plan_of(transformer, model.grid, density, "none", 128, "mixed")
         layout = build_layout(model.grid, plan.entries, 128)
         assert layout.density == pytest.approx(density, abs=0.005)
         # What kernels multiply, whole blocks, is no more than that.
@@ -109,24 +115,24 @@ def test_plans_have_the_density_asked_for(script: ModuleType) -> None:
         assert executed / model.grid.seq_len**2 == pytest.approx(layout.density, rel=0.005)
 
 
-def test_a_plan_in_8_bits(script: ModuleType) -> None:
+def test_a_plan_in_8_bits() -> None:
     """On a device that has none it runs all the same, in the model's own precision; a dense one stays dense there."""
-    model = script.TINY["wan-14b-720p"]
-    transformer = script.build(model, torch.device("cpu"), torch.float32)
-    plan = script.plan_of(transformer, model.grid, 1.0, "none", 64, "mixed", "fp8")
+    model = TINY["wan-14b-720p"]
+    transformer = build(model, torch.device("cpu"), torch.float32)
+    plan = plan_of(transformer, model.grid, 1.0, "none", 64, "mixed", "fp8")
     assert {e.execution.numerics for e in plan.entries} == {"fp8"}
     assert plan.call_densities(model.grid).min() == 1
-    rows = script.bench_model(
+    rows = bench_model(
         "tiny", model, device=torch.device("cpu"), dtype=torch.float32, modes=["eager"], block_size=64, backend="cpu",
         seconds=0.001, most=2, say=lambda row: None, settings=[(0.3, "mean", "int8"), (1.0, "none", "int8")],
         kind="mixed", with_fastest=False,
     )  # fmt: skip
     assert rows[2].status == "ok" and rows[2].numerics == "int8"
     assert rows[3].status.endswith("calls ran dense: every block is kept on this grid")
-    assert "sparse 0.3 mean int8" in script.describe(rows[2])
+    assert "sparse 0.3 mean int8" in describe(rows[2])
 
 
-def test_rest_leaves_keys_and_values_to_be_made(script: ModuleType) -> None:
+def test_rest_leaves_keys_and_values_to_be_made() -> None:
     """Compiled too, where what nobody reads is left out."""
     from torch._dynamo.backends.common import aot_autograd
 
@@ -136,10 +142,10 @@ def test_rest_leaves_keys_and_values_to_be_made(script: ModuleType) -> None:
         products.append(sum(node.target is torch.ops.aten.mm.default for node in graph.graph.nodes))
         return graph
 
-    transformer = script.build(script.TINY["wan-14b-720p"], torch.device("cpu"), torch.float32)
+    transformer = build(TINY["wan-14b-720p"], torch.device("cpu"), torch.float32)
     module = sys.modules[type(transformer).__module__]
 
-    with script.self_attention(transformer, 6, script.pass_on), torch.no_grad():
+    with self_attention(transformer, 6, pass_on), torch.no_grad():
         weights = [torch.randn(8, 8) for _ in range(3)]
 
         def three(x: torch.Tensor) -> torch.Tensor:
@@ -152,57 +158,56 @@ def test_rest_leaves_keys_and_values_to_be_made(script: ModuleType) -> None:
     assert products == [3]
 
 
-def test_a_mask_of_padding_that_hides_nothing_changes_nothing(script: ModuleType) -> None:
+def test_a_mask_of_padding_that_hides_nothing_changes_nothing() -> None:
     """So that dense attention may be timed without it, which is faster."""
-    model = script.TINY["hunyuan-720p"]
-    transformer = script.build(model, torch.device("cpu"), torch.float32)
-    arguments = script.inputs(model, transformer, torch.device("cpu"), torch.float32)
+    model = TINY["hunyuan-720p"]
+    transformer = build(model, torch.device("cpu"), torch.float32)
+    arguments = inputs(model, transformer, torch.device("cpu"), torch.float32)
     masks: list[Any] = []
 
     def watch(own: Any, *qkv: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         masks.append(kwargs["attn_mask"])
-        out: torch.Tensor = script.without_mask(own, *qkv, **kwargs)
-        return out
+        return without_mask(own, *qkv, **kwargs)
 
     with torch.no_grad():
         masked = transformer(**arguments)[0]
-        with script.self_attention(transformer, model.grid.seq_len, watch):
+        with self_attention(transformer, model.grid.seq_len, watch):
             unmasked = transformer(**arguments)[0]
     assert len(masks) == 2 and all(mask is not None and mask.all() for mask in masks)
     assert_near(unmasked, masked, MODEL)
 
-    rows = script.bench_model(
+    rows = bench_model(
         "tiny", model, device=torch.device("cpu"), dtype=torch.float32, modes=["eager"], block_size=64, backend="cpu",
         seconds=0.001, most=2, say=lambda row: None, settings=[], kind="mixed", with_fastest=False,
     )  # fmt: skip
     assert [(row.what, row.status) for row in rows] == [("rest", "ok"), ("dense", "ok"), ("unmasked", "ok")]
-    assert "dense, no mask" in script.describe(rows[2])
+    assert "dense, no mask" in describe(rows[2])
 
 
-def test_eager_steps_come_first(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eager_steps_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """A transformer that has been compiled stays so."""
     events: list[str] = []
     kind = sys.modules["diffusers"].WanTransformer3DModel
     monkeypatch.setattr(kind, "compile_repeated_blocks", lambda self, **options: events.append("compile"))
-    script.bench_model(
-        "tiny", script.TINY["wan-14b-720p"], device=torch.device("cpu"), dtype=torch.float32, block_size=64,
+    bench_model(
+        "tiny", TINY["wan-14b-720p"], device=torch.device("cpu"), dtype=torch.float32, block_size=64,
         modes=["compiled", "eager"], backend="cpu", seconds=0.001, most=2, settings=[], kind="mixed",
         say=lambda row: events.append(f"{row.mode} {row.what}"), with_fastest=False,
     )  # fmt: skip
     assert events == ["eager rest", "eager dense", "compile", "compiled rest", "compiled dense"]
 
 
-def test_a_step_that_fails_or_runs_dense_is_not_counted(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_fails_or_runs_dense_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     def bench(**options: Any) -> list[Any]:
-        return script.bench_model(
-            "tiny", script.TINY["wan-14b-720p"], device=torch.device("cpu"), dtype=torch.float32, modes=["eager"],
+        return bench_model(
+            "tiny", TINY["wan-14b-720p"], device=torch.device("cpu"), dtype=torch.float32, modes=["eager"],
             block_size=64, backend="cpu", seconds=0.001, most=2, say=lambda row: None,
             **{"settings": [(0.3, "none", "auto")], "kind": "mixed", **options},
         )  # fmt: skip
 
     rest, dense, fastest, sparse = (row.status for row in bench(settings=[(1.0, "none", "auto")], kind="band"))
     assert dense == rest == fastest == "ok" and sparse.endswith("calls ran dense: every block is kept on this grid")
-    monkeypatch.setattr(script, "plan_of", lambda *a: (_ for _ in ()).throw(RuntimeError("no plan\ntoday")))
+    monkeypatch.setattr(measure, "plan_of", lambda *a: (_ for _ in ()).throw(RuntimeError("no plan\ntoday")))
     assert [row.status for row in bench()] == ["ok", "ok", "ok", "RuntimeError: no plan"]
 
 
