@@ -168,9 +168,9 @@ class SparsityPlan:
         per_phase = self.call_densities(grid, layers, heads).mean(1)
         return float(np.mean([1.0 if p is None else per_phase[p] for p in self.schedule.phases(noise_levels)]))
 
-    def fallbacks(self, grid: TokenGrid) -> int:
-        """How many distinct entries run a bitmap's fallback on this grid."""
-        return sum(e.pattern.uses_fallback(grid, e.order, self.block_size) for e in self.entries)
+    def carried(self, grid: TokenGrid) -> int:
+        """How many distinct entries have a bitmap that was measured on another grid."""
+        return sum(e.pattern.is_carried(grid, e.order, self.block_size) for e in self.entries)
 
     def check_architecture(self, model: Architecture) -> list[str]:
         """Differences between the plan's model and this one; a plan for any model has none."""

@@ -38,8 +38,8 @@ class Pattern:
     def check_order(self, order: TokenOrder) -> None:
         """Raise ValueError where the pattern has no meaning on this order."""
 
-    def uses_fallback(self, grid: TokenGrid, order: TokenOrder, block_size: int) -> bool:
-        """True where a bitmap in this pattern was measured elsewhere, so that its fallback runs on this grid."""
+    def is_carried(self, grid: TokenGrid, order: TokenOrder, block_size: int) -> bool:
+        """True where a bitmap in this pattern was measured on another grid, from which it is carried over."""
         return False
 
     # -- for readers -----------------------------------------------------------------------------------------------

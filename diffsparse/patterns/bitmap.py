@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from diffsparse.carry import carry_mask
 from diffsparse.grid import TokenGrid
 from diffsparse.limits import MAX_BITMAP_BITS
 from diffsparse.messages import shown
@@ -20,7 +21,11 @@ __all__ = ["Bitmap"]
 
 @dataclass(frozen=True)
 class Bitmap(Pattern):
-    """A measured block mask, exact on the grid, order and block size it was measured on; elsewhere ``fallback`` runs.
+    """A measured block mask: exact on the grid it was measured on, carried over to any other.
+
+    On another grid each block takes the share of token pairs that the mask keeps where the block lies in the clip, and
+    the best pairs are kept, up to the mask's density (``diffsparse.carry``). ``fallback`` is what an entry with another
+    order than the mask's runs.
 
     ``bits``: the bool ``[n, n]`` mask of visual blocks, row-major, eight to a byte, first pair in the highest bit.
     """
@@ -64,11 +69,15 @@ class Bitmap(Pattern):
         return np.unpackbits(np.frombuffer(self.bits, np.uint8), count=n * n).reshape(n, n).astype(bool)
 
     def fits(self, grid: TokenGrid, order: TokenOrder, block_size: int) -> bool:
-        """True where the bitmap itself runs, not its fallback."""
+        """True where the mask runs as it was measured."""
         return (grid.visual_only(), order, block_size) == (self.grid, self.order, self.block_size)
 
     def block_mask(self, grid: TokenGrid, order: TokenOrder, block_size: int) -> np.ndarray:
-        return self.mask if self.fits(grid, order, block_size) else self.fallback.block_mask(grid, order, block_size)
+        if self.fits(grid, order, block_size):
+            return self.mask
+        if order != self.order:
+            return self.fallback.block_mask(grid, order, block_size)
+        return carry_mask(self.mask, self.grid, grid.visual_only(), order, self.block_size, block_size)
 
     def pairs(self, queries: BlockPartition, keys: BlockPartition) -> np.ndarray:
         return self.fallback.pairs(queries, keys)
@@ -76,7 +85,7 @@ class Bitmap(Pattern):
     def check_order(self, order: TokenOrder) -> None:
         self.fallback.check_order(order)
 
-    def uses_fallback(self, grid: TokenGrid, order: TokenOrder, block_size: int) -> bool:
+    def is_carried(self, grid: TokenGrid, order: TokenOrder, block_size: int) -> bool:
         return not self.fits(grid, order, block_size)
 
     def parameters(self) -> list[tuple[str, Any]]:

@@ -42,8 +42,8 @@ class _Combined(Pattern):
         for part in self.parts:
             part.check_order(order)
 
-    def uses_fallback(self, grid: TokenGrid, order: TokenOrder, block_size: int) -> bool:
-        return any(part.uses_fallback(grid, order, block_size) for part in self.parts)
+    def is_carried(self, grid: TokenGrid, order: TokenOrder, block_size: int) -> bool:
+        return any(part.is_carried(grid, order, block_size) for part in self.parts)
 
     @property
     def family(self) -> str:

@@ -171,7 +171,7 @@ class ModelState:
         self.counts = [LayerCounts() for _ in self.layers]
         self.forwards = 0
         self.grids: Counter[TokenGrid] = Counter()
-        self.fallbacks: dict[TokenGrid, int] = {}
+        self.carried: dict[TokenGrid, int] = {}
         self.reasons_logged: set[str] = set()
         self._fresh(pipe, tap)
 
@@ -293,16 +293,16 @@ class ModelState:
     # -- counting --------------------------------------------------------------------------------------------------
 
     def saw_grid(self, grid: TokenGrid) -> None:
-        """Count a forward on this grid, and find out whether a bitmap does not fit it."""
+        """Count a forward on this grid, and find out how many bitmaps were measured on another."""
         with self.lock:
             self.grids[grid] += 1
-            if grid in self.fallbacks or self.plan is None:
+            if grid in self.carried or self.plan is None:
                 return
             plan = self.plan
-            affected = [e.pattern.uses_fallback(grid, e.order, plan.block_size) for e in plan.entries]
-            self.fallbacks[grid] = int(sum(affected[i] for i in plan.index.reshape(-1).tolist()))
-        if count := self.fallbacks[grid]:
-            self.log(f"{count} bitmap heads were measured on another grid than {grid}: their fallback patterns run")
+            affected = [e.pattern.is_carried(grid, e.order, plan.block_size) for e in plan.entries]
+            self.carried[grid] = int(sum(affected[i] for i in plan.index.reshape(-1).tolist()))
+        if count := self.carried[grid]:
+            self.log(f"{count} bitmap heads were measured on another grid than {grid}: their masks are carried over")
 
     def log(self, message: str) -> None:
         """One line per model and message."""

@@ -42,7 +42,7 @@ class TransformerSummary:
 
     density: whole-trajectory density, the work-weighted mean over all self-attention calls executed, dense ones at 1;
         None before the first. call_density: the mean over sparse calls.
-    grids: forwards on each grid. fallbacks: bitmap heads that ran their fallback, on each grid where there were any.
+    grids: forwards on each grid. carried: bitmap heads that were measured elsewhere, on each grid that has any.
     skipped: layers that plan and model do not share (``strict=False``). races: with ``dense_backend="fastest"``, what
         was measured for each shape: the kernel that is fastest and the milliseconds of all that ran; race_excluded: why
         the others did not.
@@ -57,7 +57,7 @@ class TransformerSummary:
     call_density: float | None
     work: float
     grids: dict[str, int]
-    fallbacks: dict[str, int]
+    carried: dict[str, int]
     skipped: dict[str, str]
     layers: tuple[LayerSummary, ...]
     dense_backend: str | None = None
@@ -161,7 +161,7 @@ class SparseSummary:
                 ("dense because", _where(t)),
                 ("dense calls ran on", t.dense_kernels),
                 ("grids", t.grids),
-                ("bitmaps that ran their fallback", t.fallbacks),
+                ("bitmaps carried over from another grid", t.carried),
             ):
                 if counts:
                     lines.append(f"  {title}: " + ", ".join(f"{key} ({count})" for key, count in counts.items()))
@@ -256,7 +256,7 @@ def _summarise(name: str, state: ModelState) -> TransformerSummary:
             call_density=sparse_density / sparse if sparse else None,
             work=work,
             grids={str(grid): count for grid, count in state.grids.items()},
-            fallbacks={str(grid): count for grid, count in state.fallbacks.items() if count},
+            carried={str(grid): count for grid, count in state.carried.items() if count},
             skipped=dict(state.skipped),
             layers=layers,
             dense_backend="fastest" if state.dense is not None else None,

@@ -53,7 +53,7 @@ class PhaseForecast:
     density: float
     time: float | None
     dense_because: str | None
-    fallback_heads: int
+    carried_heads: int
     families: dict[str, int]
 
 
@@ -99,7 +99,7 @@ class Explanation:
             "call_density": self.call_density,
             "time": self.time,
             "break_even_density": self.break_even,
-            "fallback_heads": self.fallback_heads,
+            "carried_heads": self.carried_heads,
             "costs_device": None if self.costs is None else self.costs.device,
             "layers": [asdict(layer) for layer in self.layers],
             "notes": list(self.notes),
@@ -120,8 +120,8 @@ class Explanation:
         return [float(t) for t in (work @ times) / work.sum()]
 
     @property
-    def fallback_heads(self) -> int:
-        return sum(phase.fallback_heads for layer in self.layers for phase in layer.phases)
+    def carried_heads(self) -> int:
+        return sum(phase.carried_heads for layer in self.layers for phase in layer.phases)
 
 
 # -- the call ----------------------------------------------------------------------------------------------------------
@@ -253,11 +253,11 @@ def break_even(costs: CostModel) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class HeadForecast:
-    """One head. ``time``: over dense, by the costs that the plan records. ``fallback``: its bitmap does not fit."""
+    """One head. ``time``: over dense, by the plan's recorded costs. ``carried``: its bitmap is of another grid."""
 
     work: HeadWork
     time: float | None
-    fallback: bool
+    carried: bool
 
     @property
     def density(self) -> float:
@@ -286,8 +286,8 @@ class HeadForecaster:
             known = 0.0 if work.skipped else 1.0 if entry.is_dense else None
             full = fill(entry.order, grid, size)
             time = self.costs.relative(work.kept, tail, full) if known is None else known
-        fallback = not work.skipped and entry.pattern.uses_fallback(grid, entry.order, size)
-        return HeadForecast(work, time, fallback)
+        carried = not work.skipped and entry.pattern.is_carried(grid, entry.order, size)
+        return HeadForecast(work, time, carried)
 
     def phase(self, phase: int, layer: str, heads: int, grid: TokenGrid) -> PhaseForecast:
         from diffsparse.search.show import family
@@ -299,12 +299,12 @@ class HeadForecaster:
             return PhaseForecast(1.0, one, entries, 0, {"dense": heads})
         found = [self.head(entry, grid) for entry in entries]
         families = dict(Counter(family(entry) for entry in entries).most_common())
-        fallback = sum(f.fallback for f in found)
+        carried = sum(f.carried for f in found)
         verdict = judge_layer([f.work for f in found], grid.seq_len, self.machine)
         time = one
         if self.costs is not None and verdict.reason is None:
             time = float(np.mean([f.time for f in found if f.time is not None]))
-        return PhaseForecast(verdict.density, time, verdict.reason, fallback, families)
+        return PhaseForecast(verdict.density, time, verdict.reason, carried, families)
 
 
 def explain(

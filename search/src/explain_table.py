@@ -41,13 +41,13 @@ def _cells(layer: LayerForecast) -> tuple[str, ...]:
     if slow:
         reasons.append(f"phase {','.join(slow)}: sparse, but no faster than dense")
     times = [p.time for p in phases]
-    fallback = [p.fallback_heads for p in phases]
+    carried = [p.carried_heads for p in phases]
     return (
         layer.backend or "dense",
         str(layer.tokens),
         " ".join(f"{p.density:.3f}" for p in phases),
         "-" if None in times else " ".join(f"{t:.2f}" for t in times),
-        " ".join(map(str, fallback)) if any(fallback) else "-",
+        " ".join(map(str, carried)) if any(carried) else "-",
         "; ".join(reasons) or "-",
     )
 
@@ -73,16 +73,14 @@ def explain_table(found: Explanation, name: str = "") -> str:
         head.append(
             ["break-even", "density " + (f"{told[:4]} with any tail" if len(set(limits.values())) == 1 else told)]
         )
-    if found.fallback_heads:
+    if found.carried_heads:
         heads = sum(sum(phase.families.values()) for layer in found.layers for phase in layer.phases)
-        text = (
-            f"{found.fallback_heads} of {heads} heads (of all phases) have a bitmap that was measured on another grid"
-        )
-        head.append(["fallbacks", text])
+        text = f"the bitmaps of {found.carried_heads} of {heads} heads (of all phases), measured on another grid"
+        head.append(["carried over", text])
     rows = []
     for cells, group in groupby(found.layers, key=_cells):
         rows.append([_folded_name([layer.layer for layer in group]), *cells])
-    header = ["layer", "backend", "tokens", "density", "time", "fallback heads", "dense because"]
+    header = ["layer", "backend", "tokens", "density", "time", "carried heads", "dense because"]
     rows = [["all layers" if row[0] == "*" else row[0], *row[1:]] for row in rows]
     parts = [text_table(head), text_table(rows, header=header, right=[2], names=0)]
     if found.notes:

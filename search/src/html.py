@@ -133,7 +133,7 @@ def _data(plan: SparsityPlan, grid: TokenGrid, attention: PooledAttention | None
         "denseLayers": dense_layers,
         "unstable": _unstable(plan),
         "families": _colours(used),
-        "fallbacks": any(t["fallback"] for t in told),
+        "carried": any(t["carried"] for t in told),
         "entries": told,
         "entryOf": _base64(index.astype("<u4")),
         "maskOf": _base64(masks.index.astype("<u4")),
@@ -186,7 +186,7 @@ def _entry(entry: HeadEntry, forecaster: HeadForecaster, grid: TokenGrid) -> dic
         "density": round(found.density, 5),
         "kept": round(found.work.kept or 0.0, 5),
         "time": None if found.time is None else round(found.time, 4),
-        "fallback": found.fallback,
+        "carried": found.carried,
     }
 
 

@@ -272,7 +272,7 @@ def test_the_model_ships_a_plan_that_auto_takes() -> None:
     assert density == pytest.approx(record["trajectory_density"], abs=0.01)
     assert 0.15 < round(density, 3) <= record["density"] <= 0.5
     caption = (MODEL / "prompts" / "heldout.txt").read_text().splitlines()[0]
-    # Another size than the one that the plan was searched at: bitmaps give way to their fallbacks.
+    # Another size than the one that the plan was searched at: bitmaps are carried over.
     with diffsparse.sparse_attention(pipe):
         pictures = check_pictures.generate(pipe, [caption], steps=2, height=64, width=96)
         summary = pipe.sparse_attention_summary()

@@ -194,7 +194,7 @@ def test_the_model_ships_a_plan_that_auto_takes() -> None:
     levels = (pipe.scheduler.timesteps / 1000).tolist()
     assert 0.2 < plan.trajectory_density(TokenGrid(5, 32, 32), levels) <= 0.25
     caption = (MODEL / "prompts" / "heldout.txt").read_text().splitlines()[0]
-    # Another size than the one that the plan was searched at: bitmaps give way to their fallbacks.
+    # Another size than the one that the plan was searched at: bitmaps are carried over.
     with diffsparse.sparse_attention(pipe):
         clips = check_colours.generate(pipe, [caption], steps=2, frames=5, height=64, width=64)
         text = str(pipe.sparse_attention_summary())

@@ -438,7 +438,7 @@ def test_a_processor_from_elsewhere_is_noticed(caplog: pytest.LogCaptureFixture)
     assert layers[0].unseen_calls == 1 and not layers[0].dense_reasons
 
 
-def test_bitmap_fallback_is_reported() -> None:
+def test_carried_bitmaps_are_reported() -> None:
     from diffsparse.order import RasterOrder
     from diffsparse.patterns import Bitmap, Sink
 
@@ -452,10 +452,10 @@ def test_bitmap_fallback_is_reported() -> None:
     )
     with sparse_attention(model, plan):
         run(model, wan_inputs(*SHAPE))
-        assert not sparse_attention_summary(model).transformers["transformer"].fallbacks
+        assert not sparse_attention_summary(model).transformers["transformer"].carried
         run(model, wan_inputs(3, 9, 7))
         found = sparse_attention_summary(model).transformers["transformer"]
-    assert found.fallbacks == {"3x9x7": 2} and found.sparse_calls == 4
+    assert found.carried == {"3x9x7": 2} and found.sparse_calls == 4
 
 
 def test_summary_is_plain_data() -> None:

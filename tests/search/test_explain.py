@@ -257,10 +257,10 @@ def test_bitmaps_of_another_grid_are_counted(monkeypatch: pytest.MonkeyPatch) ->
     n = order.partition(GRID, 64).num_blocks
     bitmap = HeadEntry(order, Bitmap.from_mask(np.eye(n, dtype=bool), GRID, order, 64, Window(size=(1, 0.5, 0.5))))
     plan = SparsityPlan.from_table({"a": [[bitmap, HeadEntry()]], "b": [[bitmap, bitmap]]})
-    assert told(plan).fallback_heads == 0
+    assert told(plan).carried_heads == 0
     other = told(plan, TokenGrid(3, 16, 12))
-    assert other.fallback_heads == 3 and [x.phases[0].fallback_heads for x in other.layers] == [1, 2]
-    assert "3 of 4 heads (of all phases) have a bitmap that was measured on another grid" in explain_table(other)
+    assert other.carried_heads == 3 and [x.phases[0].carried_heads for x in other.layers] == [1, 2]
+    assert "the bitmaps of 3 of 4 heads (of all phases)" in explain_table(other)
 
 
 def test_uniform_plans_and_images() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from diffsparse.carry import carry_mask
 from diffsparse.entry import Execution, HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.layout import build_layout
@@ -87,7 +88,7 @@ def test_the_page_says_what_the_plan_does() -> None:
     assert (entry_of == plan.index).all()
     for told, entry in zip(data["entries"], plan.entries, strict=True):
         assert told["density"] == pytest.approx(build_layout(GRID, [entry], 64).density, abs=1e-5)
-        assert told["order"] == str(entry.order) and told["time"] is None and not told["fallback"]
+        assert told["order"] == str(entry.order) and told["time"] is None and not told["carried"]
         assert told["family"] in data["families"]
     for phase, layer, head in np.ndindex(plan.index.shape):
         entry = plan.entries[plan.index[phase, layer, head]]
@@ -229,7 +230,7 @@ def test_presets_have_a_page_too(tmp_path: Path) -> None:
         assert page.inside["title"] == [f"Sparsity plan {name}"] and len(page.data["entries"]) == 1
 
 
-def test_a_bitmap_of_another_grid_runs_its_fallback() -> None:
+def test_a_bitmap_of_another_grid_is_carried_over() -> None:
     mask = np.eye(9, dtype=bool)
     order = TileOrder(1, 8, 8)
     grid = TokenGrid(1, 24, 24)
@@ -237,11 +238,11 @@ def test_a_bitmap_of_another_grid_runs_its_fallback() -> None:
     plan = SparsityPlan.uniform(entry)
     assert (mask_of(Page(inspector(plan, grid)).data, 0, 0, 0) == mask).all()
     data = Page(inspector(plan, TokenGrid(1, 32, 24))).data
-    assert data["fallbacks"] and data["entries"][0]["fallback"]
+    assert data["carried"] and data["entries"][0]["carried"]
     parameters = dict(data["entries"][0]["parameters"])
     assert parameters["measured on"] == "1x24x24, blocks of 64" and parameters["fallback: size"] == "all, 0.5, all"
-    fallback = Window(size=(None, 0.5, None)).block_mask(TokenGrid(1, 32, 24), order, 64)
-    assert (mask_of(data, 0, 0, 0) == fallback).all()
+    carried = carry_mask(mask, grid, TokenGrid(1, 32, 24), order, 64)
+    assert (mask_of(data, 0, 0, 0) == carried).all() and carried.diagonal().all()
 
 
 def test_predicted_times_come_from_the_recorded_costs() -> None:

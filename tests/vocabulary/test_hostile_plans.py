@@ -83,7 +83,7 @@ def works(plan: SparsityPlan) -> None:
             assert layout is None or 0 <= layout.density <= 1
     assert 0 <= plan.trajectory_density(SMALL, [1.0, 0.5, 0.2], plan.layers[:3], heads) <= 1
     assert str(plan.entries[0])
-    plan.fallbacks(SMALL)
+    plan.carried(SMALL)
     plan.to_files()
 
 

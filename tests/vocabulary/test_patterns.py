@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diffsparse.carry import carry_mask
 from diffsparse.entry import HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.order import AxisOrder, PhaseOrder, RasterOrder, TileOrder
@@ -192,14 +193,18 @@ def test_combinations():
     assert str(a | b) == "window(1xallxall) | sink(1 frames)"
 
 
-def test_a_bitmap_runs_exactly_on_its_grid_and_its_fallback_elsewhere():
+def test_a_bitmap_runs_exactly_on_its_grid_and_is_carried_elsewhere():
     grid, order = TokenGrid(2, 9, 9), TileOrder(1, 8, 8)
     mask = np.random.default_rng(0).random((8, 8)) < 0.4
     bitmap = Bitmap.from_mask(mask, grid, order, 64, Window((1, None, None)))
     assert np.array_equal(bitmap.mask, mask)
     assert np.array_equal(bitmap.block_mask(TokenGrid(2, 9, 9, text_after=7), order, 64), mask)
     other = TokenGrid(9, 9, 2)  # as many tokens, another shape
-    assert np.array_equal(bitmap.block_mask(other, order, 64), bitmap.fallback.block_mask(other, order, 64))
+    assert bitmap.is_carried(other, order, 64) and not bitmap.is_carried(grid, order, 64)
+    assert np.array_equal(bitmap.block_mask(other, order, 64), carry_mask(mask, grid, other, order, 64))
+    # An entry in another order has blocks of another kind.
+    raster = RasterOrder()
+    assert np.array_equal(bitmap.block_mask(other, raster, 64), bitmap.fallback.block_mask(other, raster, 64))
     assert not bitmap.fits(grid, RasterOrder(), 64)
     with pytest.raises(ValueError, match="8 blocks"):
         Bitmap.from_mask(mask[:4], grid, order, 64)

@@ -321,9 +321,9 @@ def test_trajectory_density_counts_dense_steps_layers_and_tails():
     assert plan.trajectory_density(grid, [0.9, 0.4], ["a", "b"], 2) == pytest.approx(0.5 + 0.5 * call.mean())
 
 
-def test_bitmaps_elsewhere_are_reported_as_fallbacks():
-    assert example_plan().fallbacks(GRID) == 0
-    assert example_plan().fallbacks(TokenGrid(2, 9, 10)) == 1
+def test_bitmaps_of_another_grid_are_reported():
+    assert example_plan().carried(GRID) == 0
+    assert example_plan().carried(TokenGrid(2, 9, 10)) == 1
 
 
 @pytest.mark.parametrize("name", PRESETS)

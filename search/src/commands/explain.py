@@ -44,7 +44,7 @@ def explain_command(
 ) -> None:
     """Say what a plan would do at a size on this machine, layer by layer, before anything is generated.
 
-    Which kernel runs, density, predicted time, what stays dense and why, which heads run their fallback. Without a
+    Which kernel runs, density, predicted time, what stays dense and why, which bitmaps are carried over. Without a
     size it is the one that the plan was searched with. No weights are read.
 
     \b

@@ -212,8 +212,8 @@ class PlanView:
             ("tail", tail_of(entry)),
             ("density of a call, tail counted", f"{chosen.density:.3f}"),
         ]
-        if entry.pattern.uses_fallback(self.grid, entry.order, self.plan.block_size):
-            rows.append(("on this grid", "its bitmap is for another grid: the fallback pattern is shown"))
+        if entry.pattern.is_carried(self.grid, entry.order, self.plan.block_size):
+            rows.append(("on this grid", "its bitmap is carried over from the grid it was measured on"))
         if self.attention is None:
             rows.append(("kept mass", "not known: no measured attention lies beside this plan"))
         else:
