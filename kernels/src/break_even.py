@@ -1,8 +1,9 @@
-"""Whether sparse attention pays: its time over dense attention's, measured on a device by tokens and density.
+"""Whether sparse attention pays on a device: break-even tables, where they are kept and how one is measured.
 
-Tables that were measured elsewhere are in ``break_even.json`` beside this module; one that is measured on the machine
-itself (``diffsparse bench break-even``) lies in the cache folder and goes before them. A device without a table is
-unknown, and nothing is predicted for it.
+A break-even table is a :class:`~diffsparse.kernels.costs.CostTable` of several lengths. Tables that were measured
+elsewhere are in ``break_even.json`` beside this module; one that is measured on the machine itself (``diffsparse bench
+break-even``) lies in the cache folder and goes before them. A device without a table is unknown, and nothing is
+predicted for it.
 """
 
 from __future__ import annotations
@@ -11,12 +12,10 @@ import json
 import logging
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from diffsparse.entry import NUMERICS as NUMERICS_NAMES
@@ -27,15 +26,16 @@ from diffsparse.kernels.api import sparse_attention
 from diffsparse.kernels.cache import cache_root
 from diffsparse.kernels.checks import choose_backend
 from diffsparse.kernels.clock import samples_ms, timing
+from diffsparse.kernels.costs import CostTable
 from diffsparse.kernels.dense import DENSE_KERNELS, dense_attention, race_dense
 from diffsparse.kernels.random_rows import random_rows
 from diffsparse.layout import BlockLayout
 from diffsparse.order import AxisOrder, RasterOrder
 from diffsparse.saving import write_whole
-from diffsparse.tails import measured_as, tail_name
+from diffsparse.tails import tail_name
 from diffsparse.work import HeadWork
 
-__all__ = ["BreakEvenTable", "device_name", "find_table", "local_file", "measure_break_even", "save_local", "work_of"]
+__all__ = ["device_name", "find_table", "local_file", "measure_break_even", "save_local", "work_of"]
 
 logger = logging.getLogger("diffsparse")
 
@@ -46,94 +46,6 @@ DENSITIES = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
 _GATHER_DENSITY = 0.25
 _TURNS = 3
 _SHIPPED = Path(__file__).with_name("break_even.json")
-
-
-@dataclass(frozen=True)
-class BreakEvenTable:
-    """Sparse attention's time over dense attention's on one device, with one backend.
-
-    ratio: for each tail ``[len(tokens)][len(densities)]``, heads in the model's order, densities of kept blocks.
-    gather: for each number of tokens, what an order other than the model's adds. dense: the dense kernel compared
-    with, the fastest of torch's. about: versions, date and command of the measurement.
-    """
-
-    device: str
-    backend: str
-    dtype: str
-    heads: int
-    head_dim: int
-    block_size: int
-    tokens: tuple[int, ...]
-    densities: tuple[float, ...]
-    ratio: dict[str, tuple[tuple[float, ...], ...]]
-    gather: tuple[float, ...]
-    dense: tuple[str, ...]
-    about: dict[str, str]
-
-    def __post_init__(self) -> None:
-        shape = (len(self.tokens), len(self.densities))
-        ascending = all(a < b for axis in (self.tokens, self.densities) for a, b in zip(axis, axis[1:]))
-        tables = [np.array(self.ratio.get(tail, ()), np.float64) for tail in TAILS]
-        numbers = np.concatenate([*(t.ravel() for t in tables), np.array(self.gather, np.float64)])
-        if not ascending or min(shape) < 1 or any(t.shape != shape for t in tables) or len(self.gather) != shape[0]:
-            raise ValueError("its axes and tables do not fit together")
-        if not np.isfinite(numbers).all() or min(t.min() for t in tables) <= 0:
-            raise ValueError("it holds numbers that are no ratios of times")
-
-    def head_ratio(self, tokens: float, density: float, tail: str = "none", gathered: bool = False) -> float:
-        """Predicted time of one head over its dense time. Below and above the measured sizes the nearest one counts.
-
-        Between measured sizes it is interpolated over the logarithm of the number of tokens. Below the lowest measured
-        density nothing is promised: its time counts.
-        """
-        position = np.interp(np.log(tokens), np.log(self.tokens), np.arange(len(self.tokens)))
-        low = int(position)
-        high, part = min(low + 1, len(self.tokens) - 1), float(position - low)
-        rows = np.array(self.ratio[measured_as(tail, self.ratio)])
-        row = (1 - part) * rows[low] + part * rows[high]
-        extra = (1 - part) * self.gather[low] + part * self.gather[high] if gathered else 0.0
-        return float(np.interp(density, self.densities, row)) + extra
-
-    def tokens_of(self, tokens: int, heads: int) -> float:
-        """How many tokens a call with the table's number of heads has if it is as much work as this one.
-
-        What sparse attention costs beside its blocks is nearly the same for every call, so that the work of a call
-        decides whether it pays: few heads need longer sequences.
-        """
-        return float(tokens * (heads / self.heads) ** 0.5)
-
-    def over_dense(self, heads: Sequence[HeadWork], tokens: int) -> float:
-        """Predicted time of a call over its dense time: the mean over its heads, of which skipped ones take none."""
-        size = self.tokens_of(tokens, len(heads))
-        known: dict[tuple[float, str, bool], float] = {}
-        total = 0.0
-        for head in heads:
-            if head.skipped:
-                continue
-            key = (head.blocks, head.tail, head.gathered)
-            if key not in known:
-                known[key] = self.head_ratio(size, *key)
-            total += known[key]
-        return total / len(heads)
-
-    def break_even(self, tokens: int, tail: str = "none", gathered: bool = False) -> float:
-        """The density, in steps of 0.01, up to which sparse is predicted to be faster; 0 where it is not even there."""
-        found = 0.0
-        for step in range(1, 101):
-            if self.head_ratio(tokens, 0.01 * step, tail, gathered) >= 1:
-                break
-            found = 0.01 * step
-        return round(found, 2)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> BreakEvenTable:
-        """Raises KeyError, TypeError or ValueError where ``data`` is no table."""
-        ratio = {tail: tuple(tuple(map(float, row)) for row in data["ratio"][tail]) for tail in TAILS}
-        lists = {name: tuple(data[name]) for name in ("tokens", "densities", "gather", "dense")}
-        return cls(**{**data, **lists, "ratio": ratio})
 
 
 def work_of(layout: BlockLayout) -> list[HeadWork]:
@@ -178,7 +90,7 @@ def local_file(device: str, root: Path | None = None) -> Path:
     return (root or cache_root()) / "break_even" / (re.sub(r"[^A-Za-z0-9]+", "_", device).strip("_") + ".json")
 
 
-def save_local(table: BreakEvenTable, root: Path | None = None) -> Path:
+def save_local(table: CostTable, root: Path | None = None) -> Path:
     """Add a table to the machine's own, in the place of one for the same backend and head_dim. Returns the file."""
     path = local_file(table.device, root)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -190,13 +102,13 @@ def save_local(table: BreakEvenTable, root: Path | None = None) -> Path:
     return path
 
 
-def _read(path: Path) -> tuple[BreakEvenTable, ...]:
+def _read(path: Path) -> tuple[CostTable, ...]:
     """A file's tables; of one that is damaged none, with a line in the log, since it must not stop a pipeline."""
     try:
         data = json.loads(path.read_text("utf-8"))
         if data["format"] != FORMAT:
             raise ValueError(f"it has format {data['format']!r}, this version reads {FORMAT}")
-        return tuple(BreakEvenTable.from_dict(table) for table in data["tables"])
+        return tuple(CostTable.from_dict(table) for table in data["tables"])
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         logger.warning(
             "the break-even table %s cannot be read (%s: %s); measure it again with `diffsparse bench break-even`",
@@ -206,11 +118,11 @@ def _read(path: Path) -> tuple[BreakEvenTable, ...]:
 
 
 @lru_cache(maxsize=8)
-def _read_cached(path: Path, changed: int) -> tuple[BreakEvenTable, ...]:
+def _read_cached(path: Path, changed: int) -> tuple[CostTable, ...]:
     return _read(path)
 
 
-def find_table(device: torch.device, head_dim: int) -> BreakEvenTable | None:
+def find_table(device: torch.device, head_dim: int) -> CostTable | None:
     """The table for this device and the backend that ``"auto"`` takes on it, or None where none was measured.
 
     One measured on this machine goes before one that is shipped, then the one of the nearest head_dim. One that was
@@ -250,7 +162,7 @@ def measure_break_even(
     budget_ms: float = 100.0,
     about: dict[str, str] | None = None,
     say: Callable[[str], None] = lambda line: None,
-) -> BreakEvenTable:
+) -> CostTable:
     """Time sparse calls with random lists and every tail against the fastest dense attention of torch, batch 1."""
     draw = torch.Generator(device).manual_seed(0)
     ratio: dict[str, list[tuple[float, ...]]] = {tail: [] for tail in TAILS}
@@ -280,7 +192,7 @@ def measure_break_even(
         say(
             f"{size} tokens: dense {race.ms[race.fastest]:.3g} ms ({race.fastest}); sparse over dense by density {told}"
         )
-    return BreakEvenTable(
+    return CostTable(
         device=device_name(device),
         backend=backend,
         dtype=str(dtype).removeprefix("torch."),

@@ -22,6 +22,7 @@ from diffsparse.pipelines.dense import RaceKey, serves_heads
 from diffsparse.pipelines.family import UnknownGridError
 from diffsparse.pipelines.noise import noise_level
 from diffsparse.pipelines.patch import install_patch
+from diffsparse.pipelines.policy import compute_dtype
 from diffsparse.pipelines.state import LAYER_STATE, MODEL_STATE, ModelState
 
 __all__ = ["KEY", "attach", "compiled_layers", "detach", "is_attached"]
@@ -139,7 +140,7 @@ def _before_model(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
     # For compiled code, wherever there is any: of a wrapper around the whole model nothing can be seen from here.
     device = call.device = _device_of(args, kwargs)
     if device is not None and call.phase is not None:
-        call.no_kernel = state.machine(device, _compute_dtype(module, device)).without_kernel
+        call.no_kernel = state.machine(device, compute_dtype(module, device)).without_kernel
         if call.no_kernel is not None:
             state.log(f"runs dense: {call.no_kernel}")
     for layer in state.layers:
@@ -152,22 +153,6 @@ def _before_model(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         _choose_dense_kernels(module, call)
     call.frame = _caller()
     CTX.call = call
-
-
-def _compute_dtype(module: torch.nn.Module, device: torch.device) -> torch.dtype:
-    """The precision of a model's attention, as far as it shows beforehand.
-
-    Parameters may be stored in another one: in 8 bits with layerwise casting, as integers where they are quantised.
-    """
-    if torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    dtype = torch.float32
-    for parameter in module.parameters():
-        if parameter.dtype in (torch.float16, torch.bfloat16):
-            return parameter.dtype
-        if parameter.dtype == torch.float64:
-            dtype = torch.float64
-    return dtype
 
 
 def _caller() -> FrameType | None:
@@ -183,7 +168,7 @@ def _choose_dense_kernels(module: torch.nn.Module, call: Call) -> None:
     state, device = call.state, call.device
     if state.dense is None or device is None or call.grid is None or state.family.text_from_call:
         return
-    dtype = _compute_dtype(module, device)
+    dtype = compute_dtype(module, device)
     apart = {layer.index: call.without_dense_heads(layer.index, device, uniform=True) for layer in state.layers}
     none = torch.zeros(state.architecture.heads, dtype=torch.bool)
     for layer in state.layers:

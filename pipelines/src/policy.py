@@ -1,22 +1,24 @@
 """Whether a layer's call runs sparse, or dense and why, and what it costs: asked here, decided nowhere else.
 
 Two questions, since the first has one answer for many calls. What does the plan say of a layer on a grid and a machine
-(:func:`entries_of`, then :func:`judge_layer`)? That needs no tensors, so that ``explain`` gets the answer that a run
-gets. And is a call one that its layer's block lists are for (:func:`judge_call`, :func:`misfit`)? Compiled code asks
-that while it is traced, so these two have no counters, no logging, and nothing that differs from layer to layer.
+(:func:`entries_of`, then :func:`judge_layer`)? That needs no tensors, so that ``explain`` and the search get the answer
+that a run gets. And is a call one that its layer's block lists are for (:func:`judge_call`, :func:`misfit`)? Compiled
+code asks that while it is traced, so these two have no counters, no logging, and nothing that differs from layer to
+layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from diffsparse.entry import HeadEntry
-from diffsparse.kernels.break_even import BreakEvenTable, find_table
+from diffsparse.kernels.break_even import find_table
 from diffsparse.kernels.checks import choose_backend, has_8_bits, no_kernel
+from diffsparse.kernels.costs import CostTable, mean_of
 from diffsparse.kernels.inputs import input_error, kv_len_error
 from diffsparse.layout import BlockLayout
 from diffsparse.plan import SparsityPlan
@@ -72,8 +74,19 @@ class Machine:
 
     kernel: str
     without_kernel: str | None
-    table: BreakEvenTable | None
+    table: CostTable | None
     has_8_bits: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "table": None if self.table is None else self.table.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Machine:
+        return cls(**{**data, "table": None if data["table"] is None else CostTable.from_dict(data["table"])})
+
+
+#: One that runs whatever a plan says: for what a plan asks for, wherever it runs.
+ANY_MACHINE = Machine(kernel="any", without_kernel=None, table=None, has_8_bits=True)
 
 
 def machine_for(
@@ -92,6 +105,22 @@ def machine_for(
         table=find_table(device, head_dim) if auto and why is None else None,
         has_8_bits=backend in ("auto", "gluon_sm90") and has_8_bits(device, head_dim),
     )
+
+
+def compute_dtype(module: torch.nn.Module, device: torch.device) -> torch.dtype:
+    """The precision of a model's attention, as far as it shows beforehand.
+
+    Parameters may be stored in another one: in 8 bits with layerwise casting, as integers where they are quantised.
+    """
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    dtype = torch.float32
+    for parameter in module.parameters():
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            return parameter.dtype
+        if parameter.dtype == torch.float64:
+            dtype = torch.float64
+    return dtype
 
 
 @dataclass(frozen=True)
@@ -113,8 +142,14 @@ def entries_of(plan: SparsityPlan, phase: int | None, layer: str, heads: int) ->
     return DENSE_ENTRIES if all(entry.is_dense for entry in entries) else entries
 
 
-def judge_layer(heads: Sequence[HeadWork], tokens: int, machine: Machine) -> LayerVerdict:
-    """Of heads whose work on a grid of ``tokens`` tokens is known, from entries or from a layout."""
+def judge_layer(
+    heads: Sequence[HeadWork], tokens: int, machine: Machine, costs: CostTable | None = None
+) -> LayerVerdict:
+    """Of heads whose work on a grid of ``tokens`` tokens is known, from entries or from a layout.
+
+    costs: by which the time of a layer that runs sparse is predicted, as a search measures them and a plan records
+    them; None: by the machine's table. They do not change whether it runs sparse: a run does not know them.
+    """
     if machine.without_kernel is not None:
         return LayerVerdict(machine.without_kernel, 1.0, 1.0)
     # Heads in 8 bits are faster than dense attention with every block kept, too.
@@ -124,7 +159,8 @@ def judge_layer(heads: Sequence[HeadWork], tokens: int, machine: Machine) -> Lay
     time = machine.table.over_dense(heads, tokens) if machine.table is not None else None
     if time is not None and time >= 1:
         return LayerVerdict(SLOWER, 1.0, 1.0)
-    return LayerVerdict(None, sum(head.density for head in heads) / len(heads), time)
+    told = time if costs is None else costs.over_dense(heads, tokens)
+    return LayerVerdict(None, mean_of(head.density for head in heads), told)
 
 
 # -- a call ------------------------------------------------------------------------------------------------------------

@@ -12,11 +12,11 @@ from diffsparse.kernels.break_even import (
     DENSITIES,
     FORMAT,
     TOKENS,
-    BreakEvenTable,
     local_file,
     measure_break_even,
     save_local,
 )
+from diffsparse.kernels.costs import CostTable
 from diffsparse.saving import write_whole
 from diffsparse.search.columns import fold, text_table
 from diffsparse.search.environment import stamp
@@ -49,7 +49,7 @@ def bench_break_even(
     tokens: str = "",
     out: str = "",
     say: Callable[[str], None] = lambda line: None,
-) -> tuple[BreakEvenTable, Path]:
+) -> tuple[CostTable, Path]:
     """The table and the file that it was written to: ``out``, or the machine's own. Raises :class:`BadInput`."""
     if block_size not in BLOCK_SIZES:
         raise BadInput(f"--block-size {block_size}: it is one of {', '.join(map(str, BLOCK_SIZES))}")
@@ -77,12 +77,12 @@ def bench_break_even(
         raise
 
 
-def break_even_text(table: BreakEvenTable, path: Path) -> str:
+def break_even_text(table: CostTable, path: Path) -> str:
     """For each length the density up to which sparse is faster, by tail; and the file."""
     return f"{_figures(table)}\nwritten: {path}"
 
 
-def _figures(table: BreakEvenTable) -> str:
+def _figures(table: CostTable) -> str:
     tails = list(table.ratio)
     rows = [
         [f"{n:,}", *(f"{table.break_even(n, tail):.2f}" for tail in tails), f"{share:.2f}"]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import numpy as np
 
 from diffsparse.grid import TokenGrid
 from diffsparse.order import AxisOrder, CurveOrder, RasterOrder, TileOrder, TokenOrder
 from diffsparse.patterns import Band, Columns, Diagonals, Empty, GridStripes, Pattern, Radial, Sink, Window
+from diffsparse.work import block_fill
 
-__all__ = ["BITMAP_DENSITIES", "families", "fill", "flat_tile", "orders_for", "top_columns"]
+__all__ = ["BITMAP_DENSITIES", "families", "flat_tile", "orders_for", "top_columns"]
 
 # Kept shares of a head's block pairs that a bitmap may have; fine at the low end, where most heads end up.
 BITMAP_DENSITIES = (0.0, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.16, 0.24, 0.35, 0.5, 0.7)
@@ -25,15 +24,9 @@ _FLAT = {64: ((1, 8, 8), (1, 4, 16), (1, 16, 4)), 128: ((1, 8, 16), (1, 16, 8))}
 _CUBE = {64: (4, 4, 4), 128: (2, 8, 8)}
 
 
-@lru_cache(maxsize=256)
-def fill(order: TokenOrder, grid: TokenGrid, block_size: int) -> float:
-    """Tokens of a grid over what its blocks have room for; 1 where all are full."""
-    return grid.num_visual / (order.partition(grid, block_size).num_blocks * block_size)
-
-
 def flat_tile(grid: TokenGrid, block_size: int) -> TileOrder:
     """The tile in one frame of which a grid's borders cut the least; of equals the usual one."""
-    return max((TileOrder(*sides) for sides in _FLAT[block_size]), key=lambda tile: fill(tile, grid, block_size))
+    return max((TileOrder(*sides) for sides in _FLAT[block_size]), key=lambda tile: block_fill(tile, grid, block_size))
 
 
 def orders_for(grid: TokenGrid, block_size: int) -> list[TokenOrder]:
@@ -42,7 +35,7 @@ def orders_for(grid: TokenGrid, block_size: int) -> list[TokenOrder]:
     if grid.frames > 1:
         orders += [TileOrder(*_CUBE[block_size]), AxisOrder("HWF")]
     orders.append(CurveOrder())
-    return [orders[0], *(order for order in orders[1:] if fill(order, grid, block_size) >= LEAST_FILL)]
+    return [orders[0], *(order for order in orders[1:] if block_fill(order, grid, block_size) >= LEAST_FILL)]
 
 
 def families(grid: TokenGrid) -> list[Pattern]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -12,24 +13,18 @@ import numpy as np
 
 from diffsparse.entry import HeadEntry
 from diffsparse.grid import TokenGrid
+from diffsparse.kernels.costs import CostTable
 from diffsparse.order import TokenOrder
+from diffsparse.pipelines.policy import LayerVerdict, Machine
 from diffsparse.plan import Architecture, SparsityPlan
 from diffsparse.schedule import Schedule
 from diffsparse.search.assign import Assignment, InfeasibleBudget, assign, lagrangian
-from diffsparse.search.candidates import fill, orders_for
+from diffsparse.search.candidates import orders_for
 from diffsparse.search.config import SearchConfig
-from diffsparse.search.cost import CostModel
 from diffsparse.search.errors import BadInput
-from diffsparse.search.options import (
-    FamilyTable,
-    HeadScores,
-    Option,
-    head_entry,
-    head_options,
-    is_stable,
-    prune,
-    work_density,
-)
+from diffsparse.search.items import Items
+from diffsparse.search.options import FamilyTable, HeadScores, head_entry, head_options, is_stable, prune
+from diffsparse.search.pricing import Pricing
 
 __all__ = ["Candidate", "Composer", "distinct", "strides"]
 
@@ -122,25 +117,14 @@ class Candidate:
     error: np.ndarray
 
 
-@dataclass
-class _Items:
-    """The assignment problem of one trial: an item for each layer, head and phase, in that order."""
-
-    options: list[list[Option]]
-    errors: list[np.ndarray]
-    prices: list[np.ndarray]
-    scores: list[HeadScores]
-    unstable: set[tuple[str, int]]
-
-
 class Composer:
     """Plans from a search's measurements.
 
     ``levels``: of every model call of the generation that the plan is for. ``grids``: of every layer's calls.
-    ``costs``: on each of them. ``effects``: squared change of the guided output per squared error of a layer,
-    ``[traced steps, layers]``. ``growth``: of a squared error from the latent where it is made to the final one,
-    ``[traced steps]``. ``traced``: noise levels of the traced steps. ``switch``: the level below which another expert
-    runs, with layers of its own of the same names.
+    ``costs``: on each of them. ``machine``: on which the plan is to run. ``effects``: squared change of the guided
+    output per squared error of a layer, ``[traced steps, layers]``. ``growth``: of a squared error from the latent
+    where it is made to the final one, ``[traced steps]``. ``traced``: noise levels of the traced steps. ``switch``: the
+    level below which another expert runs, with layers of its own of the same names.
     """
 
     def __init__(
@@ -149,13 +133,14 @@ class Composer:
         levels: Sequence[float],
         grids: Mapping[str, TokenGrid],
         orders: Mapping[tuple[str, int], TokenOrder],
-        costs: Mapping[TokenGrid, CostModel],
+        costs: Mapping[TokenGrid, CostTable],
+        machine: Machine,
         effects: np.ndarray,
         growth: np.ndarray,
         traced: Sequence[float],
         switch: float | None = None,
     ) -> None:
-        self.search, self.config, self.grids, self.orders, self.costs = search, search.config, grids, orders, costs
+        self.search, self.config, self.grids, self.orders = search, search.config, grids, orders
         self.effects, self.growth = effects, growth
         self.layers, self.heads = search.layers, search.architecture.heads
         self.levels, self.calls = distinct(levels)
@@ -176,9 +161,11 @@ class Composer:
         self.blocks = {
             grid: len(search.table(grid, orders_for(grid, self.config.block_size)[0]).weight) for grid in costs
         }
+        self.pricing = Pricing(self.config, grids, costs, self.blocks, self.heads, machine)
         largest = max(costs, key=lambda grid: grid.seq_len)
         self.work = {n: (grids[n].seq_len / largest.seq_len) ** 2 for n in self.layers}
-        self.time = {n: costs[grids[n]].dense_seconds / costs[largest].dense_seconds for n in self.layers}
+        seconds = {grid: float(known.dense_seconds or 0.0) for grid, known in costs.items()}
+        self.time = {n: seconds[grids[n]] / seconds[largest] for n in self.layers}
         # Of a dense head call, by layer, over that of a layer on the largest grid.
         self.weight = self.work if self.config.density is not None else self.time
 
@@ -192,20 +179,6 @@ class Composer:
 
     def trial(self, dense: int, phases: int) -> _Trial:
         return _Trial.even(self.steps, dense, phases, self.second)
-
-    def cost(self, option: Option, layer: str, order: TokenOrder) -> float:
-        """Of one head call of a layer, over a dense one: in time, or in work where a density is wanted."""
-        if option.kind == "dense":
-            return 1.0
-        if self.config.density is not None:
-            grid = self.grids[layer]
-            return work_density(option, grid, self.blocks[grid])
-        return self._time(option, layer, order)
-
-    def _time(self, option: Option, layer: str, order: TokenOrder) -> float:
-        known, grid = {"dense": 1.0, "skip": 0.0}.get(option.kind), self.grids[layer]
-        full = fill(order, grid, self.config.block_size)
-        return self.costs[grid].relative(option.density, option.tail, full) if known is None else known
 
     def densities(self, plan: SparsityPlan) -> np.ndarray:
         """Work-weighted density of a step's calls, float ``[phases]``."""
@@ -222,8 +195,8 @@ class Composer:
         each = [1.0 if p is None else per_phase[p] for p in plan.schedule.phases(self.levels)]
         return float(np.average(each, weights=self.calls))
 
-    def items(self, trial: _Trial) -> _Items:
-        found = _Items([], [], [], [], set())
+    def items(self, trial: _Trial) -> Items:
+        found = Items([], [], [], [], [], set())
         push = self.push * self.push[trial.dense :].sum()
         for j, layer in enumerate(self.layers):
             for head in range(self.heads):
@@ -239,10 +212,11 @@ class Composer:
                     if not stable:
                         found.unstable.add((layer, head))
                     options = head_options(scores, table, bitmaps=stable)
-                    options, errors, prices = prune(options, partial(self.cost, layer=layer, order=table.order))
+                    options, errors, prices = prune(options, partial(self.pricing.cost, layer=layer, order=table.order))
                     found.options.append(options)
                     found.errors.append(errors)
-                    found.prices.append(prices * int(self.calls[members].sum()) * self.weight[layer])
+                    found.whole.append(int(self.calls[members].sum()) * self.weight[layer])
+                    found.prices.append(prices * found.whole[-1])
                     found.scores.append(scores)
         return found
 
@@ -268,9 +242,10 @@ class Composer:
         ask = math.ceil(least * 1000 + 1e-6) / 1000
         steps = f" with {self.config.dense_steps} dense steps" if self.config.dense_steps else ""
         if ask > 1:
+            why = "".join(f" ({reason})" for reason in sorted(self.pricing.reasons))
             raise BadInput(
                 f"a {name} of {asked:g} cannot be had on this model{steps}: the cheapest plan is no cheaper than dense "
-                "attention; ask for fewer dense steps, or leave the model dense"
+                f"attention{why}; ask for fewer dense steps, or leave the model dense"
             )
         raise BadInput(
             f"a {name} of {asked:g} cannot be had on this model{steps}: the least is {least:.3f}, and below it whole "
@@ -317,7 +292,7 @@ class Composer:
                 trial, items, least = another, their, error
         room = self.room(dense)
         for _ in range(_TRIES):
-            result = assign(items.errors, items.prices, room)
+            items, result = self._settled(trial, items, room)
             plan = SparsityPlan.from_table(
                 self._entries(trial, items, result),
                 schedule=self._schedule(trial),
@@ -343,7 +318,40 @@ class Composer:
         }
         return Candidate(plan, self._head_errors(trial, items, result))
 
-    def _entries(self, trial: _Trial, items: _Items, result: Assignment) -> dict[str, list[list[HeadEntry]]]:
+    def _settled(self, trial: _Trial, items: Items, room: float) -> tuple[Items, Assignment]:
+        """The best assignment in which every layer runs as its heads are priced, and the options that it chose from.
+
+        Heads are priced one by one, and a run judges whole layers: beside heads that compute everything a few cheap
+        ones need not pay. Such a layer becomes dense, or none of its heads stays so, whichever leaves less error.
+        """
+        result = assign(items.errors, items.prices, room)
+        while self.config.density is None and (which := self._run_dense(trial, items, result)):
+            ways: list[tuple[float, Items]] = []
+            for way in (items.all_dense(which), items.none_dense(which)):
+                with suppress(InfeasibleBudget):  # of dense ones; the others hold the cheapest options
+                    ways.append((lagrangian(way.errors, way.prices, room).error, way))
+            items = min(ways, key=lambda way: way[0])[1]
+            result = assign(items.errors, items.prices, room)
+        return items, result
+
+    def _chosen(self, trial: _Trial, items: Items, result: Assignment) -> Iterator[tuple[int, list[int], LayerVerdict]]:
+        """Every layer in every phase: the phase, its items, and what the policy says of their chosen options."""
+        for j, layer in enumerate(self.layers):
+            orders = [self.orders[layer, head] for head in range(self.heads)]
+            for phase in range(trial.phases):
+                which = [(j * self.heads + head) * trial.phases + phase for head in range(self.heads)]
+                options = [items.options[i][result.choice[i]] for i in which]
+                yield phase, which, self.pricing.layer(options, layer, orders)
+
+    def _run_dense(self, trial: _Trial, items: Items, result: Assignment) -> set[int]:
+        """Items of layers that would run dense though not all of their heads are priced so."""
+        found: set[int] = set()
+        for _, which, verdict in self._chosen(trial, items, result):
+            if verdict.reason is not None and any(items.prices[i][result.choice[i]] < items.whole[i] for i in which):
+                found.update(which)
+        return found
+
+    def _entries(self, trial: _Trial, items: Items, result: Assignment) -> dict[str, list[list[HeadEntry]]]:
         rows: dict[str, list[list[HeadEntry]]] = {}
         chosen = zip(items.options, items.scores, result.choice, strict=True)
         for layer in self.layers:
@@ -355,7 +363,7 @@ class Composer:
                     rows[layer][phase].append(head_entry(options[choice], scores, table))
         return rows
 
-    def _head_errors(self, trial: _Trial, items: _Items, result: Assignment) -> np.ndarray:
+    def _head_errors(self, trial: _Trial, items: Items, result: Assignment) -> np.ndarray:
         """Of each chosen option, over what leaving the head out would cost: ``[phases, layers, heads]``."""
         chosen = zip(items.errors, items.scores, result.choice, strict=True)
         # A head without any output loses nothing.
@@ -375,14 +383,13 @@ class Composer:
             phase_bounds=tuple(before(trial.dense + i) for i in starts),
         )
 
-    def _attention_time(self, trial: _Trial, items: _Items, result: Assignment) -> float:
-        """Attention time of the whole trajectory over dense, by the measured costs."""
+    def _attention_time(self, trial: _Trial, items: Items, result: Assignment) -> float:
+        """Attention time of the whole trajectory over dense, by the measured costs and as it runs on the machine."""
         calls = np.bincount(trial.phase_of, self.calls[trial.dense :], minlength=trial.phases)
-        step = self.heads * sum(self.time.values())
+        step = sum(self.time.values())
         spent = float(self.calls[: trial.dense].sum()) * step
-        for i, (options, choice) in enumerate(zip(items.options, result.choice, strict=True)):
-            layer, head = divmod(i // trial.phases, self.heads)
-            name = self.layers[layer]
-            each = self._time(options[choice], name, self.orders[name, head]) * self.time[name]
-            spent += each * float(calls[i % trial.phases])
+        for phase, which, verdict in self._chosen(trial, items, result):
+            assert verdict.time is not None  # all costs are known
+            layer = self.layers[which[0] // (self.heads * trial.phases)]
+            spent += verdict.time * self.time[layer] * float(calls[phase])
         return spent / (float(self.calls.sum()) * step)

@@ -11,11 +11,10 @@ import torch
 
 from diffsparse.entry import TAILS, HeadEntry
 from diffsparse.grid import TokenGrid
+from diffsparse.kernels.costs import CostTable
 from diffsparse.pipelines.family import Family, UnsupportedModelError, family_by_class
 from diffsparse.pipelines.policy import Machine, entries_of, judge_layer, machine_for
 from diffsparse.plan import Architecture, SparsityPlan
-from diffsparse.search.candidates import fill
-from diffsparse.search.cost import CostModel
 from diffsparse.search.environment import environment
 from diffsparse.search.errors import BadInput
 from diffsparse.search.recorded import recorded as searched_with
@@ -78,7 +77,7 @@ class Explanation:
     dense_below: float
     phases: tuple[str, ...]
     layers: tuple[LayerForecast, ...]
-    costs: CostModel | None
+    costs: CostTable | None
     break_even: dict[str, float]
     notes: tuple[str, ...]
 
@@ -226,29 +225,15 @@ def _family(architecture: Architecture | None, name: str | None) -> Family | Non
 # -- the forecast ------------------------------------------------------------------------------------------------------
 
 
-def recorded_costs(plan: SparsityPlan) -> CostModel | None:
+def recorded_costs(plan: SparsityPlan) -> CostTable | None:
     """The costs that the search measured and saved with the plan, or None. Raises :class:`BadInput` if damaged."""
     data = plan.record.get("costs")
     if data is None:
         return None
     try:
-        costs = CostModel.from_dict(data)
-        n = len(costs.densities)
-        numbers = np.array([costs.densities, *(costs.share[tail] for tail in TAILS)], dtype=np.float64)
-        if n < 2 or not np.isfinite(numbers).all() or (np.diff(numbers[0]) <= 0).any() or (numbers < 0).any():
-            raise ValueError("they are not shares at ascending densities")
+        return CostTable.from_dict(data)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadInput(f"the costs in the plan's record cannot be read ({error}); search the plan again") from None
-    return costs
-
-
-def break_even(costs: CostModel) -> dict[str, float]:
-    """For each tail the largest density of kept blocks, in steps of 0.01, at which sparse is faster than dense."""
-    steps = np.linspace(0, 1, 101)
-    return {
-        tail: max((float(round(d, 2)) for d in steps if costs.relative(float(d), tail) < 1), default=0.0)
-        for tail in TAILS
-    }
 
 
 @dataclass(frozen=True)
@@ -267,7 +252,7 @@ class HeadForecast:
 class HeadForecaster:
     """Figures of entries, each worked out once. ``machine``: what kernels can do where the plan is to run."""
 
-    def __init__(self, plan: SparsityPlan, costs: CostModel | None, machine: Machine | None = None) -> None:
+    def __init__(self, plan: SparsityPlan, costs: CostTable | None, machine: Machine | None = None) -> None:
         self.plan, self.costs, self.machine = plan, costs, machine
         self.known: dict[tuple[HeadEntry, TokenGrid], HeadForecast] = {}
 
@@ -279,13 +264,7 @@ class HeadForecaster:
     def _head(self, entry: HeadEntry, grid: TokenGrid) -> HeadForecast:
         size = self.plan.block_size
         work = head_work(entry, grid, size)
-        assert work.kept is not None
-        time = None
-        if self.costs is not None:
-            tail = "none" if work.kept >= 1 else work.tail
-            known = 0.0 if work.skipped else 1.0 if entry.is_dense else None
-            full = fill(entry.order, grid, size)
-            time = self.costs.relative(work.kept, tail, full) if known is None else known
+        time = None if self.costs is None else self.costs.over_dense([work], grid.seq_len)
         carried = not work.skipped and entry.pattern.is_carried(grid, entry.order, size)
         return HeadForecast(work, time, carried)
 
@@ -300,10 +279,8 @@ class HeadForecaster:
         found = [self.head(entry, grid) for entry in entries]
         families = dict(Counter(family(entry) for entry in entries).most_common())
         carried = sum(f.carried for f in found)
-        verdict = judge_layer([f.work for f in found], grid.seq_len, self.machine)
-        time = one
-        if self.costs is not None and verdict.reason is None:
-            time = float(np.mean([f.time for f in found if f.time is not None]))
+        verdict = judge_layer([f.work for f in found], grid.seq_len, self.machine, self.costs)
+        time = None if self.costs is None else verdict.time
         return PhaseForecast(verdict.density, time, verdict.reason, carried, families)
 
 
@@ -359,12 +336,12 @@ def explain(
         phases=tuple(phase_names(plan)),
         layers=tuple(rows),
         costs=costs,
-        break_even={} if costs is None else break_even(costs),
+        break_even={} if costs is None else {tail: costs.break_even(grid.seq_len, tail) for tail in TAILS},
         notes=tuple(notes),
     )
 
 
-def _about_costs(plan: SparsityPlan, costs: CostModel, grid: TokenGrid, device: torch.device) -> list[str]:
+def _about_costs(plan: SparsityPlan, costs: CostTable, grid: TokenGrid, device: torch.device) -> list[str]:
     notes = []
     recorded = grid_of(plan)
     if recorded is not None and recorded.shape != grid.shape:

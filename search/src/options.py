@@ -24,6 +24,8 @@ class Option:
     """One choice for one head in one phase.
 
     ``error``: predicted squared error of the final latent. ``density``: kept share of the visual block pairs' work.
+    ``blocks``: kept share of the visual block pairs, short ones as a whole; None where it is as the density, as for
+    dense and skipped heads.
     """
 
     error: float
@@ -31,6 +33,7 @@ class Option:
     tail: str
     kind: str
     pattern: Pattern | None = None
+    blocks: float | None = None
 
 
 @dataclass(frozen=True)
@@ -145,14 +148,15 @@ def head_options(scores: HeadScores, table: FamilyTable, *, bitmaps: bool) -> li
             if isinstance(pattern, Empty) and tail == "none":
                 continue  # the same as skip
             error = scores.corrected(t, flat_total - float(mean[t][mask].sum()))
-            options.append(Option(error, density, tail, "family", pattern))
+            options.append(Option(error, density, tail, "family", pattern, float(mask.mean())))
         columns = mean[t].sum(0)
         for count in COLUMN_COUNTS:
             if count < len(columns) // 4:
                 pattern = top_columns(columns, table.grid, table.order, table.block_size, count)
                 mask = pattern.block_mask(table.grid, table.order, table.block_size)
                 error = scores.corrected(t, flat_total - float(mean[t][mask].sum()))
-                options.append(Option(error, float((table.weight * mask).sum()), tail, "family", pattern))
+                density = float((table.weight * mask).sum())
+                options.append(Option(error, density, tail, "family", pattern, float(mask.mean())))
         if bitmaps:
             rank = ranking(mean[t], table.weight)
             kept = _counts(rank, table.weight)
@@ -160,7 +164,8 @@ def head_options(scores: HeadScores, table: FamilyTable, *, bitmaps: bool) -> li
                 BITMAP_DENSITIES, kept, _crossed(scores, t, table.weight, kept), strict=True
             ):
                 if count:
-                    options.append(Option(scores.corrected(t, float(error)), density, tail, "bitmap"))
+                    blocks = count / table.weight.size
+                    options.append(Option(scores.corrected(t, float(error)), density, tail, "bitmap", blocks=blocks))
     return options
 
 

@@ -12,11 +12,12 @@ import torch
 from tqdm import tqdm
 
 from diffsparse.grid import TokenGrid
+from diffsparse.kernels.costs import CostTable
 from diffsparse.order import TokenOrder, parse_order
 from diffsparse.pipelines import find_transformers
+from diffsparse.pipelines.policy import Machine
 from diffsparse.search.candidates import orders_for
 from diffsparse.search.config import SearchConfig
-from diffsparse.search.cost import CostModel
 from diffsparse.search.layers import common_architecture
 from diffsparse.search.observe import Recording, call_levels, record
 from diffsparse.search.options import FamilyTable, HeadScores
@@ -150,11 +151,17 @@ class Workspace:
         """Every head's best order."""
         return {(n, h): order for n, row in self.probe.orders.items() for h, order in enumerate(row)}
 
-    def costs(self, grid: TokenGrid, measure: Callable[[], CostModel]) -> CostModel:
+    def costs(self, grid: TokenGrid, measure: Callable[[], CostTable]) -> CostTable:
         """Costs on a grid, measured once per search: a resumed one must end in the same plan."""
         if (name := f"costs/{grid}") not in self.store:
             self.store.put_json(name, measure().to_dict())
-        return CostModel.from_dict(self.store.get_json(name))
+        return CostTable.from_dict(self.store.get_json(name))
+
+    def machine(self, find: Callable[[], Machine]) -> Machine:
+        """What kernels can do on the machine of the search, asked once per search for the same reason."""
+        if "machine" not in self.store:
+            self.store.put_json("machine", find().to_dict())
+        return Machine.from_dict(self.store.get_json("machine"))
 
     def traced(self) -> list[int]:
         """Numbers of the prompts that are traced."""

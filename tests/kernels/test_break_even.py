@@ -14,7 +14,6 @@ from diffsparse.entry import TAILS
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels.break_even import (
     FORMAT,
-    BreakEvenTable,
     device_name,
     find_table,
     local_file,
@@ -23,6 +22,7 @@ from diffsparse.kernels.break_even import (
     work_of,
 )
 from diffsparse.kernels.break_even import _read as read
+from diffsparse.kernels.costs import CostTable
 from diffsparse.kernels.random_rows import random_rows
 from diffsparse.layout import BlockLayout
 from diffsparse.order import AxisOrder
@@ -31,7 +31,7 @@ from tests.kernels.cases import head
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
 
-TABLE = BreakEvenTable(
+TABLE = CostTable(
     device=device_name(CPU),
     backend="cpu",
     dtype="float32",
@@ -70,7 +70,7 @@ def test_interpolation(tokens: int, density: float, gathered: bool, expected: fl
     assert TABLE.head_ratio(tokens, density, "moments", gathered) == pytest.approx(expected + TAILS.index("moments"))
 
 
-def over_dense(table: BreakEvenTable, layout: BlockLayout) -> float:
+def over_dense(table: CostTable, layout: BlockLayout) -> float:
     return table.over_dense(work_of(layout), layout.seq_len)
 
 
@@ -177,5 +177,5 @@ def test_measure() -> None:
     )  # fmt: skip
     assert (table.backend, table.device, table.dense) == ("cpu", device_name(CPU), ("flash_sdpa", "flash_sdpa"))
     assert all(r > 0 for rows in table.ratio.values() for row in rows for r in row)
-    assert BreakEvenTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table
+    assert CostTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table
     assert [line.split(":")[0] for line in lines] == ["256 tokens", "500 tokens"]

@@ -12,7 +12,8 @@ import torch
 
 from diffsparse.entry import TAILS, Execution, HeadEntry
 from diffsparse.grid import TokenGrid
-from diffsparse.kernels.break_even import BreakEvenTable, device_name, save_local
+from diffsparse.kernels.break_even import device_name, save_local
+from diffsparse.kernels.costs import CostTable
 from diffsparse.patterns import Band
 from diffsparse.pipelines import architecture_of, policy, sparse_attention, sparse_attention_summary
 from diffsparse.pipelines.policy import FULL, SLOWER
@@ -24,10 +25,10 @@ CPU = torch.device("cpu")
 PLAN = preset("window", tail="none")
 
 
-def table(*ratios: float) -> BreakEvenTable:
+def table(*ratios: float) -> CostTable:
     """Time over dense at densities 0.2 and 0.9, whatever the length."""
     row = tuple(ratios) if len(ratios) == 2 else ratios * 2
-    return BreakEvenTable(
+    return CostTable(
         device=device_name(CPU), backend="cpu", dtype="float32", heads=3, head_dim=16, block_size=64, tokens=(200,),
         densities=(0.2, 0.9), ratio={tail: (row,) for tail in TAILS}, gather=(0.0,), dense=("flash_sdpa",), about={},
     )  # fmt: skip

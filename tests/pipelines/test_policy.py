@@ -7,7 +7,8 @@ import torch
 
 from diffsparse.entry import TAILS, Execution, HeadEntry
 from diffsparse.grid import TokenGrid
-from diffsparse.kernels.break_even import BreakEvenTable, work_of
+from diffsparse.kernels.break_even import work_of
+from diffsparse.kernels.costs import CostTable
 from diffsparse.layout import build_layout
 from diffsparse.order import AxisOrder, CurveOrder, RasterOrder, TileOrder
 from diffsparse.patterns import Band, Empty, Full, Radial, Window
@@ -28,9 +29,9 @@ ENTRIES = [
 ]
 
 
-def table(*ratios: float) -> BreakEvenTable:
+def table(*ratios: float) -> CostTable:
     """Time over dense at densities 0.2 and 0.9; gathering costs nothing."""
-    return BreakEvenTable(
+    return CostTable(
         device="a device", backend="cpu", dtype="float32", heads=4, head_dim=64, block_size=64, tokens=(200,),
         densities=(0.2, 0.9), ratio={tail: (ratios,) for tail in TAILS}, gather=(0.0,), dense=("flash_sdpa",), about={},
     )  # fmt: skip

@@ -11,16 +11,17 @@ import pytest
 
 from diffsparse.entry import TAILS
 from diffsparse.grid import TokenGrid
+from diffsparse.kernels.costs import CostTable
 from diffsparse.order import RasterOrder, TileOrder, TokenOrder
 from diffsparse.patterns import Band
+from diffsparse.pipelines.policy import ANY_MACHINE, Machine
 from diffsparse.plan import Architecture
-from diffsparse.search.candidates import fill
 from diffsparse.search.compose import Candidate, Composer, _Trial, distinct
-from diffsparse.search.cost import CostModel
 from diffsparse.search.errors import BadInput
 from diffsparse.search.options import FamilyTable, HeadScores, Option, head_entry, head_options
 from diffsparse.search.score import LADDER
 from diffsparse.search.search import SearchConfig
+from diffsparse.work import block_fill
 
 GRID, TILE = TokenGrid(2, 16, 16), TileOrder(1, 8, 8)
 LAYERS = ("blocks.0.attn1", "blocks.1.attn1")
@@ -67,14 +68,20 @@ class Scores:
 
 
 def found(
-    count: int = 1, levels: Sequence[float] = LEVELS, costs: CostModel | None = None, **changes: Any
+    count: int = 1,
+    levels: Sequence[float] = LEVELS,
+    costs: CostTable | None = None,
+    machine: Machine = ANY_MACHINE,
+    **changes: Any,
 ) -> tuple[Scores, list[Candidate]]:
     search = Scores(SearchConfig(**{"budget": None, "density": 0.5, "steps": 6, "validation_prompts": 0} | changes))
-    costs = costs or CostModel("cpu", 1.0, (0.02, 0.1, 0.3, 0.6), {tail: (0.1, 0.2, 0.4, 0.7) for tail in TAILS})
+    costs = costs or CostTable.of_call(
+        "cpu", 1.0, (0.02, 0.1, 0.3, 0.6), {tail: (0.1, 0.2, 0.4, 0.7) for tail in TAILS}
+    )
     orders = {(layer, head): TILE for layer in LAYERS for head in range(2)}
     effects, growth = np.full((len(TRACED), 2), 1.0), np.array([4.0, 2.0, 1.0, 1.0])
     return search, Composer(
-        search, levels, dict.fromkeys(LAYERS, GRID), orders, {GRID: costs}, effects, growth, TRACED
+        search, levels, dict.fromkeys(LAYERS, GRID), orders, {GRID: costs}, machine, effects, growth, TRACED
     ).candidates(count)
 
 
@@ -145,30 +152,31 @@ def test_the_least_that_can_be_had_is_said_and_works(name: str, changes: dict[st
 
 def test_a_budget_that_only_dense_attention_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Scores, "silent", None)
-    costs = CostModel("cpu", 1.0, (0.02, 0.1, 0.3, 0.6), {tail: (1.5, 1.5, 1.5, 1.5) for tail in TAILS})
+    costs = CostTable.of_call("cpu", 1.0, (0.02, 0.1, 0.3, 0.6), {tail: (1.5, 1.5, 1.5, 1.5) for tail in TAILS})
     with pytest.raises(BadInput, match=r"a budget of 0\.5 cannot be had .*: the cheapest plan is no cheaper"):
         found(costs=costs, density=None, budget=0.5)
 
 
 def test_orders_that_fill_their_blocks_less_cost_more() -> None:
     grid, orders = TokenGrid(2, 15, 26), (RasterOrder(), TILE)
-    full = [fill(order, grid, 64) for order in orders]
+    full = [block_fill(order, grid, 64) for order in orders]
     assert full[0] > full[1]
     share = {tail: (0.1, 0.2, 0.4, 0.7) for tail in TAILS}
-    costs = CostModel("cpu", 1.0, (0.02, 0.1, 0.3, 0.6), share, full[0])
+    costs = CostTable.of_call("cpu", 1.0, (0.02, 0.1, 0.3, 0.6), share, full[0])
     rest: Any = (np.full((len(TRACED), 2), 1.0), np.array([4.0, 2.0, 1.0, 1.0]), TRACED)
     of_heads = {(layer, head): orders[head] for layer in LAYERS for head in range(2)}
     for config in ({"budget": 0.5}, {"budget": None, "density": 0.5}):
         search = Scores(SearchConfig(steps=6, validation_prompts=0, **config))
-        composer = Composer(search, LEVELS, dict.fromkeys(LAYERS, grid), of_heads, {grid: costs}, *rest)  # type: ignore[arg-type]
+        composer = Composer(search, LEVELS, dict.fromkeys(LAYERS, grid), of_heads, {grid: costs}, ANY_MACHINE, *rest)  # type: ignore[arg-type]
         option = Option(0.0, 0.2, "mean", "family", Band(0.1))
-        first, second = (composer.cost(option, LAYERS[0], order) for order in orders)
+        first, second = (composer.pricing.cost(option, LAYERS[0], order) for order in orders)
         if "density" in config:
             assert first == second, "work is counted in real pairs"
         else:
-            assert first == pytest.approx(costs.relative(0.2, "mean"))
-            assert second == pytest.approx(costs.relative(0.2 * (full[0] / full[1]) ** 2, "mean")) and second > first
-        assert composer.cost(Option(0.0, 1.0, "none", "dense"), LAYERS[0], TILE) == 1.0
+            assert first == pytest.approx(costs.head_ratio(1, 0.2, "mean"))
+            assert second == pytest.approx(costs.head_ratio(1, 0.2 * (full[0] / full[1]) ** 2, "mean"))
+            assert second > first
+        assert composer.pricing.cost(Option(0.0, 1.0, "none", "dense"), LAYERS[0], TILE) == 1.0
 
 
 def test_heads_that_compute_all_or_nothing() -> None:
@@ -199,14 +207,14 @@ def test_layers_weigh_what_their_grids_hold() -> None:
     grids = {LAYERS[0]: TokenGrid(2, 16, 16, text_after=256), LAYERS[1]: GRID}
     share = {tail: (0.1, 0.2, 0.4, 0.7) for tail in TAILS}
     costs = {
-        grid: CostModel("cpu", seconds, (0.02, 0.1, 0.3, 0.6), share)
+        grid: CostTable.of_call("cpu", seconds, (0.02, 0.1, 0.3, 0.6), share)
         for grid, seconds in zip(grids.values(), (3.0, 1.0), strict=True)
     }
     orders = {(layer, head): TILE for layer in LAYERS for head in range(2)}
     rest: Any = (np.full((len(TRACED), 2), 1.0), np.array([4.0, 2.0, 1.0, 1.0]), TRACED)
     for config in ({"budget": None, "density": 0.5}, {"budget": 0.5}):
         search = Scores(SearchConfig(steps=6, validation_prompts=0, **config))
-        composer = Composer(search, LEVELS, grids, orders, costs, *rest)
+        composer = Composer(search, LEVELS, grids, orders, costs, ANY_MACHINE, *rest)
         (candidate,) = composer.candidates(1)
         plan, about = candidate.plan, candidate.plan.record["search"]
         done = total = 0.0
@@ -242,9 +250,11 @@ def test_steps_take_the_scores_of_the_expert_that_runs_them() -> None:
     search = Scores(SearchConfig(budget=None, density=0.5, steps=12, validation_prompts=0))
     levels = np.linspace(1, 0.05, 12).tolist()
     orders = {(layer, head): TILE for layer in LAYERS for head in range(2)}
-    costs = CostModel("cpu", 1.0, (0.02, 0.1, 0.3, 0.6), {tail: (0.1, 0.2, 0.4, 0.7) for tail in TAILS})
+    costs = CostTable.of_call("cpu", 1.0, (0.02, 0.1, 0.3, 0.6), {tail: (0.1, 0.2, 0.4, 0.7) for tail in TAILS})
     rest: Any = (np.full((len(TRACED), 2), 1.0), np.array([4.0, 2.0, 1.0, 1.0]), TRACED)
-    composer = Composer(search, levels, dict.fromkeys(LAYERS, GRID), orders, {GRID: costs}, *rest, switch=0.65)
+    composer = Composer(
+        search, levels, dict.fromkeys(LAYERS, GRID), orders, {GRID: costs}, ANY_MACHINE, *rest, switch=0.65
+    )
     assert ((composer.levels >= 0.65) == (composer.bins < 2)).all()
     assert (composer.levels[composer.second - 1] >= 0.65) and composer.levels[composer.second] < 0.65
     plan = composer.plan(0, composer.scan()).plan

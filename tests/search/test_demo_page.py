@@ -761,10 +761,10 @@ from diffsparse.search.demo.sessions import Session
 from diffsparse.search.demo.studio import Studio
 
 from diffsparse.entry import TAILS
-from diffsparse.search.cost import CostModel
+from diffsparse.kernels.costs import CostTable
 from diffsparse.search.stages import compose
 
-costs = CostModel("cpu", 1.0, (0.02, 0.1, 0.3, 0.6), {tail: (0.1, 0.2, 0.4, 0.7) for tail in TAILS})
+costs = CostTable.of_call("cpu", 1.0, (0.02, 0.1, 0.3, 0.6), {tail: (0.1, 0.2, 0.4, 0.7) for tail in TAILS})
 compose.measure_costs = lambda *args: costs  # calls this small take so little time that measured ones are noise
 
 stop, told = threading.Event(), []

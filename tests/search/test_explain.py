@@ -13,7 +13,8 @@ import torch
 
 from diffsparse.entry import TAILS, Execution, HeadEntry
 from diffsparse.grid import TokenGrid
-from diffsparse.kernels.break_even import BreakEvenTable, device_name, save_local
+from diffsparse.kernels.break_even import device_name, save_local
+from diffsparse.kernels.costs import CostTable
 from diffsparse.layout import build_layout
 from diffsparse.order import AxisOrder, CurveOrder, RasterOrder, TileOrder
 from diffsparse.patterns import Band, Bitmap, Empty, Full, Radial, Window
@@ -24,7 +25,6 @@ from diffsparse.plan import Architecture, SparsityPlan
 from diffsparse.presets import preset
 from diffsparse.schedule import Schedule
 from diffsparse.search import load
-from diffsparse.search.candidates import fill
 from diffsparse.search.columns import printable, text_table
 from diffsparse.search.density import call_density, kept_density
 from diffsparse.search.errors import BadInput
@@ -33,6 +33,7 @@ from diffsparse.search.explain_table import explain_table
 from diffsparse.search.generate import GenerationSettings, generate_clip
 from diffsparse.search.scale import TokenScale, scale_of_class, scale_of_pipeline, scale_of_record
 from diffsparse.search.show import parse_grid
+from diffsparse.work import block_fill
 from tests.search.conftest import make_plan
 
 CPU = torch.device("cpu")
@@ -168,7 +169,7 @@ def test_layers_that_a_break_even_table_speaks_against(tmp_path: Path, monkeypat
     for ratio, reason in ((1.2, SLOWER), (0.9, None)):
         rows = ((ratio, ratio),)
         save_local(
-            BreakEvenTable(
+            CostTable(
                 device=device_name(CPU), backend="cpu", dtype="float32", heads=2, head_dim=64, block_size=64,
                 tokens=(1000,), densities=(0.1, 1.0), ratio=dict.fromkeys(TAILS, rows), gather=(0.0,), dense=("any",),
                 about={},
@@ -195,8 +196,9 @@ def test_densities_and_times_of_layers() -> None:
                 skipped = entry.execution.mode == "skip"
                 kept = kept_density(entry, GRID, 64)
                 tail = "none" if kept == 1 else entry.execution.tail
-                full = fill(entry.order, GRID, 64)
-                times.append(0.0 if skipped else costs.relative(kept, tail, full))
+                if kept < 1:
+                    kept *= (0.9 / block_fill(entry.order, GRID, 64)) ** 2
+                times.append(0.0 if skipped else costs.head_ratio(GRID.seq_len, kept, tail))
             assert phase.time == pytest.approx(np.mean(times))
     assert found.time == pytest.approx([np.mean([x.phases[p].time for x in found.layers]) for p in range(2)])
     assert found.break_even["none"] == 0.99 and found.break_even["centroids"] < found.break_even["moments"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffsparse.entry import TAILS
-from diffsparse.search.cost import CostModel
+from diffsparse.kernels.costs import CostTable
 
 #: The smallest shape that the tests use: 3 x 12 x 12 = 432 tokens, ragged in tiles of 8.
 SHAPE = {"height": 48, "width": 48, "num_frames": 9}
@@ -59,7 +59,7 @@ def build_pipeline(layers: int = 2, heads: int = 2, head_dim: int = 32, seed: in
 
 
 #: What a search goes by in the place of measured costs: calls this small take so little time that those are noise.
-COSTS = CostModel("cpu", 1.0, (0.02, 0.1, 0.3, 0.6), {tail: (0.1, 0.2, 0.4, 0.7) for tail in TAILS})
+COSTS = CostTable.of_call("cpu", 1.0, (0.02, 0.1, 0.3, 0.6), {tail: (0.1, 0.2, 0.4, 0.7) for tail in TAILS})
 
 
 def fix_costs(patch: pytest.MonkeyPatch) -> None:

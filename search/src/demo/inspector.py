@@ -16,10 +16,9 @@ from diffsparse.entry import HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.layout import build_layout
 from diffsparse.plan import SparsityPlan
-from diffsparse.search.candidates import fill
-from diffsparse.search.cost import CostModel
 from diffsparse.search.demo.upload import MAX_TOKENS, write_plan_zip
 from diffsparse.search.errors import BadInput
+from diffsparse.search.explain import HeadForecaster, recorded_costs
 from diffsparse.search.measured import ATTENTION_NAME, HeadFigures, PooledAttention
 from diffsparse.search.sheet import head_cell, kept_share
 from diffsparse.search.show import family, grid_of, tail_of
@@ -229,22 +228,14 @@ class PlanView:
         return rows
 
     def _cost(self, entry: HeadEntry) -> str:
-        costs = self.plan.record.get("costs")
-        if not isinstance(costs, dict):
-            return "not recorded"
         try:
-            model = CostModel.from_dict(costs)
-            if entry.execution.mode == "skip":
-                relative = 0.0
-            elif entry.is_dense:
-                relative = 1.0
-            else:
-                kept = float(kept_share(entry, self.grid, self.plan.block_size).mean())
-                full = fill(entry.order, self.grid, self.plan.block_size)
-                relative = model.relative(kept, entry.execution.tail, full)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            return f"recorded in a form that cannot be read ({type(error).__name__})"
-        return f"{relative:.2f} of a dense head, by the times measured on {model.device}"
+            costs = recorded_costs(self.plan)
+        except BadInput as error:
+            return str(error)
+        if costs is None:
+            return "not recorded"
+        time = HeadForecaster(self.plan, costs).head(entry, self.grid).time
+        return f"{time:.2f} of a dense head, by the times measured on {costs.device}"
 
     def _head_error(self, phase: int, layer: int, head: int) -> str:
         if self.figures is None:

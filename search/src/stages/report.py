@@ -12,8 +12,8 @@ import diffsparse
 from diffsparse.entry import HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels import sparse_attention
+from diffsparse.kernels.costs import CostTable
 from diffsparse.search.compose import Candidate
-from diffsparse.search.cost import CostModel
 from diffsparse.search.environment import environment
 from diffsparse.search.layers import main_grid
 from diffsparse.search.load import shape_rule
@@ -24,7 +24,7 @@ from diffsparse.search.workspace import Workspace
 __all__ = ["measured", "search_record"]
 
 
-def search_record(work: Workspace, grid: TokenGrid, costs: CostModel) -> dict[str, Any]:
+def search_record(work: Workspace, grid: TokenGrid, costs: CostTable) -> dict[str, Any]:
     config = work.config
     name = getattr(work.pipe, "name_or_path", None) or getattr(work.pipe.config, "_name_or_path", "")
     # The folder's own name only: where a model lies on somebody's disk is nobody's business.
