@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 ARGS ?=
-# Worker processes for the fast tests; slow tests measure times and run alone.
+# Worker processes for the tests. Those marked `timed` measure times and run one at a time, alone on the machine.
 JOBS ?= 2
 # The fast tests that compare numbers; pytest finds them (tests/numeric.py).
 NUMERIC = -n $(JOBS) --dist worksteal -m "numeric and not slow and not gpu"
@@ -75,7 +75,8 @@ AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS
 NO_AVX := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow --durations=15 $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "slow and not timed" --durations=15 $(ARGS)
+	$(BIN)/python -m pytest -m "slow and timed" $(ARGS)
 	$(AVX2) $(BIN)/python -m pytest $(NUMERIC) $(ARGS)
 	$(NO_AVX) $(BIN)/python -m pytest $(NUMERIC) $(ARGS)
 

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -31,8 +32,8 @@ from tests.docs.commands import (
     small,
 )
 from tests.docs.pages import ROOT
-from tests.house.process import heed_ctrl_c
-from tests.house.scripts import load_script
+from tests.helpers.process import heed_ctrl_c
+from tests.helpers.scripts import load_script
 
 RUN = [line for line in all_commands() if excuse(line) is None]
 BENCHMARKS = [line for line in all_commands() if line.startswith("python benchmarks/")]
@@ -78,23 +79,33 @@ def check_outputs(words: list[str], place: Path) -> None:
         assert files and all(path.stat().st_size for path in files), f"{name} was not written"
 
 
-@pytest.mark.parametrize("line", [line for line in RUN if is_quick(line)])
-def test_quick_lines_run(
-    line: str, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In this process, which has the libraries loaded."""
+@pytest.fixture
+def run_here(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[list[str]], str]:
+    """Runs a line of ``diffsparse`` in this process, which has the libraries loaded; gives what it printed."""
     from diffsparse.search.cli import main
 
-    monkeypatch.chdir(place)
+    def run(words: list[str]) -> str:
+        monkeypatch.chdir(place)
+        with pytest.raises(SystemExit) as end:
+            main(words[1:])
+        printed = capsys.readouterr()
+        assert not end.value.code, printed.err
+        assert "Traceback" not in printed.err
+        return printed.out
+
+    return run
+
+
+@pytest.mark.parametrize("line", [line for line in RUN if is_quick(line)])
+def test_quick_lines_run(line: str, place: Path, run_here: Callable[[list[str]], str]) -> None:
     words, into = small(line)
-    with pytest.raises(SystemExit) as end:
-        main(words[1:])
-    printed = capsys.readouterr()
-    assert not end.value.code, printed.err
-    assert len(printed.out.splitlines()) > 3 or json.loads(printed.out)
+    printed = run_here(words)
+    assert len(printed.splitlines()) > 3 or json.loads(printed)
     check_outputs(words, place)
     if into is not None:
-        assert (ROOT / into).read_text("utf-8") == printed.out, f"{line} no longer makes the page that is kept"
+        assert (ROOT / into).read_text("utf-8") == printed, f"{line} no longer makes the page that is kept"
 
 
 @pytest.mark.parametrize("line", BENCHMARKS)
@@ -141,11 +152,15 @@ def is_served(line: str) -> bool:
     return line.startswith(SERVED)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="searches, evaluations, benchmarks and scripts, though small ones")
 @pytest.mark.parametrize("line", [line for line in RUN if not is_quick(line) and not is_served(line)])
-def test_lines_run(line: str, place: Path) -> None:
+def test_lines_run(line: str, place: Path, run_here: Callable[[list[str]], str]) -> None:
     words, into = small(line)
     assert into is None, "no rule sends the output of such a line to a file"
+    if words[0] == "diffsparse":
+        run_here(words)
+        check_outputs(words, place)
+        return
     running = start(words, place)
     try:
         printed, _ = running.communicate(timeout=600)
@@ -156,7 +171,7 @@ def test_lines_run(line: str, place: Path) -> None:
     check_outputs(words, place)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="starts the demo, libraries and all")
 @pytest.mark.skipif(find_spec("gradio") is None, reason="needs gradio (the extra demo)")
 @pytest.mark.parametrize("line", [line for line in RUN if is_served(line)])
 def test_lines_that_serve_a_page_run(line: str, place: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.docs.pages import ROOT, blocks, command_lines, documents, name
-from tests.search.conftest import make_plan
+from tests.search.plans import make_plan
 from tests.search.tiny import build_pipeline
 
 PYTHON_PAGES = [path for path in documents() if blocks(path, "python")]
@@ -90,7 +90,12 @@ def place(_known_tails: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(p, id=name(p), marks=[pytest.mark.slow] if name(p) in SLOW else []) for p in PYTHON_PAGES],
+    [
+        pytest.param(
+            p, id=name(p), marks=[pytest.mark.slow(reason="the page compiles a model")] if name(p) in SLOW else []
+        )
+        for p in PYTHON_PAGES
+    ],
 )
 def test_python_runs(path: Path, place: Path) -> None:
     """Each page's blocks, one after the other, in one namespace."""

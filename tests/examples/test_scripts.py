@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import runpy
 import subprocess
@@ -14,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.house.process import ROOT
+from tests.helpers.process import ROOT, run_script
 
 EXAMPLES = ROOT / "examples"
 WRITERS = ("wan", "hunyuan_video", "flux")
@@ -41,16 +40,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 def start(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """The same in a process of its own."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "DIFFSPARSE"))}
-    return subprocess.run(
-        [sys.executable, str(EXAMPLES / f"{script}.py"), *map(str, arguments)],
-        cwd=ROOT,
-        env={**kept, "PYTHONPATH": str(ROOT), "NO_COLOR": "1", "HF_HUB_OFFLINE": "1"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    return run_script(EXAMPLES / f"{script}.py", *arguments, timeout=900, HF_HUB_OFFLINE="1")
 
 
 def calls(output: str) -> tuple[int, int]:
@@ -83,7 +73,7 @@ def test_lora_beside_a_plan(run: Callable[..., tuple[object, str]]) -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="generates a clip with the small model in a process of its own")
 def test_a_model_and_its_own_plan(tmp_path: Path) -> None:
     size = ("--height", 64, "--width", 64, "--num-frames", 9, "--steps", 2)
     done = start("wan", "--model", "examples/tiny_wan", *size, "--device", "cpu", "--out", tmp_path / "clip.mp4")
@@ -92,7 +82,7 @@ def test_a_model_and_its_own_plan(tmp_path: Path) -> None:
     assert calls(done.stdout)[0] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="compiles a model in a process of its own")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_lora_and_compile(backend: str) -> None:
     done = start("lora_compile", "--tiny", "--plan", "window", "--backend", backend, "--device", "cpu")
@@ -118,10 +108,9 @@ def test_a_mistake_is_one_line(
     assert isinstance(code, str) and code.startswith(message) and "\n" not in code
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("script", [*WRITERS, "lora_compile"])
-def test_help(script: str) -> None:
-    done = start(script, "--help")
-    assert done.returncode == 0, done.stderr
+def test_help(script: str, run: Callable[..., tuple[object, str]]) -> None:
+    code, out = run(script, "--help")
+    assert not code
     for option in ("--model", "--plan", "--tiny"):
-        assert option in done.stdout
+        assert option in out

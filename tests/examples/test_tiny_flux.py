@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
 import sys
 import warnings
 from dataclasses import replace
@@ -15,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from tests.house.process import ROOT
+from tests.helpers.process import ROOT, run_script
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
@@ -33,15 +31,7 @@ from tests.tolerance import Work, assert_near  # noqa: E402
 
 
 def run(*arguments: object) -> str:
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=ROOT,
-        env={**{k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}, "CUDA_VISIBLE_DEVICES": ""},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_script(*arguments, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -149,7 +139,7 @@ def test_the_full_model_fits_its_bounds() -> None:
     assert (height // 4) * (width // 4) >= 4096  # image tokens
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="trains a model, searches a plan and evaluates it")
 def test_training_search_and_eval_of_an_image_pipeline(tmp_path: Path) -> None:
     from diffusers import FluxPipeline
 
@@ -280,7 +270,7 @@ def test_the_model_ships_a_plan_that_auto_takes() -> None:
     assert "shipped with the model" in str(summary) and summary.transformers["transformer"].sparse_calls > 0
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="generates pictures of 256 x 256 pixels in twelve steps, dense and sparse")
 def test_the_model_draws_what_captions_say_dense_and_sparse() -> None:
     import diffsparse
 
@@ -297,7 +287,7 @@ def test_the_model_draws_what_captions_say_dense_and_sparse() -> None:
         assert pipe.sparse_attention_summary().transformers["transformer"].sparse_calls > 0
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="a search on the small model, and two evaluations")
 def test_search_eval_and_show_on_the_model(tmp_path: Path) -> None:
     command = ("-m", "diffsparse.search")
     prompts, plan = tmp_path / "prompts.txt", tmp_path / "plan"

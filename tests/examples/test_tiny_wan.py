@@ -105,7 +105,7 @@ def train(out: Path, *options: str) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="trains a model twice")
 def test_training_runs_saves_and_resumes(tmp_path: Path) -> None:
     from diffusers import WanPipeline
 

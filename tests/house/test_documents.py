@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.house.process import run_python
+from tests.helpers.process import run_python
 
 
 def blocks(path: Path) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.house.process import run_python
+from tests.helpers.process import run_python
 
 OPTIONAL = (
     "triton",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from tests.house.process import run_python
+from tests.helpers.process import run_python
 
 
 def test_our_folders_are_no_packages(repo_root: Path) -> None:

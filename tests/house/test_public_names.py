@@ -12,8 +12,8 @@ import pytest
 
 import diffsparse
 from diffsparse import _autopatch
+from tests.helpers.process import run_python
 from tests.house.imports import SOURCES, module_name, source_files
-from tests.house.process import run_python
 
 NAMES = [name for name in diffsparse.__all__ if name != "__version__"]
 METHODS = [method.__name__ for method in _autopatch.METHODS]

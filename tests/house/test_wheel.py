@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.house.process import ROOT, run_python
+from tests.helpers.process import ROOT, run_python
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(reason="builds the wheel and installs it in an environment of its own")
 
 ROOMS = ("kernels", "pipelines", "search")
 

@@ -252,7 +252,6 @@ def check_quantize_kernel() -> None:
 
 def check_faults() -> None:
     """The emulation is worth something: it notices each fault."""
-    gluon_emulator.DEADLOCK_SECONDS = 2.0
     grid = TokenGrid(4, 16, 16)
     qkv = inputs(grid, 2, 128, dtype=torch.bfloat16)
 
@@ -270,6 +269,9 @@ def check_faults() -> None:
         kernel.quantize = quantized
         call = make_call(q, k, v, layout, numerics=numerics)
         most = 0.01 if numerics == "auto" else 0.06
+        # A fault may be a signal that never comes, which need not be waited for long. What is right has the time that
+        # a busy machine takes.
+        gluon_emulator.DEADLOCK_SECONDS = 20.0 if edit is None else 2.0
         try:
             # A fault shows only now and then.
             return all(
@@ -297,9 +299,11 @@ def main() -> None:
         with case("quantize"):
             check_quantize_kernel()
         return check_eight_bits()
-    check_range()
+    slow = parser.parse_args().slow
+    if not slow:
+        check_range()
     kernel = gluon_emulator.load_emulated(multiprocessors=3)
-    for grid, entries, block, dim, dtype, text in SLOW if parser.parse_args().slow else FAST:
+    for grid, entries, block, dim, dtype, text in SLOW if slow else FAST:
         torch.manual_seed(0)
         for density in (0.0, 0.02 if grid is _MANY_BLOCKS else 0.4):
             with case(grid, block, dim, density) as told:

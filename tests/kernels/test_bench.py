@@ -220,7 +220,7 @@ def test_a_layout_in_a_peers_form_is_the_same_attention(
     assert_near(out.double(), want, ATTENTION)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="compiles flex attention")
 def test_flex_attention_compiled_on_the_cpu() -> None:
     case = uniform_case("own", "", 410, 2, 16, (0.5,))
     rows = bench_case(case, device="cpu", dtype=torch.float32, backends=("cpu",), dense=(), peers=("flex_attention",))

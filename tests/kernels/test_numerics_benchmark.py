@@ -19,7 +19,7 @@ from diffsparse.presets import preset
 from diffsparse.search import load
 from diffsparse.search.errors import BadInput
 from diffsparse.search.generate import GenerationSettings
-from tests.house.scripts import load_script
+from tests.helpers.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "numerics.py"

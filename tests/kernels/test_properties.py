@@ -218,7 +218,8 @@ def test_scale_counts() -> None:
     assert not near(out, sparse_attention(q, k, v, layout, backend="cpu"), ATTENTION)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="times attention over 5,120 tokens")
+@pytest.mark.timed
 def test_cpu_is_faster_than_dense() -> None:
     """The tiny model's shapes, interleaved runs."""
     import time

@@ -35,7 +35,7 @@ from diffsparse.pipelines.context import CTX
 from diffsparse.plan import PlanError, SparsityPlan
 from diffsparse.presets import preset
 from diffsparse.schedule import Schedule
-from tests.house.process import run_python
+from tests.helpers.process import run_python
 from tests.pipelines.models import (
     CASES,
     ENTRIES,

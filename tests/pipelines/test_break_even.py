@@ -4,39 +4,26 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from diffsparse.entry import TAILS, Execution, HeadEntry
+from diffsparse.entry import Execution, HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels.break_even import device_name, save_local
-from diffsparse.kernels.costs import CostTable
 from diffsparse.patterns import Band
 from diffsparse.pipelines import architecture_of, policy, sparse_attention, sparse_attention_summary
 from diffsparse.pipelines.policy import FULL, SLOWER
 from diffsparse.plan import SparsityPlan
 from diffsparse.presets import preset
+from tests.helpers.break_even import table
 from tests.pipelines.models import run, wan, wan_inputs
 
 CPU = torch.device("cpu")
 PLAN = preset("window", tail="none")
 
-
-def table(*ratios: float) -> CostTable:
-    """Time over dense at densities 0.2 and 0.9, whatever the length."""
-    row = tuple(ratios) if len(ratios) == 2 else ratios * 2
-    return CostTable(
-        device=device_name(CPU), backend="cpu", dtype="float32", heads=3, head_dim=16, block_size=64, tokens=(200,),
-        densities=(0.2, 0.9), ratio={tail: (row,) for tail in TAILS}, gather=(0.0,), dense=("flash_sdpa",), about={},
-    )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DIFFSPARSE_CACHE", str(tmp_path))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def summary(model: Any, plan: SparsityPlan = PLAN, backend: str = "auto") -> Any:
@@ -97,7 +84,7 @@ def test_all_blocks_in_8_bits_are_more_than_dense_attention(monkeypatch: pytest.
     assert summary(wan(), plan.with_numerics("auto"))[1].dense_reasons == {FULL: 2}
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="compiles a model with Inductor")
 def test_compiled_layers_know_the_reason() -> None:
     torch._dynamo.reset()
     model = wan()

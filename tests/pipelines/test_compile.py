@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,14 +22,7 @@ from tests.pipelines.claims import shows
 from tests.pipelines.models import CASES, generate, mixed_plan, run, wan, wan_inputs, wan_pipeline
 from tests.tolerance import GENERATION, MODEL, assert_near
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = [pytest.mark.slow(reason="every test compiles a model"), pytest.mark.usefixtures("fresh_dynamo")]
 
 
 def _counter(backend: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,18 +16,11 @@ from tests.pipelines.case import TEXT
 from tests.pipelines.models import mixed_plan, wan, wan_inputs
 from tests.tolerance import MODEL, assert_near
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow(reason="every test compiles a model"), pytest.mark.usefixtures("fresh_dynamo")]
 
 LAYERS = 3
 WINDOW = preset("window", tail="none")
 KINDS = ("blocks", "module", "wrapper")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 class Attends:

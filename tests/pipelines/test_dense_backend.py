@@ -157,7 +157,7 @@ def test_calls_that_need_gradients_stay_with_the_model(monkeypatch: pytest.Monke
     assert not shapes
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="compiles a model with Inductor")
 def test_compiled_blocks_use_what_won_on_random_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -238,7 +238,7 @@ def test_dense_heads_beside_masked_text() -> None:
         assert any("dense heads" in name for name in summary(model).backends)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="compiles two models")
 @pytest.mark.parametrize("name", ["wan", "hunyuan"])
 def test_dense_heads_cost_compiled_layers_no_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many graphs as without: a layer's dense heads are a tensor of one size."""

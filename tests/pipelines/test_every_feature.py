@@ -6,7 +6,7 @@ The oracle is the same model with the same feature, whose attention is torch's o
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from diffsparse.pipelines import (
 from diffsparse.pipelines.families import FAMILIES
 from diffsparse.pipelines.families.tested import COMMON, features_of, more
 from tests.pipelines.claims import shows
-from tests.pipelines.models import CASES, Case, masked_attention, mixed_plan, run, wan
+from tests.pipelines.models import CASES, Case, masked_attention, mixed_plan, run
 from tests.tolerance import GENERATION, MODEL, assert_near
 
 CLASSES = sorted(name for family in FAMILIES for name in family.classes)
@@ -101,12 +101,6 @@ def test_every_common_feature_is_here() -> None:
     assert {*FEATURES, "compiled blocks"} == set(COMMON)
 
 
-@pytest.fixture
-def _native_afterwards() -> Iterator[None]:
-    yield
-    wan().set_attention_backend("native")  # diffusers keeps the last one for the whole process
-
-
 def _low(value: Any) -> Any:
     """The same inputs in bfloat16."""
     if isinstance(value, torch.Tensor):
@@ -118,7 +112,7 @@ def _low(value: Any) -> Any:
 
 @pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("feature", FEATURES)
-def test_beside(feature: str, name: str, _native_afterwards: None) -> None:
+def test_beside(feature: str, name: str, native_afterwards: None) -> None:
     case, switch_on = cases()[name], FEATURES[feature]
     inputs = case.inputs(*case.shapes[0])
     if feature == "bfloat16":

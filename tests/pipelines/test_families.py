@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -213,7 +212,7 @@ def test_fused_projections_and_attention_backend() -> None:
         disable_sparse_attention(model)
 
 
-def test_attention_backend_before_and_after(_native_afterwards: None) -> None:
+def test_attention_backend_before_and_after(native_afterwards: None) -> None:
     for name in ("wan", "flux"):
         case = CASES[name]
         model = case.build()
@@ -227,12 +226,6 @@ def test_attention_backend_before_and_after(_native_afterwards: None) -> None:
         model.set_attention_backend("_native_math")  # cross-attention uses it too, so not bitwise
         assert_near(run(model, inputs), expected, MODEL)
         assert sparse_attention_summary(model).transformers["transformer"].dense_calls == 0
-
-
-@pytest.fixture
-def _native_afterwards() -> Iterator[None]:
-    yield
-    CASES["wan"].build().set_attention_backend("native")  # diffusers keeps the last one for the whole process
 
 
 def test_fused_after_enabling() -> None:

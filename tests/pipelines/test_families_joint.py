@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -244,15 +243,8 @@ def test_hunyuan15_gradients() -> None:
     assert [list(layer.dense_reasons) for layer in layers] == [["gradients are needed"]] * 2
 
 
-@pytest.fixture
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.slow
-def test_hunyuan15_compiled(_fresh_dynamo: None) -> None:
+@pytest.mark.slow(reason="compiles a model")
+def test_hunyuan15_compiled(fresh_dynamo: None) -> None:
     model = hunyuan15(num_layers=4)
     inputs, late = (hunyuan15_inputs(*SHAPE, timestep=t) for t in (500, 990))
     plan = mixed_plan(model, Schedule(sparse_below=0.9))
@@ -337,8 +329,8 @@ def test_motif_without_image_and_mask() -> None:
         assert call.grid == TokenGrid(*SHAPE, text_after=7) and call.kv_len is None
 
 
-@pytest.mark.slow
-def test_motif_decoder_compiled(_fresh_dynamo: None) -> None:
+@pytest.mark.slow(reason="compiles a model")
+def test_motif_decoder_compiled(fresh_dynamo: None) -> None:
     model = motif(decoder_layers=1)
     inputs = motif_inputs(*SHAPE)
     plan = mixed_plan(model)

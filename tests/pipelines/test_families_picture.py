@@ -277,7 +277,7 @@ def test_unsuitable_models_say_why(name: str) -> None:
         find_transformers(model)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="compiles a model")
 @pytest.mark.parametrize("name", ["z_image", "ideogram4"])
 def test_compiled_layers_that_see_other_grids_and_masks(name: str) -> None:
     torch._dynamo.reset()

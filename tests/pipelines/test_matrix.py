@@ -15,7 +15,7 @@ from diffsparse.pipelines.families import FAMILIES, UNSUITABLE
 from diffsparse.pipelines.families.sizes import USUAL_SIZES
 from diffsparse.pipelines.families.tested import _LACKING, _MORE, COMMON, features_of, more
 from diffsparse.pipelines.matrix import markdown, model_rows
-from tests.house.process import ROOT
+from tests.helpers.process import ROOT
 from tests.pipelines.claims import SHOWN
 from tests.pipelines.models import CASES
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +14,7 @@ from diffsparse.pipelines.resolve import makes_images, named_plan, resolve_plans
 from diffsparse.presets import PRESETS, preset
 from tests.pipelines.models import flux, run, wan, wan_inputs, wan_pipeline
 
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DIFFSPARSE_CACHE", str(tmp_path))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -98,7 +94,7 @@ def test_calls_of_another_kind_than_the_parameters() -> None:
     assert found.sparse_calls == 0 and "got torch.float64" in str(found.dense_reasons)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="compiles a model")
 def test_compiled_models_without_a_kernel() -> None:
     torch._dynamo.reset()
     model = wan().double()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
-from diffsparse.entry import TAILS, Execution, HeadEntry
+from diffsparse.entry import Execution, HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels.break_even import work_of
-from diffsparse.kernels.costs import CostTable
 from diffsparse.layout import build_layout
 from diffsparse.order import AxisOrder, CurveOrder, RasterOrder, TileOrder
 from diffsparse.patterns import Band, Empty, Full, Radial, Window
@@ -16,6 +17,7 @@ from diffsparse.pipelines import policy
 from diffsparse.pipelines.policy import Machine, judge_arguments, judge_call, judge_layer, machine_for, misfit
 from diffsparse.presets import preset
 from diffsparse.work import head_work
+from tests.helpers import break_even
 
 GRIDS = [TokenGrid(3, 12, 12), TokenGrid(1, 13, 21), TokenGrid(2, 9, 10, text_before=70, text_after=5)]
 NEAR = Window((1, 0.4, None))
@@ -29,12 +31,7 @@ ENTRIES = [
 ]
 
 
-def table(*ratios: float) -> CostTable:
-    """Time over dense at densities 0.2 and 0.9; gathering costs nothing."""
-    return CostTable(
-        device="a device", backend="cpu", dtype="float32", heads=4, head_dim=64, block_size=64, tokens=(200,),
-        densities=(0.2, 0.9), ratio={tail: (ratios,) for tail in TAILS}, gather=(0.0,), dense=("flash_sdpa",), about={},
-    )  # fmt: skip
+table = partial(break_even.table, device="a device", heads=4, head_dim=64)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)

@@ -16,7 +16,7 @@ from diffsparse.pipelines import (
     sparse_attention_summary,
     tap_attention,
 )
-from tests.house.process import run_python
+from tests.helpers.process import run_python
 from tests.pipelines.claims import shows
 from tests.pipelines.models import generate, masked_attention, mixed_plan, run, wan, wan_inputs, wan_pipeline
 from tests.tolerance import GENERATION, assert_near, near

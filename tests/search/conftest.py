@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from diffsparse.entry import Execution, HeadEntry
-from diffsparse.order import RasterOrder, TileOrder
-from diffsparse.patterns import Empty, Window
-from diffsparse.plan import Architecture, SparsityPlan
-from diffsparse.schedule import Schedule
 from diffsparse.search import load
 from diffsparse.search.cli import main
-from tests.search.tiny import PROMPTS, build_pipeline
-
-Cli = Callable[..., tuple[int, str, str]]
+from tests.search.plans import make_plan
+from tests.search.tiny import PROMPTS, Cli, build_pipeline
 
 
 @pytest.fixture(scope="session")
@@ -38,32 +31,6 @@ def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     file.write_text("# two prompts\n" + "\n\n".join(PROMPTS) + "\n", "utf-8")
     return file
-
-
-def make_plan(layers: int = 2, heads: int = 2, head_dim: int = 32) -> SparsityPlan:
-    """Two phases; windows with and without a tail, a dense and a skipped head."""
-    names = tuple(f"blocks.{i}.attn1" for i in range(layers))
-    tile = TileOrder(1, 8, 8)
-    entries = [
-        HeadEntry(tile, Window(size=(1.0, 0.4, 0.4)), execution=Execution(tail="moments")),
-        HeadEntry(),
-        HeadEntry(RasterOrder(), Window(size=(2, None, None))),
-        HeadEntry(tile, Empty(), execution=Execution(mode="skip")),
-    ]
-    table = {
-        name: [[entries[(i + p + h) % len(entries)] for h in range(heads)] for p in range(2)]
-        for i, name in enumerate(names)
-    }
-    return SparsityPlan.from_table(
-        table,
-        schedule=Schedule(sparse_below=0.9, phase_bounds=(0.5,)),
-        architecture=Architecture("WanTransformer3DModel", names, heads, head_dim, (1, 1, 1)),
-        record={
-            "calibration": {
-                "grid": "3x12x12", "steps": 3, "guidance_scale": 3.0, "height": 48, "width": 48, "num_frames": 9,
-            }
-        },
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -12,11 +12,8 @@ import torch
 from diffsparse.search import load
 from diffsparse.search.cli import main
 from diffsparse.search.errors import BadInput
-from tests.search.conftest import Cli, make_plan
-from tests.search.tiny import PROMPTS
-
-SHAPE = ["--height", "48", "--width", "48", "--num-frames", "9", "--steps", "2"]
-
+from tests.search.plans import make_plan
+from tests.search.tiny import PROMPTS, SHAPE_OPTIONS, Cli
 
 # -- help --------------------------------------------------------------------------------------------------------------
 
@@ -227,7 +224,7 @@ def test_an_image_model_makes_no_frames() -> None:
 @pytest.mark.usefixtures("once_loaded")
 def test_plans_that_do_not_fit(cli: Cli, tmp_path: Path, model_folder: Path, prompts_file: Path) -> None:
     def message(plan: Path) -> str:
-        return refused(cli, "eval", model_folder, plan, "--prompts", prompts_file, *SHAPE)
+        return refused(cli, "eval", model_folder, plan, "--prompts", prompts_file, *SHAPE_OPTIONS)
 
     other = make_plan(layers=3, heads=4).save_pretrained(tmp_path / "other")
     line = message(other)
@@ -291,7 +288,7 @@ def test_search_passes_on_what_was_asked(
         return make_plan()
 
     monkeypatch.setattr("diffsparse.search.search.search_plan", search_plan)
-    common = ["search", model_folder, "--prompts", prompts_file, "--out", tmp_path / "plan", *SHAPE]
+    common = ["search", model_folder, "--prompts", prompts_file, "--out", tmp_path / "plan", *SHAPE_OPTIONS]
     code, out, err = cli(
         *common, "--density", "0.3", "--seed", "7", "--guidance-scale", "4", "--validate", "0", "--json"
     )
@@ -318,7 +315,7 @@ def test_a_folder_with_another_search(
         raise StoreMismatch("the folder holds\nanother search")
 
     monkeypatch.setattr("diffsparse.search.search.search_plan", search_plan)
-    line = refused(cli, "search", model_folder, "--prompts", prompts_file, "--out", tmp_path, *SHAPE)
+    line = refused(cli, "search", model_folder, "--prompts", prompts_file, "--out", tmp_path, *SHAPE_OPTIONS)
     assert "the folder holds another search" in line
 
 
@@ -354,7 +351,7 @@ def test_eval_fails_on_broken_clips(
     from diffsparse.search import metrics
 
     monkeypatch.setattr(metrics, "find_defects", lambda clip, reference=None: [] if reference is None else ["frozen"])
-    code, out, err = cli("eval", model_folder, "window", "--prompts", prompts_file, "--seeds", 1, *SHAPE)
+    code, out, err = cli("eval", model_folder, "window", "--prompts", prompts_file, "--seeds", 1, *SHAPE_OPTIONS)
     assert code == 1
     assert f"BROKEN: sparse clip of {PROMPTS[0]!r}, seed 1000: frozen" in out
     last = err.strip().splitlines()[-1]
@@ -405,7 +402,7 @@ def test_show_writes_the_page_and_the_table_is_plain_where_it_is_piped(
 
 
 def test_show_tells_the_errors_that_a_search_recorded(cli: Cli, tmp_path: Path) -> None:
-    from tests.search.test_show import with_attention
+    from tests.search.plans import with_attention
 
     plan = make_plan()
     folder = plan.save_pretrained(tmp_path / "plan")

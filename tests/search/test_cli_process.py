@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.house.process import ROOT, run_python
-
-SHAPE = ["--height", "48", "--width", "48", "--num-frames", "9", "--steps", "2"]
+from tests.helpers.process import run_python, run_script
+from tests.search.tiny import SHAPE_OPTIONS
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "diffsparse.search", *map(str, arguments)],
-        cwd=ROOT,
-        env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST")},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return run_script("-m", "diffsparse.search", *arguments, timeout=300)
 
 
 def test_help_loads_nothing_heavy() -> None:
@@ -46,22 +35,32 @@ def test_a_mistake_is_one_line() -> None:
 
 
 def test_eval_prints_one_json_object(model_folder: Path, prompts_file: Path) -> None:
-    done = run("eval", model_folder, "window", "--prompts", prompts_file, "--seeds", 1, *SHAPE, "--json")
+    done = run("eval", model_folder, "window", "--prompts", prompts_file, "--seeds", 1, *SHAPE_OPTIONS, "--json")
     assert done.returncode == 0, done.stderr
     data = json.loads(done.stdout)
     assert data["plan"] == "window" and data["passed"] and len(data["clips"]) == 2
     assert "2 prompts x 1 seeds" in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="a search, an evaluation and a table, each in a process that loads the libraries")
 def test_search_then_eval_then_show(model_folder: Path, prompts_file: Path, tmp_path: Path) -> None:
     plan = tmp_path / "plan"
     done = run(
-        "search", model_folder, "--prompts", prompts_file, "--out", plan, "--density", "0.7", *SHAPE[:-1], "4", "--json"
+        "search",
+        model_folder,
+        "--prompts",
+        prompts_file,
+        "--out",
+        plan,
+        "--density",
+        "0.7",
+        *SHAPE_OPTIONS[:-1],
+        "4",
+        "--json",
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["architecture"]["heads"] == 2
-    done = run("eval", model_folder, plan, "--prompts", prompts_file, "--seeds", 1, *SHAPE[:-1], "4", "--json")
+    done = run("eval", model_folder, plan, "--prompts", prompts_file, "--seeds", 1, *SHAPE_OPTIONS[:-1], "4", "--json")
     assert done.returncode == 0, done.stderr
     assert 0 < json.loads(done.stdout)["trajectory_density"] <= 0.75
     done = run("show", plan, "--png", tmp_path / "plan.png")

@@ -3,40 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.house.process import ROOT
+from tests.helpers.process import ROOT, run_script
 
 DEMO = ROOT / "examples" / "demo.py"
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
-    return subprocess.run(
-        [sys.executable, str(DEMO), *map(str, arguments)],
-        cwd=ROOT,
-        env={**kept, "PYTHONPATH": str(ROOT), "NO_COLOR": "1"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=1800,
-    )
-
-
 def test_a_mistake_is_one_line(tmp_path: Path) -> None:
-    done = run("--model", tmp_path / "nowhere", "--out", tmp_path)
+    done = run_script(DEMO, "--model", tmp_path / "nowhere", "--out", tmp_path)
     assert done.returncode == 1
     assert done.stderr.startswith("error: no model at") and done.stderr.count("\n") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="a whole search on the small model, and two clips")
 def test_the_demo(tmp_path: Path) -> None:
-    done = run("--out", tmp_path, "--steps", 4, "--prompts", 1)
+    done = run_script(DEMO, "--out", tmp_path, "--steps", 4, "--prompts", 1, timeout=1800)
     assert done.returncode == 0, done.stderr
     for part in ("density of the whole trajectory", "of another seed", "SSIM", "worst clip", "minutes in all"):
         assert part in done.stdout

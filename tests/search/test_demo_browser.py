@@ -15,7 +15,7 @@ import pytest
 from diffsparse.search.demo.inspector import PlanView
 from diffsparse.search.demo.launch import serving
 from diffsparse.search.demo.studio import Studio
-from tests.search.conftest import make_plan
+from tests.search.plans import make_plan
 from tests.search.tiny import PROMPTS, fix_costs
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser") if (path := shutil.which(name))), None)
@@ -29,7 +29,7 @@ MISSING = [
     if missing
 ]
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.slow(reason="a browser generates clips and searches a plan"),
     pytest.mark.skipif(bool(MISSING), reason=f"the demo in a browser needs {', '.join(MISSING)}"),
 ]
 PATIENCE = 120_000  # milliseconds

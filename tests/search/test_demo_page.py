@@ -44,8 +44,8 @@ from diffsparse.search.demo.upload import MAX_FILES, PLAN_FILES, read_uploaded_p
 from diffsparse.search.errors import BadInput
 from diffsparse.search.generate import GenerationSettings, generate_clip
 from diffsparse.search.measured import ATTENTION_NAME, HeadFigures, plan_digest
-from tests.house.process import ROOT, heed_ctrl_c
-from tests.search.conftest import make_plan
+from tests.helpers.process import ROOT, heed_ctrl_c
+from tests.search.plans import make_plan
 from tests.search.tiny import PROMPTS, SHAPE, fix_costs
 from tests.tolerance import MODEL, assert_near
 
@@ -851,7 +851,8 @@ def test_a_file_that_was_not_uploaded_is_not_read(studio: Studio, path: str, mon
 
 
 @needs_gradio
-@pytest.mark.slow
+@pytest.mark.slow(reason="starts the demo twice, libraries and all")
+@pytest.mark.timed
 @pytest.mark.parametrize("command", [["-m", "diffsparse.search", "demo"], [str(ROOT / "examples" / "gradio_demo.py")]])
 def test_it_starts_within_15_seconds(command: list[str]) -> None:
     """On the bundled model, from the first line of Python to a page that answers; ended by Ctrl-C.

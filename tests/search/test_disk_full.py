@@ -21,10 +21,8 @@ from diffsparse.search.html import write_html
 from diffsparse.search.report import write_picture, write_video
 from diffsparse.search.search import search_plan
 from diffsparse.search.show import draw
-from tests.search.conftest import Cli, make_plan
-from tests.search.test_cli import SHAPE
-from tests.search.test_search import config
-from tests.search.tiny import PROMPTS
+from tests.search.plans import make_plan
+from tests.search.tiny import PROMPTS, SHAPE_OPTIONS, Cli, config
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -124,7 +122,17 @@ def test_an_evaluation_whose_files_find_no_room_tells_its_figures(
     prompts_file: Path,
 ) -> None:
     code, out, err = cli(
-        "eval", model_folder, "window", "--prompts", prompts_file, "--seeds", 1, *SHAPE, "--out", tmp_path, "--json"
+        "eval",
+        model_folder,
+        "window",
+        "--prompts",
+        prompts_file,
+        "--seeds",
+        1,
+        *SHAPE_OPTIONS,
+        "--out",
+        tmp_path,
+        "--json",
     )
     assert code == 2 and len(json.loads(out)["clips"]) == 2
     assert err.strip().splitlines()[-1].startswith("error: the disk is full: no room to write")

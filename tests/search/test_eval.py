@@ -16,7 +16,7 @@ from diffsparse.search import metrics
 from diffsparse.search.errors import BadInput
 from diffsparse.search.evaluate import DenseSet, compare, evaluate_plan, generate_dense, paired
 from diffsparse.search.generate import GenerationSettings, LoopTimer, generate_clip, generate_clips
-from tests.search.conftest import make_plan
+from tests.search.plans import make_plan
 from tests.search.tiny import PROMPTS, SHAPE
 
 SETTINGS = GenerationSettings(num_inference_steps=3, guidance_scale=3.0, **SHAPE)

@@ -63,7 +63,8 @@ def _few_timings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "model_class", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in SUPPORTED]
+    "model_class",
+    [pytest.param(n, marks=() if n in FAST else pytest.mark.slow(reason="a whole search each")) for n in SUPPORTED],
 )
 def test_every_supported_class_can_be_searched(model_class: str, tmp_path: Path) -> None:
     pipe, arguments = build(model_class)

@@ -34,7 +34,7 @@ from diffsparse.search.generate import GenerationSettings, generate_clip
 from diffsparse.search.scale import TokenScale, scale_of_class, scale_of_pipeline, scale_of_record
 from diffsparse.search.show import parse_grid
 from diffsparse.work import block_fill
-from tests.search.conftest import make_plan
+from tests.search.plans import make_plan
 
 CPU = torch.device("cpu")
 GRID = TokenGrid(3, 12, 12)

@@ -28,8 +28,7 @@ from diffsparse.schedule import Schedule
 from diffsparse.search.errors import BadInput
 from diffsparse.search.html import inspector, write_html
 from diffsparse.search.measured import PooledAttention, figures_beside, fitting_attention
-from tests.search.conftest import make_plan
-from tests.search.test_show import with_attention
+from tests.search.plans import make_plan, with_attention
 
 GRID = TokenGrid(3, 12, 12)
 TILE = TileOrder(1, 8, 8)
@@ -307,7 +306,7 @@ def rendered(page: Path, width: int = 1200) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="starts a browser")
 @needs_browser
 def test_in_a_browser(tmp_path: Path) -> None:
     plan = make_plan()
@@ -328,7 +327,7 @@ def test_in_a_browser(tmp_path: Path) -> None:
     assert re.search(r"<span>window \(\d\)</span></li>", text)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="starts a browser")
 @needs_browser
 def test_hostile_strings_in_a_browser(tmp_path: Path) -> None:
     text = rendered(write_html(hostile_plan(), GRID, tmp_path / "page.html"))
@@ -350,7 +349,7 @@ document.title = [document.activeElement.getAttribute("aria-label"), document.ge
 """
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="starts a browser")
 @needs_browser
 @pytest.mark.parametrize("width", [1200, 500])
 def test_keyboard_and_narrow_windows(tmp_path: Path, width: int) -> None:

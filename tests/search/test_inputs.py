@@ -21,7 +21,7 @@ from diffsparse.search.generate import MAX_SEED, GenerationSettings, check_seeds
 from diffsparse.search.search import SearchConfig, search_plan
 from diffsparse.search.signature import check_generates, makes_videos, parameters
 from tests.pipelines.models import flux
-from tests.search.conftest import make_plan
+from tests.search.plans import make_plan
 from tests.search.tiny import PROMPTS, SHAPE, build_pipeline, build_tokenizer
 
 Refused = Callable[..., str]
@@ -378,7 +378,7 @@ def test_a_pipeline_that_is_watched_twice(kontext: Any) -> None:
     assert "prepare_latents" not in vars(kontext)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="a whole search, and clips at the pipeline's own size")
 def test_a_search_records_the_pipelines_own_values_and_eval_takes_them(
     tmp_path: Path, prompts_file: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

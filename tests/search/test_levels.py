@@ -68,7 +68,7 @@ def test_what_a_plan_is_said_to_run_is_what_it_runs(scheduler: str) -> None:
         assert executed(pipe, plan, STEPS) == pytest.approx(plan.trajectory_density(GRID, levels, layers, 2), abs=1e-9)
 
 
-@pytest.mark.slow  # a whole search each
+@pytest.mark.slow(reason="a whole search each")
 @pytest.mark.parametrize("scheduler", ["DPM++ Karras", "Heun"])
 def test_a_searched_plan_runs_the_density_that_was_asked_for(
     scheduler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

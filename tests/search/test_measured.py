@@ -14,7 +14,7 @@ from diffsparse.order import RasterOrder, TileOrder, TokenOrder
 from diffsparse.plan import SparsityPlan
 from diffsparse.search.errors import BadInput
 from diffsparse.search.measured import ATTENTION_NAME, HeadFigures, PooledAttention, figures_beside, plan_digest
-from tests.search.conftest import make_plan
+from tests.search.plans import make_plan
 
 GRID = TokenGrid(3, 12, 12)
 

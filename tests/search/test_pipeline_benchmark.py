@@ -23,7 +23,7 @@ from benchmarks.library.steps.rows import describe
 from diffsparse.layout import build_layout
 from diffsparse.order import AxisOrder, RasterOrder
 from diffsparse.search.errors import BadInput
-from tests.house.scripts import load_script
+from tests.helpers.scripts import load_script
 from tests.tolerance import MODEL, Work, assert_near
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,7 +73,7 @@ def test_eager_steps(tmp_path: Path) -> None:
     assert {row["backend"] for row in rows if row["what"] == "sparse"} == {"cpu"}
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="compiles a model with Inductor in a process of its own")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs g++")
 def test_compiled_steps(tmp_path: Path) -> None:
     rows = run(tmp_path, "--models", "wan-14b-720p", "--settings", "0.4,0.15:moments")

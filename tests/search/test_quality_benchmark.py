@@ -17,7 +17,7 @@ from tests.search.tiny import PROMPTS, SHAPE
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "quality.py"
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="two whole searches, and clips of every row")
 def test_rows_of_equal_density(pipe: Any, model_folder: Path, prompts_file: Path, tmp_path: Path) -> None:
     config = SearchConfig(budget=None, density=0.7, steps=4, trace_steps=3, samples=2, dense_steps=1, **SHAPE)
     search_plan(pipe, PROMPTS, config, tmp_path / "plan", progress=False, say=lambda line: None)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffsparse.search import script
-from tests.house.scripts import load_script
+from tests.helpers.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
 WAN = str(ROOT / "examples" / "tiny_wan")

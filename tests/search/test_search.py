@@ -28,19 +28,13 @@ from diffsparse.search.measured import PooledAttention, figures_beside
 from diffsparse.search.observe import final_latents, record, replaying, step_effect
 from diffsparse.search.options import HeadScores, is_stable
 from diffsparse.search.score import projection_roots
-from diffsparse.search.search import SearchConfig, search_plan
+from diffsparse.search.search import search_plan
 from diffsparse.search.store import SearchStore, StoreMismatch
-from tests.pipelines.test_break_even import table
-from tests.search.tiny import PROMPTS, SHAPE, fix_costs
+from tests.helpers.break_even import table
+from tests.search.tiny import PROMPTS, SHAPE, config, fix_costs
 from tests.tolerance import ATTENTION, assert_near
 
 SETTINGS = GenerationSettings(4, 5.0, **SHAPE)
-
-
-def config(**changes: Any) -> SearchConfig:
-    return SearchConfig(
-        **{"budget": None, "density": 0.5, "steps": 6, "trace_steps": 4, "samples": 2, **SHAPE} | changes
-    )
 
 
 def search(pipe: Any, out: Path, **changes: Any) -> SparsityPlan:

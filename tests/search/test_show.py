@@ -19,7 +19,7 @@ from diffsparse.plan import SparsityPlan
 from diffsparse.presets import preset
 from diffsparse.search.columns import text_table
 from diffsparse.search.errors import BadInput
-from diffsparse.search.measured import HeadFigures, PooledAttention, figures_beside, plan_digest
+from diffsparse.search.measured import PooledAttention, figures_beside
 from diffsparse.search.report import can_write_videos, write_video
 from diffsparse.search.sheet import (
     colour_ramp,
@@ -38,7 +38,7 @@ from diffsparse.search.show import (
     plan_table,
     tail_of,
 )
-from tests.search.conftest import make_plan
+from tests.search.plans import make_plan, with_attention
 
 GRID = TokenGrid(3, 12, 12)
 
@@ -175,14 +175,6 @@ def test_the_colours_grow_lighter_evenly() -> None:
     light = rgb**2.2 @ np.array([0.2126, 0.7152, 0.0722])
     assert (np.diff(light) > -1e-3).all() and light[-1] > light[0] + 0.5
     assert np.isfinite(colour_ramp(np.array([np.nan, -1, 2]))).all()
-
-
-def with_attention(folder: Path, plan: SparsityPlan, grid: str = "3,12,12", *, figures: bool = False) -> None:
-    rng = np.random.default_rng(0)
-    pooled = rng.random((*plan.index.shape, 12, 12))
-    orders: dict[str, list[TokenOrder]] = {layer: [TileOrder(1, 8, 8)] * plan.index.shape[2] for layer in plan.layers}
-    of_heads = HeadFigures(rng.random(plan.index.shape), rng.random(plan.index.shape), plan_digest(plan))
-    PooledAttention(pooled, orders, TokenGrid.parse(grid), 64, of_heads if figures else None).save(folder)
 
 
 def test_the_sheet_over_measured_attention(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,10 +10,15 @@ import torch
 
 from diffsparse.entry import TAILS
 from diffsparse.kernels.costs import CostTable
+from diffsparse.search.search import SearchConfig
 
 #: The smallest shape that the tests use: 3 x 12 x 12 = 432 tokens, ragged in tiles of 8.
 SHAPE = {"height": 48, "width": 48, "num_frames": 9}
+#: The same and two steps, as options of ``diffsparse search`` and ``eval``.
+SHAPE_OPTIONS = ["--height", "48", "--width", "48", "--num-frames", "9", "--steps", "2"]
 PROMPTS = ["a red circle", "a blue square"]
+#: The fixture ``cli``: runs a command and gives its exit code, stdout and stderr.
+Cli = Callable[..., tuple[int, str, str]]
 
 
 def build_tokenizer() -> Any:
@@ -56,6 +62,13 @@ def build_pipeline(layers: int = 2, heads: int = 2, head_dim: int = 32, seed: in
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def config(**changes: Any) -> SearchConfig:
+    """A short search of the tiny pipeline."""
+    return SearchConfig(
+        **{"budget": None, "density": 0.5, "steps": 6, "trace_steps": 4, "samples": 2, **SHAPE} | changes
+    )
 
 
 #: What a search goes by in the place of measured costs: calls this small take so little time that those are noise.

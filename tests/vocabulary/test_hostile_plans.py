@@ -183,7 +183,7 @@ def huge() -> dict[str, tuple[dict | str, str]]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the bound on memory needs Linux")
-@pytest.mark.slow
+@pytest.mark.slow(reason="fifteen files of up to 70 MB, each read in a process of its own")
 def test_huge_files_take_little_memory_and_time(tmp_path):
     save_file({"bitmap_0": np.zeros(8, np.uint8)}, tmp_path / "sparse_plan.safetensors")
     for name, (data, told) in huge().items():

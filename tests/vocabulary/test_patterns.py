@@ -22,37 +22,7 @@ from diffsparse.patterns import (
     Window,
 )
 from diffsparse.patterns.window import axis_neighbourhood
-from tests.vocabulary.strategies import grids, orders
-
-extents = st.one_of(st.none(), st.integers(1, 9), st.floats(0.05, 1.0))
-windows = st.builds(
-    Window,
-    st.tuples(extents, extents, extents),
-    st.tuples(*[st.integers(1, 4)] * 3),
-    st.tuples(*[st.integers(1, 3)] * 3),
-)
-diagonals = st.builds(
-    Diagonals,
-    st.lists(st.tuples(*[st.integers(-3, 3)] * 3), min_size=1, max_size=3).map(tuple),
-    st.tuples(*[st.one_of(st.none(), st.integers(0, 3), st.floats(0, 1))] * 3),
-)
-stripes = st.builds(
-    GridStripes,
-    st.one_of(st.integers(1, 20), st.sampled_from(["frame", "row"])),
-    st.lists(st.floats(0, 0.99), max_size=2).map(tuple),
-    st.lists(st.floats(0, 0.99), max_size=2).map(tuple),
-)
-token_rules = st.one_of(
-    st.just(Full()),
-    st.just(Empty()),
-    windows,
-    diagonals,
-    stripes,
-    st.builds(Radial, st.floats(0.05, 1)),
-    st.builds(Sink, st.integers(1, 3)),
-    st.builds(Sink, st.just(0), st.integers(1, 50)),
-    st.just(Columns(((0.0, 0.5, 0.25, 0.5, 0.0, 1.0), (0.0, 1.0, 0.9, 1.0, 0.9, 1.0)))),
-)
+from tests.vocabulary.strategies import grids, orders, token_rules, windows
 
 
 def tokens(pattern, grid):

@@ -15,8 +15,7 @@ from diffsparse.patterns import Bitmap, Full, Sink, Window
 from diffsparse.plan import Architecture, PlanError, SparsityPlan
 from diffsparse.presets import PRESETS, preset
 from diffsparse.schedule import Schedule
-from tests.vocabulary.strategies import orders
-from tests.vocabulary.test_patterns import token_rules
+from tests.vocabulary.strategies import orders, token_rules
 
 GOLDEN = Path(__file__).parent / "golden"
 GRID = TokenGrid(2, 9, 9)

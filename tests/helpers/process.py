@@ -38,6 +38,24 @@ def run_python(
     return done.stdout.strip()
 
 
+def run_script(*arguments: object, timeout: float = 600, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs ``python ARGUMENTS`` (a script, or ``-m`` and a module) in the clone's root, whatever its exit code.
+
+    ``diffsparse`` is the clone's. Nothing is asked of a terminal, no colours are printed, and the pytest that runs is
+    not seen. ``environment``: variables on top of this process's own.
+    """
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env={**kept, "PYTHONPATH": str(ROOT), "NO_COLOR": "1", **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
 def heed_ctrl_c() -> None:
     """What a shell starts in the background, this suite perhaps, ignores Ctrl-C, and so does all that it starts."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
