@@ -7,7 +7,7 @@ things make that less simple than two lines of ``setattr``:
   of ``sys.meta_path`` waits for the two modules that define pipelines, and leaves once it has seen both;
 * a method is only *added*: an attribute of the same name that is not ours, say from a later diffusers, stays as it is.
 
-``ModularPipeline`` is no subclass of ``DiffusionPipeline`` and gets the methods separately.
+``ModularPipeline`` is not a subclass of ``DiffusionPipeline`` and gets the methods separately.
 """
 
 from __future__ import annotations

@@ -28,12 +28,12 @@ def _hash(content: bytes) -> str:
 
 
 def seal_card(text: str, plan_json: bytes) -> str:
-    """A card with a last line that pages do not show: which plan it is of, and that nobody has edited it since."""
+    """A card with a last line that pages do not show: its plan, and a check that it is unedited."""
     return f"{text}\n<!-- written by diffsparse: plan {_hash(plan_json)}, text {_hash(text.encode())} -->\n"
 
 
 def _sealed(text: str) -> re.Match[str] | None:
-    """The seal of a card that nobody has edited."""
+    """The seal of a card that has not been edited."""
     seal = _SEAL.search(text)
     return seal if seal and _hash(text[: seal.start()].encode()) == seal[2] else None
 

@@ -29,12 +29,12 @@ class Execution:
     ``tail``: what dropped blocks contribute: ``none``; ``mean`` attends each once through its mean key and value, with
     ``ln n`` added to the logit; ``moments`` also adds half the variance of the block's logits under a diagonal
     covariance of its keys (the second cumulant); ``centroids`` attends it through two mean keys and values, each with
-    its half of ``n``: the block is cut at the median of its keys along their principal axis, because a block's values
-    go with its keys, and one mean value for all of them is what the other tails get most wrong; or a tail that
+    its half of ``n``: the block is cut at the median of its keys along their principal axis, because values vary with
+    their keys, and one mean value for all of them is the largest error of the other tails; or a tail that
     ``diffsparse.register_tail`` made known.
-    ``numerics``: ``auto`` is the precision of q, k and v; in ``int8`` products of queries and keys are taken in that,
-    in ``fp8`` in float8 (e4m3), and in both those of probabilities and values in float8. What a device has no 8 bits
-    for runs in the precision of q, k and v. The variances of the tail ``moments`` are not to be had in 8 bits.
+    ``numerics``: ``auto`` is the precision of q, k and v. ``int8`` multiplies queries and keys in int8, ``fp8`` in
+    float8 (e4m3); both multiply probabilities and values in float8. On a device without products in 8 bits such a head
+    runs in the precision of q, k and v. The variances of the tail ``moments`` do not exist in 8 bits.
     """
 
     mode: str = "exact"
@@ -47,7 +47,7 @@ class Execution:
         _choice("numerics", self.numerics, NUMERICS)
         if self.numerics != "auto" and self.tail == "moments":
             raise ValueError(
-                f"the tail 'moments' does not go with numerics {self.numerics!r}: take 'mean' or 'centroids'"
+                f"the tail 'moments' cannot run with numerics {self.numerics!r}: take 'mean' or 'centroids'"
             )
 
 

@@ -23,8 +23,8 @@ class HeadSpec:
 
     table: int32 ``[H, 4]``: skip (0 or 1), tail (``tails.tail_code``), numerics (index in ``entry.NUMERICS``),
         gathered (0 where the head's order is the model's own, 2 where it has short blocks inside the video, else 1).
-    has_tail, numerics: whether any head has a tail, and the numerics in use. Kept beside the table so that nobody has
-        to read it back from a device; a plan may set them to what holds for all its layers, so that compiled code sees
+    has_tail, numerics: whether any head has a tail, and the numerics in use. Kept beside the table, so that it need not
+        be read back from a device; a plan may set them to what holds for all its layers, so that compiled code sees
         one value.
     own_tails: those tails of heads that are not the library's own: a backend has to know them by name.
     """

@@ -28,7 +28,7 @@ class BlockLayout:
     heads: what each head does with them.
     grid, orders: what ``tokens`` was made from; ``tokens.head_order`` counts these orders.
     densities: of each head, executed query-key work over all query-key pairs of the call, its tail counted; empty where
-        the index was made on the device, which nobody has read back.
+        the index was made on the device, and the host has not read it back.
     """
 
     grid: TokenGrid

@@ -71,7 +71,7 @@ class SparsityPlan:
             if index.shape[2] != self.architecture.heads:
                 raise PlanError(f"index has {index.shape[2]} heads, the architecture {self.architecture.heads}")
             if lacking := [n for n in self.layers if n not in self.architecture.layers]:
-                raise PlanError(f"the plan has entries for {shown(lacking[0])}, which its architecture lacks")
+                raise PlanError(f"the plan has entries for {shown(lacking[0])}, but its architecture has no such layer")
 
     @classmethod
     def uniform(cls, *phase_entries: HeadEntry, schedule: Schedule | None = None, **kwargs: Any) -> SparsityPlan:

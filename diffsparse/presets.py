@@ -36,7 +36,7 @@ def preset(
     summaries. Options as those of ``window``.
 
     images: the plan is for a model that makes images. ``radial`` is on square tiles then: a block of raster order is a
-    piece of a row, and up to 2048 x 2048 pixels all are kept. Where a name is given in the place of a plan, as in
+    piece of a row, and up to 2048 x 2048 pixels all are kept. Where a name is given instead of a plan, as in
     ``enable_sparse_attention(pipe, "radial")``, the model decides.
 
     Steps at a noise level above ``sparse_below`` stay dense (default 0.9, ``conservative`` 0.85: the first steps decide

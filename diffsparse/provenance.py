@@ -124,7 +124,7 @@ def check_record(record: Any) -> None:
 def recorded_grid(value: Any) -> TokenGrid | None:
     """A grid as ``str(grid)`` wrote it (``5x32x32``, ``226+13x30x45``, ``33x45x80+256``), or as a list of three.
 
-    None for what is no grid: as if nothing were recorded, commands then ask for one.
+    None if it is not a grid; commands then ask for one, as they do when nothing is recorded.
     """
     before, after = 0, 0
     if isinstance(value, str):

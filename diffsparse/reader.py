@@ -40,11 +40,11 @@ def read_files(folder: Path) -> tuple[bytes, dict[str, np.ndarray]]:
     file, arrays = folder / JSON_NAME, folder / ARRAYS_NAME
     if not file.is_file():
         raise PlanError(
-            f"{folder} is no plan: it has no {JSON_NAME}; a plan is a folder that `diffsparse search` wrote"
+            f"{folder} is not a plan: it has no {JSON_NAME}; a plan is a folder that `diffsparse search` wrote"
         )
     try:
         if file.stat().st_size > MAX_JSON_BYTES:
-            raise PlanError(f"{file} is larger than {MAX_JSON_BYTES >> 20} MiB, which no plan is")
+            raise PlanError(f"{file} is larger than {MAX_JSON_BYTES >> 20} MiB, the most that a plan may have")
         return file.read_bytes(), _read_arrays(arrays) if arrays.is_file() else {}
     except OSError as error:
         raise PlanError(f"{error.filename or file} cannot be read: {error.strerror or error}") from error
@@ -55,7 +55,7 @@ def _read_arrays(file: Path) -> dict[str, np.ndarray]:
     from safetensors.numpy import load_file
 
     if file.stat().st_size > MAX_ARRAY_BYTES:
-        raise PlanError(f"{file} is larger than {MAX_ARRAY_BYTES >> 20} MiB, which no plan is")
+        raise PlanError(f"{file} is larger than {MAX_ARRAY_BYTES >> 20} MiB, the most that a plan may have")
     try:
         return load_file(file)
     # The last three: types of numbers that numpy lacks.
@@ -66,9 +66,9 @@ def _read_arrays(file: Path) -> dict[str, np.ndarray]:
 def _parse(content: bytes) -> Any:
     """The JSON's values; keys that stand twice and numbers that are none are refused."""
     if len(content) > MAX_JSON_BYTES:
-        raise PlanError(f"it has more than {MAX_JSON_BYTES >> 20} MiB, which no plan has")
+        raise PlanError(f"it has more than {MAX_JSON_BYTES >> 20} MiB, the most that a plan may have")
     if sum(content.count(sign) for sign in (b",", b"[", b"{")) > MAX_JSON_VALUES:
-        raise PlanError(f"it has more than {MAX_JSON_VALUES:,} values, which no plan has")
+        raise PlanError(f"it has more than {MAX_JSON_VALUES:,} values, the most that a plan may have")
     try:
         return json.loads(
             content.decode("utf-8"),

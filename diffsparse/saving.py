@@ -80,11 +80,11 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> Path:
 
 
 def write_plan(folder: Path, files: Mapping[str, bytes], card: str) -> None:
-    """Put a plan's files and its card into a folder, in the place of the plan that was there.
+    """Put a plan's files and its card into a folder, replacing the plan that was there.
 
     Nothing is replaced before all is written, so a full disk leaves the old plan. The JSON comes first: until its
     bitmaps follow, the digest in it keeps the plan from being read. Where several processes save into one folder, one
-    of their plans is there in the end, whole. A ``README.md`` that is no card of ours stays as it is.
+    of their plans is there in the end, whole. A ``README.md`` that is not one of our cards is left alone.
     """
     contents = dict(files)
     if _may_replace(folder / CARD_NAME):

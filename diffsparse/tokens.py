@@ -50,8 +50,8 @@ class TokenLayout:
     head_order: int32 ``[H]``; the order of each head.
     block_size: tokens of a full block.
     text_before, num_visual: tokens; the visual ones are positions ``text_before : text_before + num_visual``.
-    needs_gather: whether any head has an order other than the model's. Kept beside the tensors so that nobody has to
-        read them back from a device; a plan may set it to what holds for all its layers, so that compiled code sees one
+    needs_gather: whether any head has an order other than the model's. Kept beside the tensors, so that they need not
+        be read back from a device; a plan may set it to what holds for all its layers, so that compiled code sees one
         value.
     """
 

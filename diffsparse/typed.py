@@ -1,9 +1,9 @@
 """Frozen dataclasses from JSON values and back, by the types of their fields.
 
-A type says what its JSON value must be; nothing is converted: a boolean is no number and 64.0 no integer. Known are
-``int``, ``float`` (an integer is one too), ``bool``, ``str``, ``None``, ``Literal``, ``|`` of these, tuples of a given
-or of any length, ``bytes`` (an array of the plan's safetensors file, by its name), grids, orders, and classes for which
-:func:`know` was called. Everything that is wrong is a :class:`PlanError` that says where it stands.
+A type says what its JSON value must be. Nothing is converted: a boolean is not a number, and 64.0 is not an integer.
+The known types are ``int``, ``float`` (an integer is one too), ``bool``, ``str``, ``None``, ``Literal``, ``|`` of
+these, tuples of a given or of any length, ``bytes`` (an array of the plan's safetensors file, by its name), grids,
+orders, and classes for which :func:`know` was called. Everything wrong is a :class:`PlanError` that says where it is.
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ def _grid(value: list[Any], where: str, reading: Reading) -> TokenGrid:
     if len(value) != 3 or any(type(n) is not int or n < 1 for n in value):
         raise PlanError(f"{where} must be three integers [frames, height, width] of at least 1, got {shown(value)}")
     if math.prod(value) > MAX_GRID_TOKENS:
-        raise PlanError(f"{where} has more than {MAX_GRID_TOKENS:,} tokens, which no model has: {shown(value)}")
+        raise PlanError(
+            f"{where} has more than {MAX_GRID_TOKENS:,} tokens, the most that a grid may have: {shown(value)}"
+        )
     return TokenGrid(*value)
 
 

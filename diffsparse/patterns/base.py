@@ -20,7 +20,7 @@ __all__ = ["Pattern", "same"]
 class Pattern:
     """A set of kept (query block, key block) pairs on any grid.
 
-    A pattern of one's own is a frozen dataclass with a ``kind``, which is its name in plan files, and :meth:`pairs`;
+    A pattern of your own is a frozen dataclass with a ``kind``, which is its name in plan files, and :meth:`pairs`;
     :func:`diffsparse.register_pattern` makes it known to the reader of plans. Its fields are the parameters.
     """
 

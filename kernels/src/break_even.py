@@ -91,7 +91,7 @@ def local_file(device: str, root: Path | None = None) -> Path:
 
 
 def save_local(table: CostTable, root: Path | None = None) -> Path:
-    """Add a table to the machine's own, in the place of one for the same backend and head_dim. Returns the file."""
+    """Add a table to the machine's own; it replaces one for the same backend and head_dim. Returns the file."""
     path = local_file(table.device, root)
     path.parent.mkdir(parents=True, exist_ok=True)
     same = (table.backend, table.head_dim)

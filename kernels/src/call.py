@@ -61,7 +61,7 @@ class AttentionCall:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Every numerics that heads may run in. The tail ``moments`` is not to be had in 8 bits: see ``head_kinds``."""
+        """Every numerics that heads may run in. The tail ``moments`` does not exist in 8 bits: see ``head_kinds``."""
         if self.numerics == "auto":
             return self.heads.numerics
         return ("auto", self.numerics) if self.has_tail else (self.numerics,)

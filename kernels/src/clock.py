@@ -90,7 +90,7 @@ class Watch(Protocol):
     def stop(self) -> None: ...
 
     def seconds(self) -> float | None:
-        """The time between start and stop, or None while the device has not come so far."""
+        """The time between start and stop, or None while the device has not reached the end."""
         ...
 
 

@@ -63,7 +63,7 @@ class CostTable:
         if not ascending or not fitting or shape[0] < least[0] or shape[1] < least[1]:
             raise ValueError("its axes and tables do not fit together")
         if not np.isfinite(numbers).all() or min(t.min() for t in tables) <= 0 or self.densities[0] < 0:
-            raise ValueError("it holds numbers that are no ratios of times")
+            raise ValueError("it holds numbers that are not ratios of times")
         if self.fill is not None and not 0 < self.fill <= 1:
             raise ValueError(f"blocks are filled by a share above 0 and of 1 at most, not {self.fill}")
 

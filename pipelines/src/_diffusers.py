@@ -149,7 +149,7 @@ def local_folder(loaded: Any) -> Path | None:
 
 
 class StandIn:
-    """An attention processor of ours, in the place of a model's own for as long as hooks are attached.
+    """Our attention processor, which replaces a model's own while hooks are attached.
 
     ``original`` is the model's own. Subclasses are called as it is, with the same names of arguments (diffusers passes
     on only those that it finds in the signature), and hand over to it whenever they are not needed.

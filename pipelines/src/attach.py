@@ -40,24 +40,24 @@ def enable_sparse_attention(
             is left out stays dense); or ``"auto"``: the plan in the model folder's ``sparse_plan`` if it is for this
             architecture, else the one cached for it, else the conservative preset, with a warning. A log line says
             which.
-        backend: the kernel, ``"auto"`` or one of ``diffsparse.kernels.BACKENDS``, which then runs or raises. Under
-            ``"auto"`` all stays dense where there is no kernel for the device, and a layer where the device's
-            break-even table says that its blocks would take longer; the summary says so. A device without a table runs
-            all of them (`diffsparse bench break-even` makes one).
+        backend: the kernel, ``"auto"`` or one of ``diffsparse.kernels.BACKENDS``; one asked for by name runs or raises.
+            With ``"auto"`` everything stays dense if there is no kernel for the device, and a layer stays dense if the
+            device's break-even table says that sparse attention would be slower there; the summary gives the reason.
+            Without a table every layer runs sparse (`diffsparse bench break-even` makes one).
         strict: refuse a plan for another architecture. With False, layers that the plan and the model do not share run
             dense and are listed in the summary.
-        timing: on a GPU, time every attention call for the summary, by two CUDA events around it; nothing waits for
-            them. What that costs on a GPU has not been measured, so it has to be asked for. On a CPU calls are timed
-            in any case, which takes about a microsecond a call. Calls in compiled code are not timed.
-
+        timing: on a GPU, time every attention call for the summary with two CUDA events; nothing waits for them. Their
+            cost on a GPU is not measured, so this is off by default. On a CPU calls are always timed, which takes
+            about a microsecond a call. Calls in compiled code are not timed.
         dense_backend: None leaves every dense call to the model's own attention, bit for bit. ``"fastest"`` measures
             once for each shape what is installed (the model's own, cuDNN's, FlashAttention's and the memory-efficient
             kernel of torch, FlashAttention-3 and -4, xformers, the kernel of this package with every block kept) and
             runs dense steps, layers and heads on the fastest that agrees with the model's own. An uncompiled model
-            measures in the first call of a shape that needs it, on that call's q, k and v. Compiled blocks are measured
-            for before the forward, on random inputs and without the model's own way; nothing is measured while code is
-            traced, and a transformer that was compiled as a whole from outside keeps its own. Dense heads leave the
-            sparse kernel only where another package's or torch's is faster. The summary names what ran and every time.
+            measures in the first call of a shape that needs it, on that call's q, k and v. For compiled blocks it
+            measures before the forward, on random inputs and without the model's own attention. Nothing is measured
+            while code is traced; a transformer that was compiled as a whole from outside keeps its own attention.
+            Dense heads leave the sparse kernel only if a kernel of torch or of another package is faster. The summary
+            names what ran and every time.
 
     What cannot run sparse (causal, gradients needed, an unknown mask, ...) runs dense; it is logged once with its
     reason and counted in ``sparse_attention_summary``. One transformer runs in several threads at once only uncompiled.
@@ -66,7 +66,7 @@ def enable_sparse_attention(
         RuntimeError: already enabled; disable first.
         UnsupportedModelError: no known transformer.
         PlanError: the plan cannot be read, or is for another architecture.
-        ValueError: an unknown backend or dense_backend, or a name of no transformer.
+        ValueError: an unknown backend or dense_backend, or a component that is not a transformer.
     """
     transformers = find_transformers(pipe_or_transformer)
     pipe = None if isinstance(pipe_or_transformer, torch.nn.Module) else pipe_or_transformer
@@ -131,7 +131,7 @@ def _fit(plan: SparsityPlan, model: Architecture, component: str, strict: bool) 
     lacking = [n for n in dict.fromkeys([*named, *plan.schedule.dense_layers]) if n not in model.layers]
     if lacking and not any(p.startswith("layers:") for p in problems):
         problems.append(
-            f"the plan names {', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''}, the model has not"
+            f"the plan names {', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''}, which the model lacks"
         )
     heads = plan.index.shape[2]
     if not plan.is_uniform and heads != model.heads and not any(p.startswith("heads:") for p in problems):

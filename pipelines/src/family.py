@@ -91,7 +91,7 @@ class Family:
         if self.text_position not in TEXT_POSITIONS:
             raise ValueError(f"text_position must be one of {', '.join(TEXT_POSITIONS)}; got {self.text_position!r}")
         if unknown := [path for path in self.visual_only if path not in self.layers]:
-            raise ValueError(f"visual_only names {', '.join(unknown)}, which is not among the layers")
+            raise ValueError(f"visual_only names {', '.join(unknown)}, but no such layer is listed")
         if not callable(self.timestep_scale) and self.timestep_scale not in TIMESTEP_SCALES:
             raise ValueError(
                 f"timestep_scale must be a function or one of {', '.join(TIMESTEP_SCALES)}; got {self.timestep_scale!r}"

@@ -78,7 +78,7 @@ def _forget_graphs(transformer: torch.nn.Module, layers: list[str]) -> None:
         around |= {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
     modules = [module for name, module in transformer.named_modules() if name in around]
     forwards = [type(x).forward for x in modules]
-    # Offloading puts a `functools.partial` in the place of a module's own.
+    # Offloading replaces a module's own by a `functools.partial`.
     own = (x.__dict__["forward"] for x in modules if "forward" in x.__dict__)
     forwards += [getattr(forward, "func", forward) for forward in own]
     for code in {forward.__code__ for forward in forwards if hasattr(forward, "__code__")}:

@@ -24,7 +24,7 @@ class ModelRow:
     layers: paths of the attention modules that run sparse.
     order: how a sequence is put together.
     stays_dense: what of its self-attention a plan does not reach, and when.
-    tested, not_tested: features of diffusers that are tested beside a plan, and common ones that this class has not.
+    tested, not_tested: features of diffusers that are tested with a plan, and common ones that the class lacks.
     """
 
     model_class: str

@@ -109,7 +109,7 @@ def _auto(pipe: Any, name: str, transformer: torch.nn.Module) -> tuple[SparsityP
     # Python shows a warning of one text once. It comes from this line, whoever calls.
     warnings.warn(
         f"plan='auto' found no plan for {architecture_of(transformer).model_class}{_passed(passed)}; the conservative "
-        "preset runs, which was not searched for this model and changes what it makes. Search a plan with `diffsparse "
+        "preset runs. It was not searched for this model, and it changes the output. Search a plan with `diffsparse "
         "search`, or name one; plan='conservative' takes this one without a warning",
         stacklevel=1,
     )

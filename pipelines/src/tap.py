@@ -52,7 +52,7 @@ class AttentionCall:
 
 @dataclass(eq=False)
 class Tap:
-    """A callback in the place of a plan, one for all transformers of a pipeline.
+    """A callback instead of a plan, one for all transformers of a pipeline.
 
     ``unseen``: layers of which a call was not shown, by component and path, with the reason.
     """

@@ -52,7 +52,7 @@ def families(grid: TokenGrid) -> list[Pattern]:
         # The same site, seen one or two frames away: the multi-diagonals of a panning or moving picture.
         found.append(Diagonals(((0, 0, 0), (1, 0, 0), (2, 0, 0)), (0, 0.05, 0.05)))
         found.append(GridStripes("frame", key_phases=(0.125, 0.375, 0.625, 0.875)))
-    else:  # rows in the place of frames
+    else:  # rows instead of frames
         found += [Radial(decay=decay) for decay in (0.1, 0.3, 1.0)]
         found.append(Diagonals(((0, 0, 0), (0, 1, 0), (0, 2, 0)), (0, 0.05, 0.05)))
         found.append(GridStripes("row", key_phases=(0.125, 0.375, 0.625, 0.875)))

@@ -244,12 +244,12 @@ class Composer:
         if ask > 1:
             why = "".join(f" ({reason})" for reason in sorted(self.pricing.reasons))
             raise BadInput(
-                f"a {name} of {asked:g} cannot be had on this model{steps}: the cheapest plan is no cheaper than dense "
-                f"attention{why}; ask for fewer dense steps, or leave the model dense"
+                f"a {name} of {asked:g} cannot be reached on this model{steps}: the cheapest plan is no cheaper than "
+                f"dense attention{why}; ask for fewer dense steps, or leave the model dense"
             )
         raise BadInput(
-            f"a {name} of {asked:g} cannot be had on this model{steps}: the least is {least:.3f}, and below it whole "
-            f"heads would be left out; ask for {ask:g} or more"
+            f"a {name} of {asked:g} cannot be reached on this model{steps}: the least is {least:.3f}, and below it "
+            f"whole heads would be left out; ask for {ask:g} or more"
         )
 
     def scan(self) -> dict[int, float]:

@@ -67,7 +67,7 @@ class SearchConfig:
             raise BadInput(f"dense_steps lies between 0 and {self.steps - 1}, got {self.dense_steps}")
 
     def resolved(self, pipe: Any) -> SearchConfig:
-        """The same with the pipeline's own steps, guidance and sizes in the place of None.
+        """The same with the pipeline's own steps, guidance and sizes where this has None.
 
         Raises :class:`BadInput` where no search is possible with this pipeline, with the reason.
         """
@@ -97,7 +97,7 @@ class SearchConfig:
 
 
 def thoroughness(device: torch.device, trace_prompts: int | None = None, samples: int | None = None) -> dict[str, int]:
-    """How much to measure, where nobody said: on a GPU more than what a few CPU cores can do in minutes."""
+    """How much to measure by default: on a GPU more than a few CPU cores can do in minutes."""
     on_gpu = device.type == "cuda"
     return {
         "trace_prompts": (4 if on_gpu else 2) if trace_prompts is None else trace_prompts,

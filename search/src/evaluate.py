@@ -232,7 +232,7 @@ def _other_dense_kernel(device: torch.device) -> Iterator[str]:
 
 
 def _warm_up(pipe: Any, prompt: str, settings: GenerationSettings) -> None:
-    """A short generation that nobody looks at: kernels are compiled, memory is fetched, layouts are built."""
+    """A short generation whose output is not used: it compiles kernels, allocates memory and builds layouts."""
     generate_clip(pipe, prompt, 0, settings.brief(pipe, WARM_UP_STEPS))
 
 

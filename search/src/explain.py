@@ -215,7 +215,7 @@ def _text_position(architecture: Architecture | None, model_shape: str | None) -
 
 
 def _family(architecture: Architecture | None, name: str | None) -> Family | None:
-    """The family of the plan's model, or of a class; None where this version knows none."""
+    """The family of the plan's model, or of a class; None where this version has none for it."""
     try:
         return family_by_class(architecture.model_class if architecture else name or "")
     except UnsupportedModelError:

@@ -64,7 +64,7 @@ class GenerationSettings:
         return wanted
 
     def resolved(self, pipe: Any) -> GenerationSettings:
-        """The same with the pipeline's own values in the place of None, where its call has any by itself.
+        """The same with the pipeline's own values where this has None and its call has a default.
 
         ``true_cfg_scale`` stays as it is: its default guides only together with a negative prompt.
         """

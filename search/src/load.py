@@ -152,7 +152,7 @@ def check_model_name(model: str) -> None:
         index = folder / "model_index.json"
         if not index.is_file():
             raise BadInput(
-                f"{model!r} is no diffusers pipeline: it has no model_index.json; name the folder that "
+                f"{model!r} is not a diffusers pipeline: it has no model_index.json; name the folder that "
                 "pipe.save_pretrained wrote, or a Hub id"
             )
         try:

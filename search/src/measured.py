@@ -45,9 +45,9 @@ class HeadFigures:
         for name, most in (("error", np.inf), ("kept_mass", 1.0)):
             values = getattr(self, name)
             if values.ndim != 3 or values.shape != self.error.shape:
-                raise ValueError(f"{name} is no array of phases, layers and heads: {values.shape}")
+                raise ValueError(f"{name} is not an array of phases, layers and heads: {values.shape}")
             if not (np.isfinite(values).all() and (values >= 0).all() and (values <= most).all()):
-                raise ValueError(f"{name} holds a value that it cannot have")
+                raise ValueError(f"{name} holds a value that is out of range")
 
 
 class PooledAttention:

@@ -25,7 +25,7 @@ RECORDED = {
 def recorded_value(record: Mapping[str, Any], name: str) -> Any:
     """One of :data:`RECORDED` in a plan's ``record``, or None where it does not say.
 
-    Raises :class:`BadInput` for what is no such number.
+    Raises :class:`BadInput` for a value that is not such a number.
     """
     calibration = record.get("calibration")
     if calibration is None:
@@ -46,7 +46,7 @@ def recorded_value(record: Mapping[str, Any], name: str) -> Any:
 
 
 def recorded(record: Mapping[str, Any]) -> dict[str, Any]:
-    """All of :data:`RECORDED` that the plan says. Raises :class:`BadInput` for what is no such number."""
+    """All of :data:`RECORDED` that the plan says. Raises :class:`BadInput` for a value that is not such a number."""
     found = {name: recorded_value(record, name) for name in RECORDED}
     return {name: value for name, value in found.items() if value is not None}
 

@@ -12,11 +12,12 @@ __all__ = ["StepCounter"]
 
 
 class StepCounter:
-    """Tells steps, and the forwards within a step (guidance branches, experts), apart from the attention calls alone.
+    """Finds the step of each attention call from its noise level, and counts the forwards within a step (guidance
+    branches, experts).
 
-    A generation that goes through its noise levels several times (the sections of a long clip) comes back to its
-    steps; a level that it had not before is then an error. ``levels``: of every step, descending. ``calls``: the most
-    forwards that a step had in a row. ``step``: the last call's. ``changes``: how often the step changed.
+    A generation that goes through its noise levels several times (the sections of a long clip) returns to its steps;
+    a new level is then an error. ``levels``: of every step, descending. ``calls``: the most forwards that a step had
+    in a row. ``step``: the last call's. ``changes``: how often the step changed.
     """
 
     def __init__(self) -> None:
@@ -48,7 +49,7 @@ class StepCounter:
         known = int(np.abs(np.array(self.levels) - level).argmin())
         if abs(self.levels[known] - level) > 1e-4:
             raise BadInput(
-                f"the noise level goes from {self.levels[self.step]:.3f} up to {level:.3f}, which no step had before; "
-                "a search needs a generation whose noise only falls, or one that repeats its steps"
+                f"the noise level goes from {self.levels[self.step]:.3f} up to {level:.3f}, a level that no earlier "
+                "step had; a search needs a generation whose noise only falls, or one that repeats its steps"
             )
         return known

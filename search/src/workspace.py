@@ -218,7 +218,7 @@ class Workspace:
         self.store.put_json(f"inject/{step}", change)
 
     def validation(self, case: int, plan: str) -> dict[str, float] | None:
-        """What a plan, by its digest, had on a validation clip: ``psnr`` and ``speedup``; None where it has not run."""
+        """``psnr`` and ``speedup`` of a plan (by its digest) on a validation clip; None where it has not run."""
         name = f"validation/{case}/{self.config.steps}/{plan}"
         return self.store.get_json(name) if name in self.store else None
 

@@ -132,7 +132,7 @@ def test_what_is_no_backend_is_refused() -> None:
         tails = head_dims = None
         devices = ()
 
-    with pytest.raises(TypeError, match="NoRun is no backend: it lacks cannot_run, numerics, run"):
+    with pytest.raises(TypeError, match="NoRun is not a backend: it lacks cannot_run, numerics, run"):
         register_backend(NoRun())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="there is a backend 'cpu' already"):
         cpu = Mine()

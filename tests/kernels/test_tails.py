@@ -124,7 +124,7 @@ def test_what_is_no_tail_is_refused() -> None:
     class NoCost:
         name = "none_at_all"
 
-    with pytest.raises(TypeError, match="NoCost is no tail: it lacks cost, summaries"):
+    with pytest.raises(TypeError, match="NoCost is not a tail: it lacks cost, summaries"):
         register_tail(NoCost())  # type: ignore[arg-type]
     register_tail(Same())
     with pytest.raises(ValueError, match="there is a tail 'same' already"):

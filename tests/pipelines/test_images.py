@@ -94,7 +94,7 @@ def test_a_window_in_fractions_is_the_same_share_at_any_size() -> None:
 
 
 def radial_density(height: int, width: int) -> float:
-    """Equation 5 of the paper counted token by token, rows in the place of frames."""
+    """Equation 5 of the paper counted token by token, rows instead of frames."""
     distance = np.abs(np.arange(height)[:, None] - np.arange(height))
     doubling = 2 ** np.floor(np.log2(np.maximum(distance, 1))).astype(int)
     reach = np.where(distance <= 1, width - 1, width // doubling - 1)

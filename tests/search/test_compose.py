@@ -136,13 +136,13 @@ def test_steps_that_call_the_model_twice_count_twice(changes: dict[str, Any]) ->
 def test_the_least_that_can_be_had_is_said_and_works(name: str, changes: dict[str, Any]) -> None:
     asked = {"budget": None, "density": None} | changes
     for share in (0.001, 0.01):
-        with pytest.raises(BadInput, match=f"a {name} of {share} cannot be had on this model") as caught:
+        with pytest.raises(BadInput, match=f"a {name} of {share} cannot be reached on this model") as caught:
             found(**asked | {name: share})
     said = re.search(r"the least is (0\.\d{3}), .*; ask for (0\.\d+) or more", str(caught.value))
     assert said is not None and "\n" not in str(caught.value)
     least, ask = float(said[1]), float(said[2])
     assert changes.get("dense_steps", 0) / 6 < least <= ask < least + 0.002
-    with pytest.raises(BadInput, match="cannot be had"):
+    with pytest.raises(BadInput, match="cannot be reached"):
         found(**asked | {name: least - 0.001})
     (candidate,) = found(**asked | {name: ask})[1]
     about = candidate.plan.record["search"]
@@ -153,7 +153,7 @@ def test_the_least_that_can_be_had_is_said_and_works(name: str, changes: dict[st
 def test_a_budget_that_only_dense_attention_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Scores, "silent", None)
     costs = CostTable.of_call("cpu", 1.0, (0.02, 0.1, 0.3, 0.6), {tail: (1.5, 1.5, 1.5, 1.5) for tail in TAILS})
-    with pytest.raises(BadInput, match=r"a budget of 0\.5 cannot be had .*: the cheapest plan is no cheaper"):
+    with pytest.raises(BadInput, match=r"a budget of 0\.5 cannot be reached .*: the cheapest plan is no cheaper"):
         found(costs=costs, density=None, budget=0.5)
 
 

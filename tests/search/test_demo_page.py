@@ -154,7 +154,7 @@ def odd_attention() -> bytes:
 BAD_ZIPS: list[tuple[str, Callable[[Path], Path], str]] = [
     ("no_zip", lambda p: _bytes(p, b"hello"), "not a zip file"),
     ("empty", lambda p: _bytes(p, b""), "not a zip file"),
-    ("no_plan", lambda p: zipped(p, {"cat.png": b"x"}), "no plan: it has no sparse_plan.json"),
+    ("no_plan", lambda p: zipped(p, {"cat.png": b"x"}), "not a plan: it has no sparse_plan.json"),
     ("no_json", lambda p: zipped(p, {"sparse_plan.json": b"{"}), "not valid JSON"),
     ("not_utf8", lambda p: zipped(p, {"sparse_plan.json": b"\xff\xfe\xff"}), "not valid JSON"),
     ("nested_json", lambda p: zipped(p, {"sparse_plan.json": b"[" * 200_000}), "not valid JSON"),

@@ -63,11 +63,11 @@ def test_figures_belong_to_one_plan(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"error": np.full((2, 2, 2), np.nan)}, "error holds a value that it cannot have"),
-        ({"error": np.full((2, 2, 2), -0.1)}, "error holds a value that it cannot have"),
-        ({"kept_mass": np.full((2, 2, 2), 1.1)}, "kept_mass holds a value that it cannot have"),
-        ({"kept_mass": np.ones((2, 2, 3))}, "kept_mass is no array of phases, layers and heads"),
-        ({"error": np.ones(8), "kept_mass": np.ones(8)}, "error is no array of phases, layers and heads"),
+        ({"error": np.full((2, 2, 2), np.nan)}, "error holds a value that is out of range"),
+        ({"error": np.full((2, 2, 2), -0.1)}, "error holds a value that is out of range"),
+        ({"kept_mass": np.full((2, 2, 2), 1.1)}, "kept_mass holds a value that is out of range"),
+        ({"kept_mass": np.ones((2, 2, 3))}, "kept_mass is not an array of phases, layers and heads"),
+        ({"error": np.ones(8), "kept_mass": np.ones(8)}, "error is not an array of phases, layers and heads"),
     ],
 )
 def test_figures_that_cannot_be(tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -219,7 +219,7 @@ def test_a_step_that_fails_or_runs_dense_is_not_counted(monkeypatch: pytest.Monk
         ("x", "float"),
         ("0.1:mean:centroids", "one tail"),
         ("0.1:int8:fp8", "one numerics"),
-        ("0.1:moments:int8", "does not go with numerics 'int8'"),
+        ("0.1:moments:int8", "cannot run with numerics 'int8'"),
     ],
 )
 def test_settings(script: ModuleType, text: str, reason: str) -> None:

@@ -206,10 +206,10 @@ def test_plans_are_validated_sparse_where_auto_would_stay_dense(
 def test_what_cannot_work_is_said(pipe: Any, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="at least one prompt"):
         search_plan(pipe, [], config(), tmp_path)
-    with pytest.raises(BadInput, match=r"a density of 0\.001 cannot be had on this model: the least is 0\.\d{3}"):
+    with pytest.raises(BadInput, match=r"a density of 0\.001 cannot be reached on this model: the least is 0\.\d{3}"):
         search(pipe, tmp_path / "a", density=0.001)
     assert [file.name for file in (tmp_path / "a").iterdir()] == ["search.sqlite"]
-    with pytest.raises(BadInput, match=r"a budget of 0\.001 cannot be had on this model: the least is 0\.\d{3}"):
+    with pytest.raises(BadInput, match=r"a budget of 0\.001 cannot be reached on this model: the least is 0\.\d{3}"):
         search(pipe, tmp_path / "a", density=None, budget=0.001)
     for wrong in ({"density": 1.5}, {"density": None}, {"budget": 0.4}, {"steps": 0}, {"dense_steps": 6}):
         with pytest.raises(BadInput):

@@ -128,7 +128,7 @@ def test_a_truncated_or_cut_plan_is_refused_or_reads_the_same(position, length):
         ({"schedule": {"phase_bounds": 0.5}}, r"phase_bounds must be a list, got 0\.5"),
         ({"schedule": {"sparse_below": True}}, r"sparse_below must be a number, got True"),
         ({"layers": ["blocks.0.attn1"]}, "phases and 1 layers"),
-        ({"layers": ["a", "b"]}, "which its architecture lacks"),
+        ({"layers": ["a", "b"]}, "but its architecture has no such layer"),
         ({"layers": ["blocks.0.attn1"] * 2}, "named twice"),
         ({"index": [["0 9", "0 0"], ["0 0", "0 0"]]}, "one of the plan's"),
         ({"index": "0"}, "index must have a list for each phase"),
@@ -400,7 +400,7 @@ def test_numerics_of_a_whole_plan():
     assert small.with_numerics("fp8").layer_entries(0, "a", 5)[3].execution.numerics == "fp8"
     with pytest.raises(ValueError, match="numerics must be one of auto, int8, fp8; got 'int4'"):
         plan.with_numerics("int4")
-    with pytest.raises(ValueError, match="the tail 'moments' does not go with numerics 'fp8': take 'mean' or"):
+    with pytest.raises(ValueError, match="the tail 'moments' cannot run with numerics 'fp8': take 'mean' or"):
         Execution(tail="moments", numerics="fp8")
 
 

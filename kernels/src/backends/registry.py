@@ -21,12 +21,12 @@ def register_backend(backend: Backend, *, replace: bool = False) -> None:
 
     Raises:
         TypeError: something that :class:`Backend` asks for is missing.
-        ValueError: the name is no identifier, is ``auto``, or is taken (``replace=True`` takes its place).
+        ValueError: the name is not an identifier, is ``auto``, or is taken (``replace=True`` takes its place).
     """
     if not isinstance(backend, Backend):
         needed = [name for name in dir(Backend) if not name.startswith("_")]
         lacking = [name for name in needed if not hasattr(backend, name)]
-        raise TypeError(f"{type(backend).__name__} is no backend: it lacks {', '.join(lacking)}")
+        raise TypeError(f"{type(backend).__name__} is not a backend: it lacks {', '.join(lacking)}")
     name = backend.name
     if not isinstance(name, str) or not name.isidentifier() or name == "auto":
         raise ValueError(f"a backend's name is a word of letters, digits and _, and not 'auto'; got {name!r:.60}")

@@ -34,7 +34,7 @@ _SELECTORS: dict[str, Selector] = {"pooled": select_pooled}
 
 
 def register_selector(name: str, rule: Selector) -> None:
-    """Make a rule known by a name. Raises ValueError where the name is taken or is no identifier."""
+    """Make a rule known by a name. Raises ValueError where the name is taken or is not an identifier."""
     if not name.isidentifier():
         raise ValueError(f"a selector's name is an identifier, such as 'pooled'; got {name!r}")
     if name in _SELECTORS:

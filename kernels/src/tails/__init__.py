@@ -27,17 +27,17 @@ def find_tail(name: str) -> Tail | None:
 def register_tail(tail: Tail, *, replace: bool = False) -> None:
     """Make a tail known by its name, so that entries and plan files can have it.
 
-    The backend ``reference`` runs it by its plain formula, and so does a backend of one's own that lists it. The others
+    The backend ``reference`` runs it by its plain formula, and so does a backend of your own that lists it. The others
     refuse it by its name, and ``backend="auto"`` passes them over.
 
     Raises:
         TypeError: something that :class:`Tail` asks for is missing.
-        ValueError: the name is no identifier or is taken (``replace=True`` takes the place of a registered one, never
-            of the library's own, whose kernels would not follow); the cost is not a positive number.
+        ValueError: the name is not an identifier or is taken (``replace=True`` replaces a registered one, never the
+            library's own, whose kernels would not follow); the cost is not a positive number.
     """
     if not isinstance(tail, Tail):
         lacking = [name for name in ("cost", "name", "summaries") if not hasattr(tail, name)]
-        raise TypeError(f"{type(tail).__name__} is no tail: it lacks {', '.join(lacking)}")
+        raise TypeError(f"{type(tail).__name__} is not a tail: it lacks {', '.join(lacking)}")
     name, cost = tail.name, tail.cost
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"a tail's name is a word of letters, digits and _; got {name!r:.60}")

@@ -12,7 +12,7 @@ __all__ = ["MOMENTS", "Moments"]
 
 
 class Moments:
-    """Second order in the weights; values as with ``mean``. Its variances are not to be had in 8 bits."""
+    """Second order in the weights; values as with ``mean``. Its variances do not exist in 8 bits."""
 
     name = "moments"
     cost = TAIL_COST[name]

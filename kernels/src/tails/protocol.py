@@ -11,7 +11,7 @@ __all__ = ["Tail"]
 
 @runtime_checkable
 class Tail(Protocol):
-    """What a query block attends in the place of the blocks that it drops."""
+    """What a query block attends instead of the blocks that it drops."""
 
     @property
     def name(self) -> str:

@@ -91,7 +91,7 @@ def images_by_ids(ids: torch.Tensor | None, tokens: int, text_before: int, skip:
     several images. ``skip``: positions of text that come first.
     """
     if ids is None:
-        raise UnknownGridError("img_ids is missing, which tells the image's height and width")
+        raise UnknownGridError("img_ids is missing; it gives the image's height and width")
     if ids.ndim not in (2, 3) or ids.shape[-1] < 3:
         raise UnknownGridError(f"img_ids of shape {tuple(ids.shape)} tell no rows and columns")
     if ids.shape[-2] - skip != tokens:

@@ -13,7 +13,7 @@ from diffsparse.pipelines.family import Family, UnknownGridError
 def _grid(config: Any, arguments: Mapping[str, Any]) -> TokenGrid:
     shapes = arguments.get("img_shapes")
     if not shapes:
-        raise UnknownGridError("img_shapes is missing, which tells the images' heights and widths")
+        raise UnknownGridError("img_shapes is missing; it gives the images' heights and widths")
     # One list of (frames, height, width) an item, or one such tuple an item; the model looks at the first item's.
     first = shapes[0] if isinstance(shapes, list) else shapes
     sizes = [(int(f), int(h), int(w)) for f, h, w in (first if isinstance(first, list) else [first])]

@@ -28,8 +28,9 @@ def bundled_model() -> str:
     folder = Path(diffsparse.__file__).resolve().parents[1] / "examples" / "tiny_wan"
     if not (folder / "model_index.json").is_file():
         raise BadInput(
-            "the small model for the demo comes with the clone, which this is not; name a model, a diffusers "
-            "pipeline's folder or a Hub id: diffsparse demo --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+            "the small model for the demo is only in a clone of the repository, and this is an installed package; name "
+            "a model, a diffusers pipeline's folder or a Hub id: diffsparse demo --model "
+            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
         )
     return str(folder)
 

@@ -53,7 +53,7 @@ def _check_directory(file: Path) -> None:
     if at < 0 or len(tail) - at < 22:
         raise BadInput("this is not a zip file, or it is damaged; upload the zip of a plan's folder")
     if _END_64 in tail[max(0, at - 20) : at]:
-        raise BadInput("the zip is of the kind for more than 4 GiB, which no plan needs; make a plain one")
+        raise BadInput("the zip is in the format for more than 4 GiB, and no plan is that large; make a plain zip")
     count, directory = struct.unpack_from("<HI", tail, at + 10)
     if count > MAX_FILES or directory > MAX_DIRECTORY_BYTES:
         raise BadInput(f"the zip holds {count} files; a plan's holds at most {MAX_FILES}")
@@ -84,7 +84,7 @@ def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     paths = {info: PurePosixPath(info.filename) for info in files}
     homes = {paths[info].parent for info in files if paths[info].name == JSON_NAME}
     if not homes:
-        raise BadInput(f"the zip is no plan: it has no {JSON_NAME}; zip the folder that `diffsparse search` wrote")
+        raise BadInput(f"the zip is not a plan: it has no {JSON_NAME}; zip the folder that `diffsparse search` wrote")
     if len(homes) > 1:
         raise BadInput(f"the zip holds {len(homes)} plans; upload one at a time")
     home = homes.pop()
@@ -169,7 +169,7 @@ def read_uploaded_plan(file: Path, folder: Path) -> SparsityPlan:
     except PlanError as error:
         # The message names the file by its path here, which means nothing to the one who uploaded it.
         text = " ".join(str(error).replace(f"{folder}/", "").split())
-        raise BadInput(f"the zip is no plan that can be read: {shorten(text, 300)}") from error
+        raise BadInput(f"the plan in the zip cannot be read: {shorten(text, 300)}") from error
 
 
 def write_plan_zip(plan: SparsityPlan, file: Path, attention: Path | None = None) -> Path:

@@ -51,7 +51,7 @@ def search_record(work: Workspace, grid: TokenGrid, costs: CostTable) -> dict[st
 
 
 def _size_that_ran(work: Workspace, grid: TokenGrid) -> dict[str, int]:
-    """Height and width in pixels where nobody gave them, and the pipeline has them from its model.
+    """Height and width in pixels where no option gives them and the pipeline takes them from its model.
 
     What the pipeline prepared latents for counts only where it agrees with the grid that was seen.
     """
