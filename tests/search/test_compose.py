@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,77 +11,15 @@ import pytest
 from diffsparse.entry import TAILS
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels.costs import CostTable
-from diffsparse.order import RasterOrder, TileOrder, TokenOrder
+from diffsparse.order import RasterOrder
 from diffsparse.patterns import Band
-from diffsparse.pipelines.policy import ANY_MACHINE, Machine
-from diffsparse.plan import Architecture
-from diffsparse.search.compose import Candidate, Composer, _Trial, distinct
+from diffsparse.pipelines.policy import ANY_MACHINE
+from diffsparse.search.compose import Composer, _Trial, distinct
 from diffsparse.search.errors import BadInput
-from diffsparse.search.options import FamilyTable, HeadScores, Option, head_entry, head_options
-from diffsparse.search.score import LADDER
+from diffsparse.search.options import Option, head_entry, head_options
 from diffsparse.search.search import SearchConfig
 from diffsparse.work import block_fill
-
-GRID, TILE = TokenGrid(2, 16, 16), TileOrder(1, 8, 8)
-LAYERS = ("blocks.0.attn1", "blocks.1.attn1")
-TRACED = (1.0, 0.7, 0.4, 0.1)
-
-
-LEVELS = np.interp(np.arange(6) / 6, np.arange(5) / 4, [*TRACED, 0.0]).tolist()
-
-
-class Scores:
-    """A search's measurements. Head 1 of the first layer puts out nothing at all."""
-
-    silent: tuple[int, int] | None = (0, 1)
-
-    def __init__(self, config: SearchConfig) -> None:
-        self.config = config
-        self.architecture = Architecture("WanTransformer3DModel", LAYERS, 2, 32, (1, 1, 1))
-        self.layers = LAYERS
-        self.tables: dict[TokenOrder, FamilyTable] = {}
-
-    def head(self, layer: str, head: int, step: int) -> HeadScores:
-        """Of one traced step: block scores that fall off with distance, and some noise."""
-        j = LAYERS.index(layer)
-        silent = (j, head) == self.silent
-        rng = np.random.default_rng([j, head, step])
-        n = len(self.table(GRID, TILE).weight)
-        near = np.exp(-abs(np.arange(n)[:, None] - np.arange(n)) / (1 + 2 * j + head))
-        error = np.stack([near * rng.random((n, n)) / (1 + t) for t in range(len(TAILS))])[None] * (not silent)
-        sums = error[0].sum((1, 2))[:, None] * (1 - np.array(LADDER))
-        return HeadScores(error, float(3 * error.sum()), sums, 1.5 * sums)
-
-    def scores(self, layer: str, head: int, weights: Mapping[int, float]) -> HeadScores:
-        parts = [(w, self.head(layer, head, step)) for step, w in weights.items()]
-
-        def total(name: str) -> Any:
-            return sum(w * getattr(part, name) for w, part in parts)
-
-        return HeadScores(total("error"), float(total("energy")), total("summed"), total("true"))
-
-    def table(self, grid: TokenGrid, order: TokenOrder) -> FamilyTable:
-        if order not in self.tables:
-            self.tables[order] = FamilyTable(grid, order, 64)
-        return self.tables[order]
-
-
-def found(
-    count: int = 1,
-    levels: Sequence[float] = LEVELS,
-    costs: CostTable | None = None,
-    machine: Machine = ANY_MACHINE,
-    **changes: Any,
-) -> tuple[Scores, list[Candidate]]:
-    search = Scores(SearchConfig(**{"budget": None, "density": 0.5, "steps": 6, "validation_prompts": 0} | changes))
-    costs = costs or CostTable.of_call(
-        "cpu", 1.0, (0.02, 0.1, 0.3, 0.6), {tail: (0.1, 0.2, 0.4, 0.7) for tail in TAILS}
-    )
-    orders = {(layer, head): TILE for layer in LAYERS for head in range(2)}
-    effects, growth = np.full((len(TRACED), 2), 1.0), np.array([4.0, 2.0, 1.0, 1.0])
-    return search, Composer(
-        search, levels, dict.fromkeys(LAYERS, GRID), orders, {GRID: costs}, machine, effects, growth, TRACED
-    ).candidates(count)
+from tests.search.made_up import GRID, LAYERS, LEVELS, TILE, TRACED, Scores, found
 
 
 @pytest.mark.parametrize("changes", [{}, {"density": None, "budget": 0.4}, {"density": 0.25, "dense_steps": 1}])

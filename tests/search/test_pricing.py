@@ -24,8 +24,8 @@ from diffsparse.search.pricing import Pricing
 from diffsparse.search.search import search_plan
 from diffsparse.search.store import SearchStore
 from diffsparse.work import head_work
-from tests.pipelines.test_break_even import table
-from tests.search.test_compose import GRID, LAYERS, LEVELS, TILE, Scores, found
+from tests.helpers.break_even import table
+from tests.search.made_up import GRID, LAYERS, LEVELS, TILE, Scores, found
 from tests.search.tiny import COSTS, PROMPTS, SHAPE, fix_costs
 
 
@@ -138,7 +138,7 @@ def test_a_density_is_the_plans_whatever_the_machine() -> None:
     assert here.plan.record["search"]["predicted_attention_time"] == 1.0, "of what runs here"
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="two whole searches, and a clip of each plan")
 def test_a_searched_plan_runs_as_it_was_priced(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tails are slow on this machine: what has one stays dense here, and wins no time."""
     monkeypatch.setenv("DIFFSPARSE_CACHE", str(tmp_path / "cache"))
