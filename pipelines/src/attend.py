@@ -14,7 +14,7 @@ import torch
 from diffsparse.kernels.api import run_checked
 from diffsparse.kernels.dense import dense_attention, dense_heads_
 from diffsparse.layout import BlockLayout
-from diffsparse.pipelines.context import CTX
+from diffsparse.pipelines.call import call_of
 from diffsparse.pipelines.policy import (
     BY_PLAN,
     OTHER_KEYS,
@@ -55,8 +55,8 @@ def attend(layer: LayerState, request: Request) -> torch.Tensor:
     if torch.compiler.is_compiling():
         return _compiled(layer, request)
     q, k, v, mask, two_axes, scale, reason, dense = request
-    call, index = CTX.call, layer.index
-    if call is None or not call.is_running():  # a layer on its own, outside its model's forward: there is no grid
+    call, index = call_of(layer), layer.index
+    if call is None:
         return dense()
     shape, device = q.shape, q.device
     seq = shape[1]

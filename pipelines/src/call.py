@@ -13,6 +13,7 @@ import torch
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels.clock import Watch, start_watch
 from diffsparse.layout import BlockLayout
+from diffsparse.pipelines.context import CTX
 from diffsparse.pipelines.policy import (
     BY_PLAN,
     FOREIGN,
@@ -25,7 +26,7 @@ from diffsparse.pipelines.policy import (
 )
 from diffsparse.pipelines.state import LayerState, ModelState
 
-__all__ = ["Call"]
+__all__ = ["Call", "call_of", "running_call"]
 
 COMPILED = "compiled"
 
@@ -61,17 +62,20 @@ class Call:
     def is_running(self) -> bool:
         """Whether the forward is still on the stack.
 
-        A KeyboardInterrupt passes hooks by, and leaves the context as it was: without this, another model that runs
-        next in this thread could be taken for a layer of ours.
+        Hooks cannot tell. torch calls the hook after a forward on an ``Exception``, but not on a KeyboardInterrupt or
+        another ``BaseException``. A later attention call then looks to every hook like the next one of that forward,
+        and a model that was never enabled could be taken for a layer of ours. What dies with the forward does not tell
+        either: a notebook keeps the traceback of an interrupt, and with it all that the forward held. A ``finally``
+        around the forward would have to be on the instance, where offloading takes it off again and shallow copies run
+        the original, or on the class, where models that were compiled before pass it by.
         """
-        if self.frame is None:  # compiled
+        own = self.frame
+        if own is None:  # compiled
             return True
         frame: FrameType | None = sys._getframe(1)
-        while frame is not None:
-            if frame is self.frame:
-                return True
+        while frame is not None and frame is not own:
             frame = frame.f_back
-        return False
+        return frame is own
 
     def grid_of(self, index: int, seq: int | None = None) -> TokenGrid | None:
         """The grid of one layer's call, with ``seq`` tokens where that is known and the family takes text from it."""
@@ -206,6 +210,25 @@ class Call:
     def _reason_by_plan(self, layer: LayerState) -> str:
         found = self.layout(layer.index, self.device or torch.device("cpu"), uniform=True)
         return found if isinstance(found, str) else NOT_READY
+
+
+def running_call() -> Call | None:
+    """The innermost forward of this thread that is still running. What an interrupt left behind is dropped."""
+    call = CTX.call
+    while call is not None and not call.is_running():
+        call = call.previous
+    CTX.call = call
+    return call
+
+
+def call_of(layer: LayerState) -> Call | None:
+    """The running forward that a layer is part of; None where the layer is called on its own, and so has no grid."""
+    call = CTX.call
+    if call is not None and not call.is_running():
+        call = running_call()
+    while call is not None and not call.state.owns(layer):
+        call = call.previous
+    return call
 
 
 def _work(shape: torch.Size) -> float:

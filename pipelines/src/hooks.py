@@ -16,7 +16,7 @@ import torch
 
 from diffsparse.layout import BlockLayout
 from diffsparse.pipelines._diffusers import StandIn, replaced_forward
-from diffsparse.pipelines.call import Call
+from diffsparse.pipelines.call import Call, running_call
 from diffsparse.pipelines.context import CTX, EPOCH
 from diffsparse.pipelines.dense import RaceKey, serves_heads
 from diffsparse.pipelines.family import UnknownGridError
@@ -135,7 +135,7 @@ def _before_model(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         state.installed = True
     CTX.layer = None
     call = _read_call(module, state, args, kwargs)
-    call.previous = CTX.call if CTX.call is not None and CTX.call.is_running() else None
+    call.previous = running_call()
     call.compiled = compiled_layers(module, state)
     # For compiled code, wherever there is any: of a wrapper around the whole model nothing can be seen from here.
     device = call.device = _device_of(args, kwargs)
@@ -190,8 +190,10 @@ def _choose_dense_kernels(module: torch.nn.Module, call: Call) -> None:
 
 @torch.compiler.disable(reason=_OPEN)
 def _after_model(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-    call = CTX.call
-    if call is None or call.state is not getattr(module, MODEL_STATE, None):
+    call, state = CTX.call, getattr(module, MODEL_STATE, None)
+    while call is not None and call.state is not state and not call.is_running():
+        call = call.previous  # of another model inside this one, whose interrupt this one has caught
+    if call is None or call.state is not state:
         return
     CTX.call = call.previous
     CTX.layer = None

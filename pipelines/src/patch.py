@@ -12,6 +12,7 @@ import torch
 from diffsparse.layout import BlockLayout
 from diffsparse.pipelines import _diffusers
 from diffsparse.pipelines.attend import Request, attend
+from diffsparse.pipelines.call import call_of
 from diffsparse.pipelines.context import CTX, EPOCH
 from diffsparse.pipelines.policy import judge_arguments
 
@@ -124,8 +125,8 @@ def takes_key_mask(device: torch.device) -> bool:
         return False
     if torch.compiler.is_compiling():
         return layer.layout is not None
-    call = CTX.call
-    if call is None or not call.is_running():
+    call = call_of(layer)
+    if call is None:
         return False
     if call.state.tap is not None:
         return True

@@ -213,6 +213,10 @@ class ModelState:
         scheduler = getattr(pipe, "scheduler", None)
         return scheduler if hasattr(scheduler, "config") else None
 
+    def owns(self, layer: LayerState) -> bool:
+        """Whether the layer is one of this model's."""
+        return layer.index < len(self.layers) and self.layers[layer.index] is layer
+
     def machine(self, device: torch.device, dtype: torch.dtype, tails: tuple[str, ...] = ()) -> Machine:
         """What kernels can do for this model's tensors, worked out once. ``tails``: see ``policy.machine_for``."""
         key = (device, dtype, tails)
