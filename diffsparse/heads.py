@@ -9,7 +9,7 @@ import torch
 
 from diffsparse.entry import NUMERICS as NUMERICS_NAMES
 from diffsparse.entry import HeadEntry
-from diffsparse.tails import TAILS, tail_code
+from diffsparse.tails import tail_code
 from diffsparse.tokens import HeadSelection, TokenLayout, take_heads
 
 __all__ = ["GATHERED", "NUMERICS", "SKIP", "TAIL", "HeadSpec", "describe_heads"]
@@ -23,21 +23,23 @@ class HeadSpec:
 
     table: int32 ``[H, 4]``: skip (0 or 1), tail (``tails.tail_code``), numerics (index in ``entry.NUMERICS``),
         gathered (0 where the head's order is the model's own, 2 where it has short blocks inside the video, else 1).
-    has_tail, numerics: whether any head has a tail, and the numerics in use. Kept beside the table, so that it need not
-        be read back from a device; a plan may set them to what holds for all its layers, so that compiled code sees
-        one value.
-    own_tails: those tails of heads that are not the library's own: a backend has to know them by name.
+    numerics, tails: those in use, ``none`` left aside of tails. Kept beside the table, so that it need not be read back
+        from a device; a plan may set them to what holds for all its layers, so that compiled code sees one value.
     """
 
     table: torch.Tensor
-    has_tail: bool
     numerics: tuple[str, ...]
-    own_tails: tuple[str, ...] = ()
+    tails: tuple[str, ...] = ()
 
     @property
     def num_heads(self) -> int:
         """``H``."""
         return self.table.shape[0]
+
+    @property
+    def has_tail(self) -> bool:
+        """Whether any head may have a tail."""
+        return bool(self.tails)
 
     def to(self, device: torch.device | str) -> HeadSpec:
         """The same with the table on ``device``."""
@@ -71,7 +73,6 @@ def describe_heads(entries: Sequence[HeadEntry], tokens: TokenLayout) -> HeadSpe
     ]
     return HeadSpec(
         table=torch.tensor(table, dtype=torch.int32),
-        has_tail=any(e.execution.tail != "none" for e in entries),
         numerics=tuple(n for n in NUMERICS_NAMES if any(e.execution.numerics == n for e in entries)),
-        own_tails=tuple(sorted({e.execution.tail for e in entries} - set(TAILS))),
+        tails=tuple(sorted({e.execution.tail for e in entries} - {"none"})),
     )

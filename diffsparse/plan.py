@@ -91,6 +91,11 @@ class SparsityPlan:
         index = np.array([[[lookup[e] for e in heads] for heads in table[name]] for name in layers]).transpose(1, 0, 2)
         return cls(entries=entries, index=index, layers=layers, **kwargs)
 
+    @property
+    def tails(self) -> set[str]:
+        """The tails that its heads have, ``none`` left aside."""
+        return {entry.execution.tail for entry in self.entries} - {"none"}
+
     def with_numerics(self, numerics: str) -> SparsityPlan:
         """The same plan in other numerics (``auto``, ``int8`` or ``fp8``: see ``Execution``).
 

@@ -60,7 +60,9 @@ def run(
     # The search has warmed everything up.
     dense = generate_dense(pipe, held_out, range(1000, 1000 + seeds), settings, noise_floor=False, warm_up=False)
     # By name: on a GPU "auto" would leave so small a model dense, by the break-even table.
-    report = compare(pipe, plan, dense, backend=load.sparse_backend(pipe), name="searched just now", warm_up=False)
+    report = compare(
+        pipe, plan, dense, backend=load.sparse_backend(pipe, plan), name="searched just now", warm_up=False
+    )
     files = write_report(out, report, dense)
 
     print(f"\n{report.table(clips=False)}\n")

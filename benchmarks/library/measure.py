@@ -17,7 +17,7 @@ from benchmarks.library.peers import PEERS, Inputs, Prepared, block_lists, canno
 from benchmarks.library.sampled import sampled_error, tolerance
 from diffsparse.entry import HeadEntry
 from diffsparse.kernels.api import sparse_attention
-from diffsparse.kernels.call import BACKENDS
+from diffsparse.kernels.backends import BACKENDS, last_resort
 from diffsparse.kernels.checks import check
 from diffsparse.kernels.clock import samples_ms, timing
 from diffsparse.kernels.dense import DENSE_KERNELS, cannot_run_dense, dense_attention
@@ -27,7 +27,7 @@ __all__ = ["OK", "TIMED_BACKENDS", "Executed", "Row", "bench_case", "describe", 
 
 OK = "ok"
 #: ``reference`` defines what is right and is not made for speed.
-TIMED_BACKENDS = tuple(name for name in BACKENDS if name != "reference")
+TIMED_BACKENDS = tuple(name for name in BACKENDS if name != last_resort().name)
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,8 @@ Importing this package registers the operator ``diffsparse::sparse_attention`` a
 """
 
 from diffsparse.kernels.api import available_backends, sparse_attention
-from diffsparse.kernels.backends import Backend, CallFacts, KernelBackend, register_backend
+from diffsparse.kernels.backends import BACKENDS, Backend, CallFacts, KernelBackend, register_backend
 from diffsparse.kernels.backends.reference.forward import reference_attention
-from diffsparse.kernels.call import BACKENDS
 from diffsparse.kernels.checks import check
 from diffsparse.kernels.merge import merge_attention
 from diffsparse.kernels.select import Selector, register_selector, select_blocks, selectors

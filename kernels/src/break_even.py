@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -122,15 +122,17 @@ def _read_cached(path: Path, changed: int) -> tuple[CostTable, ...]:
     return _read(path)
 
 
-def find_table(device: torch.device, head_dim: int) -> CostTable | None:
+def find_table(device: torch.device, head_dim: int, tails: Collection[str] = ()) -> CostTable | None:
     """The table for this device and the backend that ``"auto"`` takes on it, or None where none was measured.
+
+    ``tails``: those that heads have, for which ``"auto"`` may take another backend.
 
     One measured on this machine goes before one that is shipped, then the one of the nearest head_dim. One that was
     measured with another backend than runs now says nothing.
     """
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     probe = torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device)
-    backend, name = choose_backend("auto", probe), device_name(device)
+    backend, name = choose_backend("auto", probe, tails), device_name(device)
     for path in (local_file(name), _SHIPPED):
         if not path.is_file():
             continue
@@ -168,7 +170,8 @@ def measure_break_even(
     ratio: dict[str, list[tuple[float, ...]]] = {tail: [] for tail in TAILS}
     gather, dense_names = [], []
     sdpa = [name for name in DENSE_KERNELS if name.endswith("_sdpa")]
-    backend = choose_backend("auto", torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device))
+    every_tail = [tail for tail in TAILS if tail != "none"]
+    backend = choose_backend("auto", torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device), every_tail)
     for size in tokens:
         shape = (1, size, heads, head_dim)
         q, k, v = (torch.randn(*shape, generator=draw, device=device, dtype=dtype) for _ in range(3))

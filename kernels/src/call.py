@@ -13,10 +13,7 @@ from diffsparse.heads import NUMERICS, TAIL, HeadSpec
 from diffsparse.layout import BlockLayout
 from diffsparse.tokens import TokenLayout
 
-__all__ = ["BACKENDS", "AttentionCall", "key_mask_of", "make_call"]
-
-#: The backends of this package, best first; ``available_backends()`` has registered ones too.
-BACKENDS = ("gluon_sm90", "triton", "cpu", "reference")
+__all__ = ["AttentionCall", "key_mask_of", "make_call"]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import torch
 
-from diffsparse.kernels.backends import CallFacts, backend_names, candidates, find_backend
+from diffsparse.kernels.backends import CallFacts, backend_names, candidates, find_backend, last_resort
 from diffsparse.kernels.inputs import either, input_error, kv_len_error
 from diffsparse.layout import BlockLayout
 
@@ -19,8 +19,8 @@ __all__ = [
     "cannot_run",
     "check",
     "choose_backend",
-    "has_8_bits",
     "no_kernel",
+    "numerics_of",
     "possible_numerics",
 ]
 
@@ -54,12 +54,12 @@ def choose_backend(backend: str, q: torch.Tensor, tails: Collection[str] = ()) -
         if (reason := one.cannot_run(CallFacts.of(q, tails))) is None:
             return one.name
         _log_once(f"backend {one.name} passed over: {reason}")
-    raise AssertionError("the reference backend runs everything")
+    raise AssertionError("the last of them runs everything")
 
 
 def no_kernel(q: torch.Tensor, tails: Collection[str] = ()) -> str | None:
-    """Why ``"auto"`` has only the reference for such a call, which is slower than dense attention; else None."""
-    if choose_backend("auto", q, tails) != "reference":
+    """Why ``"auto"`` has only its last resort for such a call, which is slower than dense attention; else None."""
+    if choose_backend("auto", q, tails) != last_resort().name:
         return None
     facts = CallFacts.of(q, tails)
     tried = [one.cannot_run(facts) for one in candidates(q.device.type)]
@@ -69,10 +69,10 @@ def no_kernel(q: torch.Tensor, tails: Collection[str] = ()) -> str | None:
 def possible_numerics(backend: str, head_dim: int, wanted: tuple[str, ...]) -> tuple[str, ...]:
     """What heads' own numerics come to on a backend: where it has no 8 bits, the precision of q, k and v for all."""
     eight = [n for n in wanted if n != "auto"]
+    if not eight or set(eight) <= set(numerics_of(backend, head_dim)):
+        return wanted
     found = find_backend(backend)
     having = {} if found is None else found.numerics
-    if not eight or all(head_dim in having.get(n, ()) for n in eight):
-        return wanted
     if not all(having.get(n) for n in eight):
         why = f"the backend {backend} has no 8 bits"
     else:
@@ -81,14 +81,10 @@ def possible_numerics(backend: str, head_dim: int, wanted: tuple[str, ...]) -> t
     return ("auto",)
 
 
-def has_8_bits(device: torch.device, head_dim: int) -> bool:
-    """Whether heads of that size may run in 8 bits on a device."""
-    facts = CallFacts(device, torch.bfloat16, head_dim)
-    return any(
-        head_dim in dims and backend.cannot_run(facts) is None
-        for backend in candidates(device.type)
-        for dims in backend.numerics.values()
-    )
+def numerics_of(backend: str, head_dim: int) -> tuple[str, ...]:
+    """What a backend has beside the precision of q, k and v for heads of that size."""
+    found = find_backend(backend)
+    return () if found is None else tuple(name for name, dims in found.numerics.items() if head_dim in dims)
 
 
 def check(
@@ -111,7 +107,7 @@ def check(
     if reason is None:
         reason = kv_len_error(kv_len, layout.seq_len, layout.grid.text_before, layout.grid.num_visual)
     if reason is None and backend != "auto":
-        reason = cannot_run(backend, q, layout.heads.own_tails)
+        reason = cannot_run(backend, q, layout.heads.tails)
     if reason is not None and raise_error:
         raise ValueError(reason)
     return reason

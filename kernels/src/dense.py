@@ -19,10 +19,9 @@ import torch.nn.functional as F
 from diffsparse.entry import HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels.api import sparse_attention
-from diffsparse.kernels.call import BACKENDS
-from diffsparse.kernels.checks import cannot_run
+from diffsparse.kernels.backends import CallFacts, backend_names, candidates, find_backend, last_resort
 from diffsparse.kernels.clock import samples_ms, timing
-from diffsparse.kernels.inputs import input_error
+from diffsparse.kernels.inputs import either
 from diffsparse.layout import BlockLayout, build_layout
 
 __all__ = ["DENSE_KERNELS", "OWN_WAY", "DenseRace", "cannot_run_dense", "dense_attention", "dense_heads_", "race_dense"]
@@ -41,12 +40,8 @@ _PACKAGES = {
     "flash_attention_4": ("flash_attn.cute", "pip install --pre flash-attn-4"),
     "xformers": ("xformers.ops", "pip install xformers"),
 }
-#: The kernels of this package with every block kept, in the precision of q, k and v and in 8 bits: numerics, backend.
-_OWN = {
-    "diffsparse": ("auto", "auto"),
-    "diffsparse_int8": ("int8", "gluon_sm90"),
-    "diffsparse_fp8": ("fp8", "gluon_sm90"),
-}
+#: Backends of block-sparse attention with every block kept, registered ones too: the numerics that they run in.
+_OWN = {"diffsparse": "auto", "diffsparse_int8": "int8", "diffsparse_fp8": "fp8"}
 
 #: Every dense kernel that is known here.
 DENSE_KERNELS = (*_SDPA, *_PACKAGES, *_OWN)
@@ -94,16 +89,24 @@ def cannot_run_dense(name: str, q: torch.Tensor, masked: bool = False) -> str | 
         return None
     if masked:
         return "it masks text tokens only, which a dense call does not tell apart"
-    numerics, backend = _OWN[name]
-    on_cpu = q.device.type == "cpu"
-    usual = [found for found in BACKENDS if found != "reference" and (found == "cpu") == on_cpu]
-    backends = usual if backend == "auto" else [backend]
-    reasons = [cannot_run(backend, q) for backend in backends]
-    if None not in reasons:
-        return str(reasons[-1])
-    probe = _full_layout(1, 1, _OWN_BLOCK, "cpu")
-    tiny = torch.empty(1, 1, 1, q.shape[3], dtype=q.dtype)
-    return input_error(tiny, tiny, tiny, probe, numerics=numerics, backend=backend)
+    return _own_backend(_OWN[name], q)[1]
+
+
+def _own_backend(numerics: str, q: torch.Tensor) -> tuple[str, str | None]:
+    """The best backend that runs a dense call on tensors like ``q`` in these numerics, and why none does, or None."""
+    if numerics == "auto":
+        tried = [backend for backend in candidates(q.device.type) if backend is not last_resort()]
+    else:
+        known = [backend for name in backend_names() if (backend := find_backend(name)) is not None]
+        tried = [backend for backend in known if numerics in backend.numerics]
+    reason: str | None = f"no backend has numerics {numerics!r}"
+    for backend in tried:
+        reason = backend.cannot_run(CallFacts.of(q))
+        if reason is None and numerics != "auto" and q.shape[3] not in (dims := backend.numerics[numerics]):
+            reason = f"numerics {numerics!r} takes head_dim {either(dims)}, got {q.shape[3]}"
+        if reason is None:
+            return backend.name, None
+    return "", reason
 
 
 def dense_attention(
@@ -149,7 +152,8 @@ def _dense_op(
         out = _PACKAGE_CALLS[kernel](q, k, v, scale)
     else:
         layout = _full_layout(q.shape[1], q.shape[2], _OWN_BLOCK, str(q.device))
-        numerics, backend = _OWN[kernel]
+        numerics = _OWN[kernel]
+        backend, _ = _own_backend(numerics, q)
         return sparse_attention(q, k, v, layout, scale=scale, numerics=numerics, backend=backend)
     return out.contiguous()
 
@@ -315,7 +319,7 @@ def race_dense(
         ms[OWN_WAY] = timing(samples_ms(own, q.device, budget_ms, least=3)).ms
     for name in kernels:
         reason = cannot_run_dense(name, q, masked)
-        if reason is None and _OWN.get(name, ("auto", "auto"))[0] != "auto":
+        if reason is None and _OWN.get(name, "auto") != "auto":
             reason = "it multiplies in 8 bits, which changes the output, so it runs only where it is asked for by name"
         if reason is not None:
             excluded[name] = reason

@@ -13,7 +13,7 @@ from diffsparse.tokens import TokenLayout
 
 __all__ = ["as_operands", "from_operands"]
 
-#: Stands before the name of a tail that is not the library's own.
+#: Stands before the name of a tail.
 _TAIL = "tail:"
 
 
@@ -23,11 +23,9 @@ def as_operands(layout: BlockLayout) -> tuple[list[torch.Tensor], list[int], str
     tensors = [tokens.gather, tokens.scatter, tokens.block_start, tokens.head_order]
     tensors += [index.row_ptr, index.col_idx, heads.table]
     traits = list(heads.numerics)
-    if heads.has_tail:
-        traits.append("tail")
     if tokens.needs_gather:
         traits.append("gather")
-    traits += [f"{_TAIL}{name}" for name in heads.own_tails]
+    traits += [f"{_TAIL}{name}" for name in heads.tails]
     return tensors, [tokens.block_size, tokens.text_before, tokens.num_visual], ",".join(traits)
 
 
@@ -37,11 +35,11 @@ def from_operands(
     """The parts of the layout that :func:`as_operands` took apart."""
     gather, scatter, block_start, head_order, row_ptr, col_idx, table = tensors
     block_size, text_before, num_visual = cut
-    names = tuple(traits.split(","))
+    names = traits.split(",")
     tokens = TokenLayout(
         gather, scatter, block_start, head_order, block_size, text_before, num_visual, "gather" in names
     )
-    own_tails = tuple(name.removeprefix(_TAIL) for name in names if name.startswith(_TAIL))
-    numerics = tuple(name for name in names if name not in ("tail", "gather") and not name.startswith(_TAIL))
-    heads = HeadSpec(table, "tail" in names, numerics, own_tails)
+    tails = tuple(name.removeprefix(_TAIL) for name in names if name.startswith(_TAIL))
+    numerics = tuple(name for name in names if name != "gather" and not name.startswith(_TAIL))
+    heads = HeadSpec(table, numerics, tails)
     return tokens, BlockIndex(row_ptr, col_idx, tokens.num_blocks), heads

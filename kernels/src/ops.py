@@ -12,13 +12,11 @@ from typing import Any
 
 import torch
 
-from diffsparse.blocks import BlockIndex
 from diffsparse.kernels.backends import find_backend
 from diffsparse.kernels.call import AttentionCall, key_mask_of
 from diffsparse.kernels.checks import choose_backend, possible_numerics
 from diffsparse.kernels.inputs import kv_len_error
 from diffsparse.kernels.operands import from_operands
-from diffsparse.tokens import TokenLayout
 
 __all__ = ["sparse_attention_op"]
 
@@ -26,15 +24,6 @@ _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor[] layout, int[] cut, str traits, Tensor? kv_len, float scale, "
     "bool return_lse, str backend, str numerics) -> (Tensor, Tensor)"
 )
-
-
-def _lists(packed: BlockIndex, tokens: TokenLayout) -> BlockIndex:
-    """The lists of a packed index that serves all items, on a GPU without waiting for it."""
-    if packed.col_idx.is_cuda:
-        from diffsparse.kernels.backends.triton.unpack import unpack_lists
-
-        return replace(packed, col_idx=unpack_lists(packed, tokens))
-    return packed.unpacked(tokens)
 
 
 @torch.library.custom_op("diffsparse::sparse_attention", mutates_args=(), schema=_SCHEMA)
@@ -58,7 +47,7 @@ def sparse_attention_op(
     tokens, index, heads = from_operands(layout, cut, traits)
     if (reason := kv_len_error(kv_len, tokens.seq_len, tokens.text_before, tokens.num_visual)) is not None:
         raise ValueError(reason)
-    name = choose_backend(backend, q, heads.own_tails)
+    name = choose_backend(backend, q, heads.tails)
     call = AttentionCall(
         q=q,
         k=k,
@@ -73,15 +62,13 @@ def sparse_attention_op(
     )
     found = find_backend(name)
     assert found is not None  # choose_backend knows it
-    results = [found.run(_with_lists(one)) for one in call.by_lists()]
+    results = []
+    for one in call.by_lists():
+        if one.index.is_packed:
+            one = replace(one, index=found.lists(one.index, tokens), packed=one.index)
+        results.append(found.run(one))
     out, lse = results[0] if len(results) == 1 else (torch.cat(parts) for parts in zip(*results))
     return out, lse if return_lse else q.new_empty(0, dtype=torch.float32)
-
-
-def _with_lists(call: AttentionCall) -> AttentionCall:
-    if not call.index.is_packed:
-        return call
-    return replace(call, index=_lists(call.index, call.tokens), packed=call.index)
 
 
 @sparse_attention_op.register_fake

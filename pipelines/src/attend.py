@@ -76,7 +76,7 @@ def attend(layer: LayerState, request: Request) -> torch.Tensor:
         by, dense = state.dense.run(q, k, v, key_mask, scale, dense)
     reason = call.problem or reason  # what holds for the whole forward says more than its effect on one call
     if isinstance(layout, BlockLayout):
-        machine = state.machine(device, q.dtype, layout.heads.own_tails)
+        machine = state.machine(device, q.dtype, layout.heads.tails)
         if reason is None:
             # These may be other tensors than the model's parameters, for which there is a kernel.
             reason = machine.without_kernel or misfit(layout, q, k, v, key_mask)

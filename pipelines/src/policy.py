@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from diffsparse.entry import HeadEntry
+from diffsparse.entry import NUMERICS, HeadEntry
+from diffsparse.kernels.backends import last_resort
 from diffsparse.kernels.break_even import find_table
-from diffsparse.kernels.checks import choose_backend, has_8_bits, no_kernel
+from diffsparse.kernels.checks import choose_backend, no_kernel, numerics_of
 from diffsparse.kernels.costs import CostTable, mean_of
 from diffsparse.kernels.inputs import input_error, kv_len_error
 from diffsparse.layout import BlockLayout
@@ -32,6 +33,8 @@ NOT_IN_PLAN = "dense layer of the plan"
 DENSE_ENTRIES = "all heads are dense in the plan"
 FULL = "every block is kept on this grid"
 SLOWER = "dense attention is faster here, by the break-even table"
+
+_NO_KERNEL = "no kernel for these tensors ({why}); backend={backend!r} runs all the same"
 
 # The call is another one than plain self-attention in inference.
 CAUSAL = "causal attention"
@@ -69,30 +72,32 @@ class Machine:
     """What kernels can do for tensors of one kind.
 
     kernel: the backend that runs them. without_kernel: why they run dense under ``"auto"``, or None. table: what was
-    measured of sparse over dense time, asked under ``"auto"`` alone. has_8_bits: heads may run in 8 bits.
+    measured of sparse over dense time, asked under ``"auto"`` alone. numerics: what the backend has beside ``auto``,
+    which is 8 bits.
     """
 
     kernel: str
     without_kernel: str | None
     table: CostTable | None
-    has_8_bits: bool
+    numerics: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "table": None if self.table is None else self.table.to_dict()}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Machine:
-        return cls(**{**data, "table": None if data["table"] is None else CostTable.from_dict(data["table"])})
+        table = None if data["table"] is None else CostTable.from_dict(data["table"])
+        return cls(**{**data, "table": table, "numerics": tuple(data["numerics"])})
 
 
 #: One that runs whatever a plan says: for what a plan asks for, wherever it runs.
-ANY_MACHINE = Machine(kernel="any", without_kernel=None, table=None, has_8_bits=True)
+ANY_MACHINE = Machine(kernel="any", without_kernel=None, table=None, numerics=tuple(n for n in NUMERICS if n != "auto"))
 
 
 def machine_for(
     backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, tails: Collection[str] = ()
 ) -> Machine:
-    """What kernels can do. ``tails``: those of a layer's heads that are not the library's own (``HeadSpec.own_tails``).
+    """What kernels can do. ``tails``: those that heads of a layer have (``HeadSpec.tails``).
 
     Raises ValueError, with the reason, for a backend that is asked for by name and cannot run such tensors.
     """
@@ -101,9 +106,9 @@ def machine_for(
     why = no_kernel(probe, tails) if auto else None
     return Machine(
         kernel=kernel,
-        without_kernel=f"no kernel for these tensors ({why}); backend='reference' runs all the same" if why else None,
-        table=find_table(device, head_dim) if auto and why is None else None,
-        has_8_bits=backend in ("auto", "gluon_sm90") and has_8_bits(device, head_dim),
+        without_kernel=None if why is None else _NO_KERNEL.format(why=why, backend=last_resort().name),
+        table=find_table(device, head_dim, tails) if auto and why is None else None,
+        numerics=numerics_of(kernel, head_dim),
     )
 
 
@@ -153,7 +158,8 @@ def judge_layer(
     if machine.without_kernel is not None:
         return LayerVerdict(machine.without_kernel, 1.0, 1.0)
     # Heads in 8 bits are faster than dense attention with every block kept, too.
-    in_8_bits = machine.has_8_bits and any(head.numerics != "auto" for head in heads)
+    eight = {head.numerics for head in heads} - {"auto"}
+    in_8_bits = bool(eight) and eight <= set(machine.numerics)
     if min(head.density for head in heads) >= 1 and not in_8_bits:
         return LayerVerdict(FULL, 1.0, 1.0)
     time = machine.table.over_dense(heads, tokens) if machine.table is not None else None

@@ -280,7 +280,7 @@ class ModelState:
         packed = _is_packed(device, grid, len(entries), self.plan.block_size)
         layout = build_layout(grid, entries, self.plan.block_size, packed=packed)
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        machine = self.machine(device, dtype, layout.heads.own_tails)
+        machine = self.machine(device, dtype, layout.heads.tails)
         found = judge_layer(work_of(layout), layout.seq_len, machine)
         if found.reason == SLOWER and machine.table is not None:
             self.log(

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from diffsparse.entry import NUMERICS
+from diffsparse.entry import NUMERICS, TAILS
 from diffsparse.layout import BlockLayout
 from diffsparse.plan import SparsityPlan
 
@@ -24,14 +24,18 @@ def alike(layout: BlockLayout, plan: SparsityPlan) -> BlockLayout:
     if layout.tokens.gather.shape[0] == 1:
         # A size of 1 is a constant even where the axis may vary; no head points at the second row.
         orders = {name: getattr(layout.tokens, name).repeat(2, 1) for name in _VARYING_TOKENS}
+    # A registered tail decides which backend runs a layer, so layers that have one are by themselves.
+    tails = set(layout.heads.tails)
+    if tails <= set(TAILS):
+        tails = plan.tails & set(TAILS)
     needs_gather = any(not entry.order.is_raster for entry in plan.entries)
     return replace(
         layout,
         tokens=replace(layout.tokens, needs_gather=needs_gather, **orders),
         heads=replace(
             layout.heads,
-            has_tail=any(entry.execution.tail != "none" for entry in plan.entries),
             numerics=tuple(n for n in NUMERICS if any(entry.execution.numerics == n for entry in plan.entries)),
+            tails=tuple(sorted(tails)),
         ),
     )
 

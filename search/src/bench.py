@@ -11,7 +11,8 @@ import torch
 
 from diffsparse.entry import TAILS, Execution, HeadEntry
 from diffsparse.grid import TokenGrid
-from diffsparse.kernels import BACKENDS, sparse_attention
+from diffsparse.kernels import sparse_attention
+from diffsparse.kernels.backends import backend_names, last_resort
 from diffsparse.kernels.checks import cannot_run
 from diffsparse.layout import build_layout
 from diffsparse.search.columns import fold, text_table
@@ -20,9 +21,6 @@ from diffsparse.search.errors import BadInput
 from diffsparse.tokens import BLOCK_SIZES
 
 __all__ = ["bench_kernels", "bench_table", "parse_densities"]
-
-#: ``reference`` defines what is right and is not made for speed.
-SLOW = ("reference",)
 
 
 def parse_densities(text: str) -> list[float]:
@@ -91,7 +89,9 @@ def bench_kernels(
     rng = np.random.default_rng(seed)
     entries = [HeadEntry(execution=Execution(tail=tail))] * heads
     blocks = math.ceil(grid.seq_len / block_size)
-    backends = {name: cannot_run(name, q) for name in BACKENDS if name not in SLOW}
+    # The last resort says what is right and is not made for speed.
+    timed = [name for name in backend_names() if name != last_resort().name]
+    backends = {name: cannot_run(name, q, {tail} - {"none"}) for name in timed}
     rows = []
     for density in densities:
         masks = [rng.random((blocks, blocks)) < density for _ in range(heads)]

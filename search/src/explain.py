@@ -303,8 +303,7 @@ def explain(
     heads = architecture.heads if architecture is not None else plan.index.shape[2]
     head_dim = architecture.head_dim if architecture is not None else USUAL_HEAD_DIM
     try:
-        own_tails = {entry.execution.tail for entry in plan.entries} - set(TAILS)
-        machine = machine_for(backend, device, dtype, head_dim, own_tails)
+        machine = machine_for(backend, device, dtype, head_dim, plan.tails)
     except ValueError as error:
         raise BadInput(f"--backend {backend}: {error}; see `diffsparse env`") from None
     family = _family(architecture, model_class)

@@ -121,8 +121,8 @@ def check_backend(name: str) -> None:
 # -- models ------------------------------------------------------------------------------------------------------------
 
 
-def sparse_backend(pipe: Any) -> str:
-    """The backend that ``"auto"`` takes for this pipeline, by name.
+def sparse_backend(pipe: Any, plan: SparsityPlan) -> str:
+    """The backend that ``"auto"`` takes for this pipeline and all tails of a plan, by name.
 
     Asked for by name it runs every plan sparse, also where a break-even table says that dense attention is faster and
     ``"auto"`` would leave the layers dense. That is for looking at what a plan does to the output.
@@ -135,7 +135,7 @@ def sparse_backend(pipe: Any) -> str:
     transformer: Any = next(iter(find_transformers(pipe).values()))
     head_dim = architecture_of(transformer).head_dim
     device = getattr(pipe, "_execution_device", pipe.device)
-    return choose_backend("auto", torch.empty(1, 1, 1, head_dim, dtype=transformer.dtype, device=device))
+    return choose_backend("auto", torch.empty(1, 1, 1, head_dim, dtype=transformer.dtype, device=device), plan.tails)
 
 
 def model_class(pipe: Any) -> str:

@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 
+from diffsparse.blocks import BlockIndex
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels import (
     BACKENDS,
@@ -16,13 +17,17 @@ from diffsparse.kernels import (
     available_backends,
     check,
     checks,
+    dense,
     register_backend,
     sparse_attention,
 )
 from diffsparse.kernels.backends import candidates, find_backend, registry
 from diffsparse.kernels.backends.reference.forward import run as run_reference
 from diffsparse.kernels.call import AttentionCall
+from diffsparse.layout import build_layout
+from diffsparse.tokens import TokenLayout
 from tests.kernels.cases import head, inputs, random_layout
+from tests.tolerance import ATTENTION, assert_near
 
 GRID = TokenGrid(2, 8, 8)
 
@@ -121,9 +126,64 @@ def test_numerics_are_those_that_some_backend_has() -> None:
     assert check(q, k, v, layout, numerics="fp8", backend="eight") == (
         "numerics 'fp8' needs backend='gluon_sm90', got 'eight'"
     )
-    assert checks.has_8_bits(torch.device("cpu"), 32) is False, "it takes no 16 bits"
+    assert checks.numerics_of("eight", 32) == ("int8",)
+    assert checks.numerics_of("eight", 64) == checks.numerics_of("cpu", 32) == ()
     assert checks.possible_numerics("eight", 32, ("auto", "int8")) == ("auto", "int8")
     assert checks.possible_numerics("eight", 64, ("auto", "int8")) == ("auto",)
+
+
+def test_a_backend_that_does_not_know_a_tail_is_passed_over_or_says_so() -> None:
+    """The library's own tails too: it would leave out what they stand for."""
+    backend = Mine()
+    register_backend(backend)
+    q, k, v = inputs(GRID, 2, 32)
+    layout = random_layout(GRID, [head(tail="mean"), head(tail="moments")], 64, 0.5)
+    message = "the mine backend does not know the tail 'moments'; it has mean"
+    assert check(q, k, v, layout, backend="mine") == message
+    with pytest.raises(ValueError, match=message):
+        sparse_attention(q, k, v, layout, backend="mine")
+    assert torch.equal(sparse_attention(q, k, v, layout), sparse_attention(q, k, v, layout, backend="cpu"))
+    assert not backend.ran
+
+
+def test_a_backend_makes_the_lists_of_packed_layouts_in_its_own_way() -> None:
+    made = []
+
+    class Own(Mine):
+        def lists(self, packed: BlockIndex, tokens: TokenLayout) -> BlockIndex:
+            made.append(packed.is_packed)
+            return super().lists(packed, tokens)
+
+    backend = Own()
+    register_backend(backend)
+    entries = [head(), head(tail="mean")]
+    q, k, v = inputs(GRID, 2, 32, batch=2)
+    layout = build_layout(GRID, entries, 64, packed=True)
+    want = sparse_attention(q, k, v, build_layout(GRID, entries, 64), backend="reference")
+    assert torch.equal(sparse_attention(q, k, v, layout, backend="mine"), want)
+    assert made == [True] and backend.ran == 1
+
+
+def test_dense_attention_asks_registered_backends() -> None:
+    class Eight(Mine):
+        numerics = {"int8": (32,)}
+
+        def run(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+            seen.append(call.numerics)
+            return super().run(call)
+
+    seen: list[str] = []
+    q, k, v = inputs(GRID, 2, 32)
+    assert dense.cannot_run_dense("diffsparse_int8", q) is not None
+    register_backend(Eight())
+    want = dense.dense_attention(q, k, v, kernel="flash_sdpa")
+    for kernel in ("diffsparse", "diffsparse_int8"):
+        assert dense.cannot_run_dense(kernel, q) is None
+        assert_near(dense.dense_attention(q, k, v, kernel=kernel), want, ATTENTION)
+    assert seen == ["auto", "int8"]
+    wide = torch.empty(1, 8, 1, 64)
+    assert dense.cannot_run_dense("diffsparse", wide) is None
+    assert dense.cannot_run_dense("diffsparse_int8", wide) is not None
 
 
 def test_what_is_no_backend_is_refused() -> None:
@@ -132,7 +192,7 @@ def test_what_is_no_backend_is_refused() -> None:
         tails = head_dims = None
         devices = ()
 
-    with pytest.raises(TypeError, match="NoRun is not a backend: it lacks cannot_run, numerics, run"):
+    with pytest.raises(TypeError, match="NoRun is not a backend: it lacks cannot_run, lists, numerics, run"):
         register_backend(NoRun())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="there is a backend 'cpu' already"):
         cpu = Mine()

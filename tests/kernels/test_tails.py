@@ -109,7 +109,7 @@ def test_numbers_of_tails_stay() -> None:
     register_tail(Same(), replace=True)
     assert tail_code("same") == 4
     layout = build_layout(GRID, [head(tail="same"), head(tail="mean")])
-    assert layout.heads.own_tails == ("same",)
+    assert layout.heads.tails == ("mean", "same")
 
 
 def test_what_was_not_measured_counts_as_the_next_costlier() -> None:

@@ -11,9 +11,13 @@ import torch
 
 from diffsparse.entry import Execution, HeadEntry
 from diffsparse.grid import TokenGrid
+from diffsparse.kernels import KernelBackend, register_backend
+from diffsparse.kernels.backends import registry
+from diffsparse.kernels.backends.reference.forward import run as run_reference
 from diffsparse.kernels.break_even import device_name, save_local
+from diffsparse.kernels.call import AttentionCall
 from diffsparse.patterns import Band
-from diffsparse.pipelines import architecture_of, policy, sparse_attention, sparse_attention_summary
+from diffsparse.pipelines import architecture_of, sparse_attention, sparse_attention_summary
 from diffsparse.pipelines.policy import FULL, SLOWER
 from diffsparse.plan import SparsityPlan
 from diffsparse.presets import preset
@@ -73,13 +77,26 @@ def test_each_layer_by_its_own_density() -> None:
     assert found.layers[0].dense_reasons == {SLOWER: 1}
 
 
+class Eight(KernelBackend):
+    """Says that it has 8 bits."""
+
+    name = "eight"
+    devices = ("cpu",)
+    numerics = {"int8": (16,)}
+
+    def run(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+        return run_reference(call)
+
+
 def test_all_blocks_in_8_bits_are_more_than_dense_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there are 8 bits; elsewhere it would be the same as dense attention, and slower."""
     entry = HeadEntry(pattern=Band(1.0), execution=Execution(numerics="int8"))
     plan = SparsityPlan.uniform(entry)
     assert summary(wan(), plan)[1].dense_reasons == {FULL: 2}
-    monkeypatch.setattr(policy, "has_8_bits", lambda device, head_dim: True)
+    monkeypatch.setattr(registry, "_BACKENDS", dict(registry._BACKENDS))
+    register_backend(Eight())
     assert summary(wan(), plan)[1].sparse_calls == 2
+    assert summary(wan(), plan, backend="eight")[1].sparse_calls == 2
     assert summary(wan(), plan, backend="cpu")[1].dense_reasons == {FULL: 2}
     assert summary(wan(), plan.with_numerics("auto"))[1].dense_reasons == {FULL: 2}
 

@@ -46,7 +46,7 @@ def test_work_is_the_same_from_entries_and_from_block_lists(grid: TokenGrid, blo
         assert (one.tail, one.gathered, one.skipped, one.numerics) == (
             other.tail, other.gathered, other.skipped, other.numerics,
         )  # fmt: skip
-    machine = Machine("cpu", None, table(0.3, 1.4), has_8_bits=False)
+    machine = Machine("cpu", None, table(0.3, 1.4))
     assert judge_layer(built, grid.seq_len, machine).time == pytest.approx(
         judge_layer(told, grid.seq_len, machine).time
     )
@@ -56,16 +56,17 @@ def test_a_layers_verdict() -> None:
     grid = TokenGrid(3, 12, 12)
     sparse = [head_work(ENTRIES[0], grid, 64)]
     full = [head_work(HeadEntry(pattern=Band(1.0), execution=Execution(numerics="int8")), grid, 64)]
-    plain = Machine("cpu", None, None, has_8_bits=False)
+    plain = Machine("cpu", None, None)
     found = judge_layer(sparse, grid.seq_len, plain)
     assert (found.reason, found.time) == (None, None) and found.density == pytest.approx(sparse[0].density)
     assert judge_layer(full, grid.seq_len, plain).reason == policy.FULL
-    assert judge_layer(full, grid.seq_len, Machine("gluon_sm90", None, None, has_8_bits=True)).reason is None
-    slow = judge_layer(sparse, grid.seq_len, Machine("cpu", None, table(1.1, 1.2), has_8_bits=False))
+    assert judge_layer(full, grid.seq_len, Machine("gluon_sm90", None, None, ("int8",))).reason is None
+    assert judge_layer(full, grid.seq_len, Machine("gluon_sm90", None, None, ("fp8",))).reason == policy.FULL
+    slow = judge_layer(sparse, grid.seq_len, Machine("cpu", None, table(1.1, 1.2)))
     assert (slow.reason, slow.density, slow.time) == (policy.SLOWER, 1.0, 1.0)
-    fast = judge_layer(sparse, grid.seq_len, Machine("cpu", None, table(0.3, 0.9), has_8_bits=False))
+    fast = judge_layer(sparse, grid.seq_len, Machine("cpu", None, table(0.3, 0.9)))
     assert fast.reason is None and fast.time is not None and 0.3 <= fast.time < 0.9
-    nothing = judge_layer(sparse, grid.seq_len, Machine("reference", "no kernel", table(0.3, 0.9), has_8_bits=False))
+    nothing = judge_layer(sparse, grid.seq_len, Machine("reference", "no kernel", table(0.3, 0.9)))
     assert nothing.reason == "no kernel"
 
 

@@ -33,7 +33,7 @@ def machine(**ratio: tuple[float, float]) -> Machine:
     """One whose kernels take these shares of dense attention with each tail: of few blocks, and of all of them."""
     rows = {tail: (ratio.get(tail, ratio["others"]),) for tail in TAILS}
     known = replace(table(1.0), heads=2, densities=(0.9, 1.0), ratio=rows)
-    return Machine("cpu", None, known, has_8_bits=False)
+    return Machine("cpu", None, known)
 
 
 def pricing(where: Machine, grid: TokenGrid = GRID, **config: Any) -> Pricing:
@@ -125,7 +125,7 @@ def test_what_never_runs_sparse_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(Scores, "silent", None)  # a head that is left out at no loss makes its layer faster
     with pytest.raises(BadInput, match=rf"no cheaper than dense attention \({SLOWER}\); ask for"):
         found(machine=machine(others=(1.1, 1.2)), density=None, budget=0.5)
-    without = Machine("reference", "no kernel for these tensors", None, has_8_bits=False)
+    without = Machine("reference", "no kernel for these tensors", None)
     with pytest.raises(BadInput, match=r"no cheaper than dense attention \(no kernel for these tensors\); ask for"):
         found(machine=without, density=None, budget=0.5)
 

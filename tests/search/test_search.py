@@ -196,8 +196,8 @@ def test_plans_are_validated_sparse_where_auto_would_stay_dense(
     save_local(table(9.0))
     plan = search(pipe, tmp_path / "plan", validation_prompts=1)
     assert plan.record["quality"]["psnr_mean"] < 100
-    assert sparse_backend(pipe) == "cpu"
-    for backend, sparse in (("auto", False), (sparse_backend(pipe), True)):
+    assert sparse_backend(pipe, plan) == "cpu"
+    for backend, sparse in (("auto", False), (sparse_backend(pipe, plan), True)):
         with attached(pipe, plan, backend=backend):
             generate_clip(pipe, PROMPTS[0], 0, SETTINGS)
             assert bool(sparse_attention_summary(pipe).transformers["transformer"].sparse_calls) == sparse

@@ -5,14 +5,23 @@ backend's folder imports its kernels only when it runs, so that importing this p
 """
 
 from diffsparse.kernels.backends.protocol import Backend, CallFacts, KernelBackend
-from diffsparse.kernels.backends.registry import backend_names, candidates, find_backend, register_backend
+from diffsparse.kernels.backends.registry import (
+    BACKENDS,
+    backend_names,
+    candidates,
+    find_backend,
+    last_resort,
+    register_backend,
+)
 
 __all__ = [
+    "BACKENDS",
     "Backend",
     "CallFacts",
     "KernelBackend",
     "backend_names",
     "candidates",
     "find_backend",
+    "last_resort",
     "register_backend",
 ]

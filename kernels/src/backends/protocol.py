@@ -8,8 +8,10 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
+from diffsparse.blocks import BlockIndex
 from diffsparse.entry import TAILS
 from diffsparse.kernels.call import AttentionCall
+from diffsparse.tokens import TokenLayout
 
 __all__ = ["Backend", "CallFacts", "KernelBackend"]
 
@@ -68,6 +70,10 @@ class Backend(Protocol):
         """Why it cannot run such a call (None: any call on this machine), in one line; None where it can."""
         ...
 
+    def lists(self, packed: BlockIndex, tokens: TokenLayout) -> BlockIndex:
+        """The lists of a packed index that serves all items of a batch: :meth:`run` gets them, not the bits."""
+        ...
+
     def run(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
         """The output ``[batch, seq, heads, head_dim]`` in q's dtype and the model's order of tokens, and the
         log-sum-exp fp32 ``[batch, seq, heads]``, which may be empty unless the call asks for it."""
@@ -106,6 +112,10 @@ class KernelBackend:
             known = ", ".join(tail for tail in self.tails if tail != "none")
             return f"the {self.name} backend does not know the tail {unknown[0]!r}; it has {known or 'none'}"
         return None
+
+    def lists(self, packed: BlockIndex, tokens: TokenLayout) -> BlockIndex:
+        """As :meth:`Backend.lists`, by torch's operators. On a GPU it waits for the lists' lengths."""
+        return packed.unpacked(tokens)
 
     def run(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
         """As :meth:`Backend.run`."""

@@ -10,10 +10,13 @@ from diffsparse.kernels.backends.protocol import Backend
 from diffsparse.kernels.backends.reference import REFERENCE
 from diffsparse.kernels.backends.triton import TRITON
 
-__all__ = ["backend_names", "candidates", "find_backend", "register_backend"]
+__all__ = ["BACKENDS", "backend_names", "candidates", "find_backend", "last_resort", "register_backend"]
 
 #: Best first: the order in which ``backend="auto"`` tries them.
 _BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (GLUON_SM90, TRITON, CPU, REFERENCE)}
+
+#: The backends of this package, best first; ``available_backends()`` has registered ones too.
+BACKENDS = tuple(_BACKENDS)
 
 
 def register_backend(backend: Backend, *, replace: bool = False) -> None:
@@ -47,6 +50,11 @@ def find_backend(name: str) -> Backend | None:
     return _BACKENDS.get(name)
 
 
+def last_resort() -> Backend:
+    """The backend that runs every call, and says what is right. It is slower than dense attention."""
+    return _BACKENDS[REFERENCE.name]
+
+
 def candidates(device_type: str) -> Iterator[Backend]:
     """What ``backend="auto"`` tries on a device, best first, the one that runs everything last.
 
@@ -55,4 +63,4 @@ def candidates(device_type: str) -> Iterator[Backend]:
     listed = {kind for backend in _BACKENDS.values() for kind in backend.devices}
     kind = device_type if device_type in listed else "cuda"
     yield from (backend for backend in list(_BACKENDS.values()) if kind in backend.devices)
-    yield _BACKENDS[REFERENCE.name]
+    yield last_resort()

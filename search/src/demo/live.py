@@ -75,7 +75,7 @@ def _generate(
     pipe: Any, plan: SparsityPlan | None, prompt: str, seed: int, settings: GenerationSettings, watch: _Watch
 ) -> Made:
     # By name, for this is for seeing what a plan does: a small model on a GPU would stay dense under "auto".
-    attached = nullcontext() if plan is None else sparse_attention(pipe, plan, backend=sparse_backend(pipe))
+    attached = nullcontext() if plan is None else sparse_attention(pipe, plan, backend=sparse_backend(pipe, plan))
     with attached:
         clip = generate_clip(pipe, prompt, seed, settings, on_step=watch)
         summary = sparse_attention_summary(pipe) if plan is not None else None

@@ -28,7 +28,6 @@ def validate(work: Workspace, candidates: list[Candidate]) -> tuple[Candidate, d
     # Where every prompt was traced, another seed is the best there is.
     cases = (cases or [(work.prompts[0], config.seed + 1000)])[: config.validation_prompts]
     keys = [plan_digest(candidate.plan) for candidate in candidates]
-    backend = sparse_backend(work.pipe)
     with work.bar(len(cases) * (1 + len(candidates)), "validate") as bar:
         for i, (prompt, seed) in enumerate(cases):
             if all(work.validation(i, key) is not None for key in keys):
@@ -37,7 +36,7 @@ def validate(work: Workspace, candidates: list[Candidate]) -> tuple[Candidate, d
             dense = generate_clip(work.pipe, prompt, seed, settings)
             bar.update()
             for key, candidate in zip(keys, candidates, strict=True):
-                with attached(work.pipe, candidate.plan, backend=backend):
+                with attached(work.pipe, candidate.plan, backend=sparse_backend(work.pipe, candidate.plan)):
                     clip = generate_clip(work.pipe, prompt, seed, settings)
                 psnr = metrics.psnr(clip.frames, dense.frames)
                 work.put_validation(i, key, psnr, dense.loop_seconds / clip.loop_seconds)

@@ -8,9 +8,11 @@ from functools import lru_cache
 
 import torch
 
+from diffsparse.blocks import BlockIndex
 from diffsparse.kernels.backends.protocol import KernelBackend
-from diffsparse.kernels.backends.triton import not_installed
+from diffsparse.kernels.backends.triton import lists_of, not_installed
 from diffsparse.kernels.call import AttentionCall
+from diffsparse.tokens import TokenLayout
 
 __all__ = ["GLUON_SM90"]
 
@@ -42,6 +44,9 @@ class _GluonSm90(KernelBackend):
         if capability != (9, 0):
             return f"gluon_sm90 needs a GPU of compute capability 9.0, got {capability[0]}.{capability[1]}"
         return None
+
+    def lists(self, packed: BlockIndex, tokens: TokenLayout) -> BlockIndex:
+        return lists_of(packed, tokens)
 
     def run(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
         from diffsparse.kernels.backends.gluon_sm90.host import run

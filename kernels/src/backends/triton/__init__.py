@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
 
+from diffsparse.blocks import BlockIndex
 from diffsparse.kernels.backends.protocol import KernelBackend
 from diffsparse.kernels.call import AttentionCall
+from diffsparse.tokens import TokenLayout
 
-__all__ = ["TRITON", "interpreting", "not_installed"]
+__all__ = ["TRITON", "interpreting", "lists_of", "not_installed"]
 
 
 def interpreting() -> bool:
@@ -26,6 +29,15 @@ def not_installed() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
     return None
+
+
+def lists_of(packed: BlockIndex, tokens: TokenLayout) -> BlockIndex:
+    """The lists of a packed index that serves all items, on a GPU without waiting for it."""
+    if not packed.col_idx.is_cuda:
+        return packed.unpacked(tokens)
+    from diffsparse.kernels.backends.triton.unpack import unpack_lists
+
+    return replace(packed, col_idx=unpack_lists(packed, tokens))
 
 
 class _Triton(KernelBackend):
@@ -45,6 +57,9 @@ class _Triton(KernelBackend):
                 "the triton backend runs tensors on a GPU, got cpu (TRITON_INTERPRET=1 runs it in Triton's interpreter)"
             )
         return None
+
+    def lists(self, packed: BlockIndex, tokens: TokenLayout) -> BlockIndex:
+        return lists_of(packed, tokens)
 
     def run(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
         from diffsparse.kernels.backends.triton.host import run
