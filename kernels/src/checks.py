@@ -50,8 +50,9 @@ def choose_backend(backend: str, q: torch.Tensor, tails: Collection[str] = ()) -
         if (reason := cannot_run(backend, q, tails)) is not None:
             raise ValueError(reason)
         return backend
+    facts = CallFacts.of(q, tails)
     for one in candidates(q.device.type):
-        if (reason := one.cannot_run(CallFacts.of(q, tails))) is None:
+        if (reason := one.cannot_run(facts)) is None:
             return one.name
         _log_once(f"backend {one.name} passed over: {reason}")
     raise AssertionError("the last of them runs everything")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 
@@ -29,17 +30,22 @@ def as_operands(layout: BlockLayout) -> tuple[list[torch.Tensor], list[int], str
     return tensors, [tokens.block_size, tokens.text_before, tokens.num_visual], ",".join(traits)
 
 
+@lru_cache(maxsize=64)
+def _read(traits: str) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
+    """Numerics, tails, and whether any order has to be gathered. Kept, since every call of a plan has the same few."""
+    names = traits.split(",")
+    tails = tuple(name.removeprefix(_TAIL) for name in names if name.startswith(_TAIL))
+    numerics = tuple(name for name in names if name != "gather" and not name.startswith(_TAIL))
+    return numerics, tails, "gather" in names
+
+
 def from_operands(
     tensors: Sequence[torch.Tensor], cut: Sequence[int], traits: str
 ) -> tuple[TokenLayout, BlockIndex, HeadSpec]:
     """The parts of the layout that :func:`as_operands` took apart."""
     gather, scatter, block_start, head_order, row_ptr, col_idx, table = tensors
     block_size, text_before, num_visual = cut
-    names = traits.split(",")
-    tokens = TokenLayout(
-        gather, scatter, block_start, head_order, block_size, text_before, num_visual, "gather" in names
-    )
-    tails = tuple(name.removeprefix(_TAIL) for name in names if name.startswith(_TAIL))
-    numerics = tuple(name for name in names if name != "gather" and not name.startswith(_TAIL))
+    numerics, tails, needs_gather = _read(traits)
+    tokens = TokenLayout(gather, scatter, block_start, head_order, block_size, text_before, num_visual, needs_gather)
     heads = HeadSpec(table, numerics, tails)
     return tokens, BlockIndex(row_ptr, col_idx, tokens.num_blocks), heads

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from diffsparse.kernels.backends import find_backend, unknown_tail
 from diffsparse.kernels.checks import cannot_run
 from diffsparse.pipelines.dense import DENSE_BACKENDS
 from diffsparse.pipelines.family import architecture_of, find_transformers
@@ -66,7 +67,8 @@ def enable_sparse_attention(
         RuntimeError: already enabled; disable first.
         UnsupportedModelError: no known transformer.
         PlanError: the plan cannot be read, or is for another architecture.
-        ValueError: an unknown backend or dense_backend, or a component that is not a transformer.
+        ValueError: an unknown backend or dense_backend, a backend that does not know a tail of the plan, or a component
+            that is not a transformer.
     """
     transformers = find_transformers(pipe_or_transformer)
     pipe = None if isinstance(pipe_or_transformer, torch.nn.Module) else pipe_or_transformer
@@ -82,6 +84,9 @@ def enable_sparse_attention(
     states: dict[str, ModelState] = {}
     for name, (chosen, source) in resolve_plans(pipe, transformers, plan).items():
         architecture = architecture_of(transformers[name])
+        asked = find_backend(backend)
+        if asked is not None and (reason := unknown_tail(asked, chosen.tails)) is not None:
+            raise ValueError(f"the plan of {name} cannot run: {reason}. backend='auto' takes one that does, by layer")
         states[name] = ModelState(
             transformers[name],
             component=name,

@@ -18,7 +18,8 @@ from diffsparse.kernels.break_even import save_local
 from diffsparse.kernels.call import AttentionCall
 from diffsparse.order import TileOrder
 from diffsparse.patterns import Window
-from diffsparse.pipelines import sparse_attention, sparse_attention_summary
+from diffsparse.pipelines import enable_sparse_attention, sparse_attention, sparse_attention_summary
+from diffsparse.pipelines.hooks import is_attached
 from diffsparse.pipelines.policy import SLOWER, machine_for
 from diffsparse.pipelines.uniform import alike
 from diffsparse.plan import SparsityPlan
@@ -87,6 +88,16 @@ def test_each_layer_runs_on_the_backend_that_has_its_tail() -> None:
         run(model, inputs)
         found = sparse_attention_summary(model).transformers["transformer"]
     assert [layer.backends for layer in found.layers] == [{"cpu": 1}, {"knows": 1}]
+
+
+def test_a_backend_by_name_is_refused_where_it_lacks_a_tail() -> None:
+    model = wan()
+    with pytest.raises(ValueError, match="transformer cannot run: the cpu backend does not know the tail 'same'"):
+        enable_sparse_attention(model, plan_of("mean", "same"), backend="cpu")
+    assert not is_attached(model)
+    enable_sparse_attention(model, plan_of("none", "same"), backend="knows")
+    run(model, wan_inputs(3, 7, 9))
+    assert sparse_attention_summary(model).transformers["transformer"].sparse_calls == 2
 
 
 def test_a_table_of_another_backend_says_nothing_of_the_layer() -> None:

@@ -4,7 +4,7 @@
 backend's folder imports its kernels only when it runs, so that importing this package loads no optional dependency.
 """
 
-from diffsparse.kernels.backends.protocol import Backend, CallFacts, KernelBackend
+from diffsparse.kernels.backends.protocol import Backend, CallFacts, KernelBackend, unknown_tail
 from diffsparse.kernels.backends.registry import (
     BACKENDS,
     backend_names,
@@ -24,4 +24,5 @@ __all__ = [
     "find_backend",
     "last_resort",
     "register_backend",
+    "unknown_tail",
 ]

@@ -13,7 +13,7 @@ from diffsparse.entry import TAILS
 from diffsparse.kernels.call import AttentionCall
 from diffsparse.tokens import TokenLayout
 
-__all__ = ["Backend", "CallFacts", "KernelBackend"]
+__all__ = ["Backend", "CallFacts", "KernelBackend", "unknown_tail"]
 
 _HALF = (torch.float16, torch.bfloat16)
 _FLOATS = (torch.float32, *_HALF)
@@ -80,6 +80,16 @@ class Backend(Protocol):
         ...
 
 
+def unknown_tail(backend: Backend, tails: Collection[str]) -> str | None:
+    """What a backend says of the first of these tails that it does not know, or None."""
+    known = backend.tails
+    unknown = [tail for tail in tails if tail not in known] if known is not None else []
+    if known is None or not unknown:
+        return None
+    having = ", ".join(tail for tail in known if tail != "none")
+    return f"the {backend.name} backend does not know the tail {min(unknown)!r}; it has {having or 'none'}"
+
+
 class KernelBackend:
     """A backend that refuses by what it states: subclasses set the attributes, and override :meth:`missing` and
     :meth:`run`."""
@@ -108,10 +118,7 @@ class KernelBackend:
                 f"the {self.name} backend takes head_dim {dims[0]} to {dims[-1]} in multiples of {dims.step}, "
                 f"got {facts.head_dim}"
             )
-        if self.tails is not None and (unknown := [tail for tail in facts.tails if tail not in self.tails]):
-            known = ", ".join(tail for tail in self.tails if tail != "none")
-            return f"the {self.name} backend does not know the tail {unknown[0]!r}; it has {known or 'none'}"
-        return None
+        return unknown_tail(self, facts.tails)
 
     def lists(self, packed: BlockIndex, tokens: TokenLayout) -> BlockIndex:
         """As :meth:`Backend.lists`, by torch's operators. On a GPU it waits for the lists' lengths."""
