@@ -91,6 +91,11 @@ def plan_card(plan: SparsityPlan) -> str:
         str(plan.entries[i]).split("(")[0] + tail(plan.entries[i]) for i in plan.index.reshape(-1).tolist()
     )
     lines += [f"| {count} | {name} |" for name, count in counts.most_common()]
+    if plan.repair is not None:
+        lines += [
+            "",
+            f"{int((plan.repair.index >= 0).sum())} of {plan.index.size} heads have a repair of their output.",
+        ]
     for title in ("quality", "speed", "calibration", "environment"):
         if isinstance(section := record.get(title), dict):
             lines += ["", f"## {title.capitalize()}", "", "| | |", "|---|---|"]

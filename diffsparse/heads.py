@@ -9,6 +9,7 @@ import torch
 
 from diffsparse.entry import NUMERICS as NUMERICS_NAMES
 from diffsparse.entry import HeadEntry
+from diffsparse.repair import HeadRepair
 from diffsparse.tails import tail_code
 from diffsparse.tokens import HeadSelection, TokenLayout, take_heads
 
@@ -25,11 +26,13 @@ class HeadSpec:
         gathered (0 where the head's order is the model's own, 2 where it has short blocks inside the video, else 1).
     numerics, tails: those in use, ``none`` left aside of tails. Kept beside the table, so that it need not be read back
         from a device; a plan may set them to what holds for all its layers, so that compiled code sees one value.
+    repair: what the heads' outputs are corrected by once they are computed, or None.
     """
 
     table: torch.Tensor
     numerics: tuple[str, ...]
     tails: tuple[str, ...] = ()
+    repair: HeadRepair | None = None
 
     @property
     def num_heads(self) -> int:
@@ -42,12 +45,14 @@ class HeadSpec:
         return bool(self.tails)
 
     def to(self, device: torch.device | str) -> HeadSpec:
-        """The same with the table on ``device``."""
-        return replace(self, table=self.table.to(device))
+        """The same with its tensors on ``device``."""
+        repair = None if self.repair is None else self.repair.to(device)
+        return replace(self, table=self.table.to(device), repair=repair)
 
     def heads(self, selection: HeadSelection) -> HeadSpec:
         """Some of the heads; what is kept beside the table stays."""
-        return replace(self, table=take_heads(self.table, selection))
+        repair = None if self.repair is None else self.repair.heads(selection)
+        return replace(self, table=take_heads(self.table, selection), repair=repair)
 
     def skipping(self, heads: torch.Tensor) -> HeadSpec:
         """The same, where these heads, bool ``[H]``, are skipped too."""

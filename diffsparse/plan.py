@@ -1,7 +1,7 @@
 """The sparsity plan: which entry every head runs in every phase, when, and for which model; and its file format.
 
 A plan is a folder or a Hub repository with ``sparse_plan.json``, ``sparse_plan.safetensors`` where a pattern is a
-bitmap, and a generated ``README.md`` card. No pickle, no YAML.
+bitmap or heads have a repair, and a generated ``README.md`` card. No pickle, no YAML.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from diffsparse.layout import BlockLayout, build_layout
 from diffsparse.messages import one_line, shown
 from diffsparse.provenance import check_record
 from diffsparse.reader import FORMAT_VERSION, read_files, read_plan
+from diffsparse.repair import REPAIR_KEY, Repair
 from diffsparse.saving import ARRAYS_NAME, CARD_NAME, DIGEST_KEY, JSON_NAME, arrays_digest, write_plan
 from diffsparse.schedule import Schedule
 from diffsparse.tokens import BLOCK_SIZES
@@ -41,6 +42,7 @@ class SparsityPlan:
     ``layers``: names for the middle axis. A plan for any model has the one layer ``"*"`` and one head.
     ``record``: provenance as JSON values (kernel and version, calibration, quality, environment); no number of the
     output depends on it.
+    ``repair``: what the outputs of heads are corrected by (``diffsparse.repair``), or None.
     """
 
     entries: tuple[HeadEntry, ...]
@@ -50,6 +52,7 @@ class SparsityPlan:
     block_size: int = 64
     architecture: Architecture | None = None
     record: dict[str, Any] = field(default_factory=dict)
+    repair: Repair | None = None
 
     def __post_init__(self) -> None:
         index = self.index
@@ -72,6 +75,16 @@ class SparsityPlan:
                 raise PlanError(f"index has {index.shape[2]} heads, the architecture {self.architecture.heads}")
             if lacking := [n for n in self.layers if n not in self.architecture.layers]:
                 raise PlanError(f"the plan has entries for {shown(lacking[0])}, but its architecture has no such layer")
+        if self.repair is not None:
+            if self.is_uniform:
+                raise PlanError("a plan for any model has no repair: it is fitted to the heads of one")
+            if self.repair.index.shape != index.shape:
+                raise PlanError(f"the repair is for {self.repair.index.shape} phases, layers, heads, not {index.shape}")
+            if self.architecture is not None and self.repair.head_dim != self.architecture.head_dim:
+                raise PlanError(
+                    f"the repair is for heads of {self.repair.head_dim}, the architecture has "
+                    f"{self.architecture.head_dim}"
+                )
 
     @classmethod
     def uniform(cls, *phase_entries: HeadEntry, schedule: Schedule | None = None, **kwargs: Any) -> SparsityPlan:
@@ -135,9 +148,15 @@ class SparsityPlan:
         return tuple(self.entries[i] for i in row)
 
     def layout(self, phase: int, layer: str, heads: int, grid: TokenGrid) -> BlockLayout | None:
-        """One layer's block lists on a grid, or None where the layer runs dense."""
+        """One layer's block lists on a grid, with its repair, or None where the layer runs dense."""
         entries = self.layer_entries(phase, layer, heads)
-        return None if entries is None else build_layout(grid, entries, self.block_size)
+        if entries is None:
+            return None
+        found = build_layout(grid, entries, self.block_size)
+        if self.repair is None:
+            return found
+        repair = self.repair.of_layer(phase, self.layers.index(layer))
+        return replace(found, heads=replace(found.heads, repair=repair))
 
     def call_densities(
         self, grid: TokenGrid, layers: Sequence[str] | None = None, heads: int | None = None
@@ -203,6 +222,9 @@ class SparsityPlan:
         }
         if self.architecture:
             data["architecture"] = {**asdict(self.architecture), "fingerprint": self.architecture.fingerprint}
+        if self.repair is not None:
+            arrays |= self.repair.to_arrays()
+            data[REPAIR_KEY] = self.repair.to_dict()
         if arrays and bound:
             # Versions that do not know the key can do without it.
             data |= {DIGEST_KEY: arrays_digest(arrays), "ignorable": [DIGEST_KEY]}

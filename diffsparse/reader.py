@@ -19,6 +19,7 @@ from diffsparse.codec import decode_entry, decode_schedule
 from diffsparse.limits import MAX_ARRAY_BYTES, MAX_ENTRIES, MAX_HEADS, MAX_JSON_BYTES, MAX_JSON_VALUES
 from diffsparse.messages import named, one_line, shown
 from diffsparse.provenance import check_record
+from diffsparse.repair import REPAIR_KEY, read_repair
 from diffsparse.saving import ARRAYS_NAME, DIGEST_KEY, JSON_NAME, arrays_digest
 from diffsparse.typed import PlanError, Reading, read_object, shape_of
 
@@ -27,7 +28,7 @@ __all__ = ["FORMAT_VERSION", "read_files", "read_plan"]
 FORMAT_VERSION = 1
 
 _REQUIRED = {"format", "format_version", "block_size", "schedule", "entries", "layers", "index"}
-_KEYS = _REQUIRED | {"architecture", "record", DIGEST_KEY}
+_KEYS = _REQUIRED | {"architecture", "record", DIGEST_KEY, REPAIR_KEY}
 _NAMES = shape_of(tuple[str, ...])
 _INTEGER = shape_of(int)
 
@@ -138,6 +139,7 @@ def read_plan(content: bytes, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
         "block_size": _INTEGER(data["block_size"], "block_size", reading),
         "architecture": _architecture(data.get("architecture"), reading),
         "record": record,
+        "repair": read_repair(data.get(REPAIR_KEY), arrays),
     }
 
 

@@ -12,13 +12,14 @@ import inspect
 import json
 import re
 import sys
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from diffsparse import plan as plans
+from diffsparse import repair
 from diffsparse.architecture import TEXT_POSITIONS
 from diffsparse.codec import encode_entry, encode_pattern
 from diffsparse.entry import MODES, NUMERICS, SELECTIONS, TAILS, Execution, HeadEntry
@@ -42,6 +43,7 @@ from diffsparse.patterns import Bitmap, Pattern, Sink, Window, pattern_kinds
 from diffsparse.patterns.registry import RETIRED
 from diffsparse.plan import Architecture, SparsityPlan
 from diffsparse.reader import FORMAT_VERSION
+from diffsparse.repair import REPAIR_KEY, Repair
 from diffsparse.saving import DIGEST_KEY
 from diffsparse.schedule import Schedule
 from diffsparse.tokens import BLOCK_SIZES
@@ -90,9 +92,14 @@ TOP = {
     "index": "For each phase a list with one string a layer: the heads' places in `entries`, parted by spaces.",
     "record": "Where the plan comes from: free JSON. No number of the output depends on it.",
 }
-# Only where a pattern is a bitmap.
-WITH_BITMAPS = {
-    DIGEST_KEY: f"SHA-256 of the bitmaps in `{plans.ARRAYS_NAME}`, which binds them to this file: those of another "
+# Only where heads have a repair.
+WITH_REPAIR = {
+    REPAIR_KEY: "What the outputs of heads are corrected by: `kind` (`affine`), `maps` (how many), and `rank` (null where "
+    "matrices are whole). Its arrays are described below.",
+}
+# Only where there are arrays.
+WITH_ARRAYS = {
+    DIGEST_KEY: f"SHA-256 of the arrays in `{plans.ARRAYS_NAME}`, which binds them to this file: those of another "
     "plan are refused. It is taken over the arrays in the order of their names: of each the line "
     "`[name, type, shape]` as JSON, then its bytes. Files without it are read too.",
     "ignorable": "Names of keys that no number of the output depends on.",
@@ -146,10 +153,12 @@ def example() -> SparsityPlan:
     return SparsityPlan.uniform(near, HeadEntry(), schedule=Schedule(sparse_below=0.9, phase_bounds=(0.3,)))
 
 
-def with_bitmap() -> SparsityPlan:
+def with_arrays() -> SparsityPlan:
     """A plan whose file has every key."""
     grid, order = TokenGrid(1, 16, 16), RasterOrder()
-    return SparsityPlan.uniform(HeadEntry(order, Bitmap.from_mask(np.eye(4, dtype=bool), grid, order, 64)))
+    entry = HeadEntry(order, Bitmap.from_mask(np.eye(4, dtype=bool), grid, order, 64))
+    maps = Repair(np.zeros((1, 1, 1), np.int32), np.zeros((1, 8, 8), np.float16), np.zeros((1, 8), np.float16))
+    return replace(SparsityPlan.from_table({"blocks.0.attn": [[entry]]}), repair=maps)
 
 
 def _keys(plan: SparsityPlan) -> list[str]:
@@ -159,14 +168,14 @@ def _keys(plan: SparsityPlan) -> list[str]:
 def page() -> str:
     """The whole page."""
     assert list(TOP) == _keys(example()), "a key of the file is not described"
-    assert list(TOP | WITH_BITMAPS) == _keys(with_bitmap()), "a key of a file with bitmaps is not described"
+    assert list(TOP | WITH_REPAIR | WITH_ARRAYS) == _keys(with_arrays()), "a key of a file with arrays is not described"
     lines = [
         "# Plan format",
         "",
         "Made from the code by `python docs/scripts/plan_format.py --write`.",
         "",
         f"A plan is a folder, or a repository on the Hub, with `{plans.JSON_NAME}`; `{plans.ARRAYS_NAME}` where a "
-        f"pattern is a bitmap; and a generated `{plans.CARD_NAME}`, where there is none that somebody wrote. "
+        f"pattern is a bitmap or heads have a repair; and a generated `{plans.CARD_NAME}`, where there is none that somebody wrote. "
         "There is no pickle and no YAML in it, and nothing "
         "of it is run.",
         "",
@@ -191,11 +200,11 @@ def page() -> str:
         "|---|---|",
         *(f"| `{key}` | {text} |" for key, text in TOP.items()),
         "",
-        "A plan with bitmaps has two more:",
+        "A plan with bitmaps or a repair has up to three more:",
         "",
         "| key | what it holds |",
         "|---|---|",
-        *(f"| `{key}` | {text} |" for key, text in WITH_BITMAPS.items()),
+        *(f"| `{key}` | {text} |" for key, text in (WITH_REPAIR | WITH_ARRAYS).items()),
         "",
         "A key that this version does not know is refused, since it might change the output; a newer writer lists "
         "under `ignorable` the keys that do not, and those only warn. A key that stands twice, `NaN` and infinities "
@@ -270,6 +279,11 @@ def page() -> str:
         + prose(
             re.search(r"``bits``: .*", Bitmap.__doc__ or "", re.DOTALL)[0]  # type: ignore[index]
         ),
+        "",
+        prose(inspect.getdoc(repair) or ""),
+        "",
+        f"The arrays of a repair begin with `{REPAIR_KEY}.`. "
+        + prose((inspect.getdoc(Repair) or "").split("\n\n", 1)[1]),
         "",
         "Beside a searched plan lies `attention.safetensors`: the attention that the search measured, pooled "
         "(`pooled`, `[phases, layers, heads, bins, bins]`, a byte each: 255 times the square root of the share of the "

@@ -80,7 +80,8 @@ def sparse_attention(
         return_lse: return the log-sum-exp too.
 
     Returns:
-        The output ``[batch, seq, heads, head_dim]`` in q's dtype and the model's token order; with ``return_lse`` also
+        The output ``[batch, seq, heads, head_dim]`` in q's dtype and the model's token order, corrected where the
+        layout has a repair; with ``return_lse`` also
         fp32 ``[batch, seq, heads]``, the natural logarithm of the sum of all weights that entered the output, tails
         included. Where a query attends nothing (a skipped head; a row without kept blocks and without a tail) the
         output is 0 and the log-sum-exp -inf.
@@ -121,4 +122,7 @@ def run_checked(
         backend,
         numerics,
     )
+    repair = layout.heads.repair
+    if repair is not None:
+        out = repair.apply_(out, layout.tokens.text_before, layout.tokens.num_visual)
     return (out, lse) if return_lse else out

@@ -51,6 +51,9 @@ def input_error(
         return f"the layout has block lists for {layout.index.batch} items, q has a batch of {batch}"
     if layout.device != q.device:
         return f"q is on {q.device}, the layout on {layout.device}: use layout.to({str(q.device)!r})"
+    repair = layout.heads.repair
+    if repair is not None and repair.weight.shape != (heads, q.shape[3], q.shape[3]):
+        return f"q has heads of {q.shape[3]}, the layout's repair is for heads of {repair.weight.shape[2]}"
     if scale is not None and not 0 < scale < math.inf:
         return f"scale must be positive and finite, got {scale}"
     if kv_len is not None:

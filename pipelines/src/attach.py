@@ -141,6 +141,9 @@ def _fit(plan: SparsityPlan, model: Architecture, component: str, strict: bool) 
     heads = plan.index.shape[2]
     if not plan.is_uniform and heads != model.heads and not any(p.startswith("heads:") for p in problems):
         problems.append(f"heads: the plan has {heads!r}, the model {model.heads!r}")
+    repair = plan.repair
+    if repair is not None and repair.head_dim != model.head_dim and not any(p.startswith("head_dim") for p in problems):
+        problems.append(f"head_dim: the plan's repair is for {repair.head_dim}, the model has {model.head_dim}")
     if not problems:
         return {}
     if strict:
@@ -153,7 +156,10 @@ def _fit(plan: SparsityPlan, model: Architecture, component: str, strict: bool) 
     )
     skipped = dict.fromkeys(lacking, "the model lacks this layer")
     if not plan.is_uniform:
-        if heads != model.heads:
+        if repair is not None and repair.head_dim != model.head_dim:
+            why = f"the plan's repair is for heads of {repair.head_dim}, the model has {model.head_dim}"
+            skipped.update(dict.fromkeys(model.layers, why))
+        elif heads != model.heads:
             skipped.update(dict.fromkeys(model.layers, f"the plan has {heads} heads, the model {model.heads}"))
         else:
             skipped.update({n: "the plan lacks this layer" for n in model.layers if n not in plan.layers})

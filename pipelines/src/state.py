@@ -131,8 +131,13 @@ class LayoutCache:
 
     def num_bytes(self) -> int:
         """Memory of all distinct block lists."""
-        layouts = {id(x): x for group in self.groups.values() for x in group.values() if isinstance(x, BlockLayout)}
-        return sum(x.index.nbytes + x.tokens.gather.nbytes + x.tokens.scatter.nbytes for x in layouts.values())
+        layouts = [x for group in self.groups.values() for x in group.values() if isinstance(x, BlockLayout)]
+        # Layers with the same entries share lists, and each has a repair of its own.
+        lists = {id(x.index): x for x in layouts}.values()
+        repairs = {id(x.heads.repair): x.heads.repair for x in layouts if x.heads.repair is not None}.values()
+        return sum(x.index.nbytes + x.tokens.gather.nbytes + x.tokens.scatter.nbytes for x in lists) + sum(
+            repair.nbytes for repair in repairs
+        )
 
 
 class ModelState:
@@ -256,8 +261,9 @@ class ModelState:
             heads = torch.tensor([entry.is_dense for entry in entries])
             return replace(layout, heads=layout.heads.skipping(heads)), heads
 
+        kind = entries if self.plan.repair is None else index
         found: tuple[BlockLayout, torch.Tensor] = self.layouts.get(
-            (grid, phase, device, uniform), ("without dense heads", entries), build
+            (grid, phase, device, uniform), ("without dense heads", kind), build
         )
         return found
 
@@ -269,9 +275,14 @@ class ModelState:
         entries = entries_of(self.plan, phase, name, self.architecture.heads)
         if isinstance(entries, str):
             return entries
-        return self.layouts.get(
+        found: BlockLayout | str = self.layouts.get(
             (grid, phase, device, uniform), entries, lambda: self._expand(grid, entries, device, uniform)
         )
+        if self.plan.repair is None or isinstance(found, str):
+            return found
+        # Every layer that runs sparse has one, of zeros where it needs to: compiled layers share a graph.
+        repair = self.plan.repair.of_layer(phase, self.plan.layers.index(name)).to(device)
+        return replace(found, heads=replace(found.heads, repair=repair))
 
     def _expand(
         self, grid: TokenGrid, entries: tuple[HeadEntry, ...], device: torch.device, uniform: bool

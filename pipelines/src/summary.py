@@ -43,7 +43,8 @@ class TransformerSummary:
     density: whole-trajectory density, the work-weighted mean over all self-attention calls executed, dense ones at 1;
         None before the first. call_density: the mean over sparse calls.
     grids: forwards on each grid. carried: bitmap heads that were measured elsewhere, on each grid that has any.
-    skipped: layers that plan and model do not share (``strict=False``). races: with ``dense_backend="fastest"``, what
+    skipped: layers that plan and model do not share (``strict=False``). repaired_heads: heads whose output the plan
+        corrects, of all phases and layers. races: with ``dense_backend="fastest"``, what
         was measured for each shape: the kernel that is fastest and the milliseconds of all that ran; race_excluded: why
         the others did not.
     """
@@ -60,6 +61,7 @@ class TransformerSummary:
     carried: dict[str, int]
     skipped: dict[str, str]
     layers: tuple[LayerSummary, ...]
+    repaired_heads: int = 0
     dense_backend: str | None = None
     races: dict[str, str] = field(default_factory=dict)
     race_excluded: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -165,6 +167,8 @@ class SparseSummary:
             ):
                 if counts:
                     lines.append(f"  {title}: " + ", ".join(f"{key} ({count})" for key, count in counts.items()))
+            if t.repaired_heads:
+                lines.append(f"  heads whose output the plan repairs (of all phases): {t.repaired_heads}")
             lines += [f"  fastest dense attention for {shape}: {race}" for shape, race in t.races.items()]
             if t.seconds is not None:
                 calls = t.sparse_calls + t.dense_calls
@@ -241,7 +245,7 @@ def _summarise(name: str, state: ModelState) -> TransformerSummary:
             )
             for layer, c in zip(state.layers, counts)
         )
-        work = sum(c.work for c in counts)
+        work, plan = sum(c.work for c in counts), state.plan
         done = sum(c.done for c in counts)
         sparse = sum(c.sparse_calls for c in counts)
         sparse_density = sum(c.sparse_density for c in counts)
@@ -259,6 +263,7 @@ def _summarise(name: str, state: ModelState) -> TransformerSummary:
             carried={str(grid): count for grid, count in state.carried.items() if count},
             skipped=dict(state.skipped),
             layers=layers,
+            repaired_heads=0 if plan is None or plan.repair is None else int((plan.repair.index >= 0).sum()),
             dense_backend="fastest" if state.dense is not None else None,
             races={str(key): str(race) for key, race in races.items()},
             race_excluded={str(key): dict(race.excluded) for key, race in races.items()},

@@ -15,7 +15,7 @@ from diffsparse.search.signature import check_generates, parameters
 __all__ = ["FREE_SETTINGS", "SearchConfig", "thoroughness"]
 
 # What may differ between two searches that share a store: nothing that is measured depends on it.
-FREE_SETTINGS = ("budget", "density", "steps", "dense_steps", "validation_prompts", "candidates")
+FREE_SETTINGS = ("budget", "density", "steps", "dense_steps", "validation_prompts", "candidates", "repair")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class SearchConfig:
     ``trace_steps``: steps of the generations that are measured. ``trace_prompts``: how many of the prompts are traced.
     ``samples``: queries sampled of every query block. ``dense_steps`` fixes the number of dense first steps, which the
     search chooses otherwise. ``validation_prompts``: on how many prompts that were not traced whole generations choose
-    among the best ``candidates`` plans (0: the predicted best is taken). Sizes are in pixels. Steps, guidance and sizes
+    among the best ``candidates`` plans (0: the predicted best is taken). ``repair``: fit what the chosen plan's heads
+    get wrong, on the traced prompts (``diffsparse.repair``). Sizes are in pixels. Steps, guidance and sizes
     that are None are the pipeline's own (:meth:`resolved`).
     """
 
@@ -47,6 +48,7 @@ class SearchConfig:
     dense_steps: int | None = None
     validation_prompts: int = 1
     candidates: int = 3
+    repair: bool = True
 
     def __post_init__(self) -> None:
         if (self.budget is None) == (self.density is None):
@@ -96,7 +98,7 @@ class SearchConfig:
         )
 
 
-def thoroughness(device: torch.device, trace_prompts: int | None = None, samples: int | None = None) -> dict[str, int]:
+def thoroughness(device: torch.device, trace_prompts: int | None = None, samples: int | None = None) -> dict[str, Any]:
     """How much to measure by default: on a GPU more than a few CPU cores can do in minutes."""
     on_gpu = device.type == "cuda"
     return {

@@ -135,6 +135,7 @@ def describe(plan: SparsityPlan, grid: TokenGrid | None = None, figures: HeadFig
         },
         "grid": None if grid is None else str(grid),
         "call_density": float(np.mean(call)) if call else None,
+        "repaired_heads": 0 if plan.repair is None else int((plan.repair.index >= 0).sum()),
         "entries": len(plan.entries),
         "layers": rows,
         "record": plan.record,
@@ -165,6 +166,8 @@ def plan_table(
     ]  # fmt: skip
     if data["call_density"] is not None:
         head.append(["call density", f"{data['call_density']:.3f} (mean of sparse calls, tails counted)"])
+    if data["repaired_heads"]:
+        head.append(["repair", f"{data['repaired_heads']} of {plan.index.size} heads (of all phases)"])
     if figures is not None:
         head.append(["error", "of the heads' outputs (squared, 1 for a head left out), predicted: mean (worst head)"])
     rows: list[list[str]] = []

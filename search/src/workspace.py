@@ -225,6 +225,23 @@ class Workspace:
     def put_validation(self, case: int, plan: str, psnr: float, speedup: float) -> None:
         self.store.put_json(f"validation/{case}/{self.config.steps}/{plan}", {"psnr": psnr, "speedup": speedup})
 
+    def repair(self, plan: str) -> tuple[dict[str, np.ndarray], float] | None:
+        """What was fitted for a plan, by its digest: the repair's arrays, and the share of the error that it leaves.
+
+        No arrays where no head gained by one; None where nothing was fitted yet.
+        """
+        name = f"repair/{plan}"
+        if f"{name}/left" not in self.store:
+            return None
+        left = float(self.store.get_json(f"{name}/left"))
+        return (self.store.get_arrays(name) if name in self.store else {}), left
+
+    def put_repair(self, plan: str, fitted: tuple[dict[str, np.ndarray], float]) -> None:
+        arrays, left = fitted
+        if arrays:
+            self.store.put_arrays(f"repair/{plan}", arrays)
+        self.store.put_json(f"repair/{plan}/left", left)
+
     def call_levels(self) -> list[float]:
         """The noise level of every model call of the generation that the plan is for."""
         name = f"levels/{self.config.steps}"

@@ -63,6 +63,10 @@ def search_command(
         int | None,
         typer.Option("--samples", help="Queries measured of every block of queries.  [default: 12 on a GPU, else 4]"),
     ] = None,
+    repair: Annotated[
+        bool,
+        typer.Option("--repair/--no-repair", help="Fit what the plan's heads get wrong; a run takes no longer by it."),
+    ] = True,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -108,6 +112,7 @@ def search_command(
             true_cfg_scale=settings.true_cfg_scale,
             seed=seed,
             validation_prompts=validate,
+            repair=repair,
             **thoroughness(place, trace_prompts, samples),
         )
         plan = search_plan(pipe, found, config, folder, say=say)

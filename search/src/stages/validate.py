@@ -36,6 +36,9 @@ def validate(work: Workspace, candidates: list[Candidate]) -> tuple[Candidate, d
             dense = generate_clip(work.pipe, prompt, seed, settings)
             bar.update()
             for key, candidate in zip(keys, candidates, strict=True):
+                if work.validation(i, key) is not None:
+                    bar.update()
+                    continue
                 with attached(work.pipe, candidate.plan, backend=sparse_backend(work.pipe, candidate.plan)):
                     clip = generate_clip(work.pipe, prompt, seed, settings)
                 psnr = metrics.psnr(clip.frames, dense.frames)

@@ -27,11 +27,15 @@ def reference_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What every backend should compute, in ``dtype`` throughout.
 
-    q, k, v: ``[B, S, H, D]``. Returns the output ``[B, S, H, D]`` and its log-sum-exp ``[B, S, H]``, both in ``dtype``.
+    q, k, v: ``[B, S, H, D]``. Returns the output ``[B, S, H, D]``, repaired where the layout has a repair, and its
+    log-sum-exp ``[B, S, H]``, both in ``dtype``.
     """
     call = make_call(q, k, v, layout, scale=scale, kv_len=kv_len)
     parts = [_compute(one, dtype) for one in call.by_lists()]
-    return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
+    out = torch.cat([out for out, _ in parts])
+    if layout.heads.repair is not None:
+        out = layout.heads.repair.apply_(out, layout.tokens.text_before, layout.tokens.num_visual)
+    return out, torch.cat([lse for _, lse in parts])
 
 
 def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,195 @@
+"""Fits a plan's repair: for each phase, layer and head the affine map from a sparse output to what it got wrong.
+
+Ridge regression on sampled queries of generations that run with the plan. Everything that a fit needs of them is a few
+sums of products, so nothing of the size of a sequence is held.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from diffsparse.grid import TokenGrid
+from diffsparse.kernels import sparse_attention
+from diffsparse.layout import BlockLayout
+from diffsparse.pipelines.tap import AttentionCall
+from diffsparse.plan import SparsityPlan
+from diffsparse.repair import Repair
+
+__all__ = ["ErrorSums", "RepairTap", "exact_rows", "fit_repair"]
+
+#: Shares of the mean of the diagonal that are tried as the ridge; the best by cross-validation is taken.
+RIDGES = (0.03, 0.1, 0.3, 1.0)
+#: A head keeps its map where it takes at least this share off the error of queries that it was not fitted on.
+LEAST_GAIN = 0.02
+#: Bytes of all maps together; beyond it each is cut down to the rank that fits.
+MAX_BYTES = 48 * 2**20
+
+
+@dataclass
+class ErrorSums:
+    """Sums over sampled queries of one layer's heads in one phase, in two halves for cross-validation.
+
+    With ``x = [O, 1]``, the sparse output of a query, and ``e`` what it got wrong: ``xx`` float64
+    ``[2, H, D + 1, D + 1]`` sums ``x x^T``, ``xe`` ``[2, H, D + 1, D]`` sums ``x e^T``, ``ee`` ``[2, H]`` sums
+    ``|e|^2``.
+    """
+
+    xx: np.ndarray
+    xe: np.ndarray
+    ee: np.ndarray
+
+    @classmethod
+    def zeros(cls, heads: int, dim: int) -> ErrorSums:
+        return cls(np.zeros((2, heads, dim + 1, dim + 1)), np.zeros((2, heads, dim + 1, dim)), np.zeros((2, heads)))
+
+    def add(self, half: int, sparse: torch.Tensor, exact: torch.Tensor) -> None:
+        """Sampled outputs, ``[B, R, H, D]`` each."""
+        x = sparse.float().flatten(0, 1).transpose(0, 1)
+        e = exact.float().flatten(0, 1).transpose(0, 1) - x
+        x = F.pad(x, (0, 1), value=1.0)
+        self.xx[half] += (x.mT @ x).double().cpu().numpy()
+        self.xe[half] += (x.mT @ e).double().cpu().numpy()
+        self.ee[half] += e.square().sum((1, 2)).double().cpu().numpy()
+
+    def fit(self) -> tuple[np.ndarray, np.ndarray]:
+        """The maps ``[H, D + 1, D]``, the last row of each its bias, and the share of the error that each leaves.
+
+        That share is of queries that the map was not fitted on: each half with the map of the other.
+        """
+        whole = self.xx.sum(0), self.xe.sum(0)
+        best, left = np.zeros_like(whole[1]), np.full(len(whole[1]), np.inf)
+        known = self.ee.min(0) > 0
+        for ridge in RIDGES:
+            error = np.zeros(len(left))
+            for half in (0, 1):
+                found = _solve(self.xx[1 - half], self.xe[1 - half], ridge)
+                error += self.ee[half] - 2 * np.einsum("hij,hij->h", found, self.xe[half])
+                error += np.einsum("hij,hik,hkj->h", found, self.xx[half], found)
+            share = np.where(known, error / np.maximum(self.ee.sum(0), 1e-300), np.inf)
+            better = share < left
+            best[better] = _solve(*whole, ridge)[better]
+            left = np.minimum(left, share)
+        return best, left
+
+
+def _solve(xx: np.ndarray, xe: np.ndarray, ridge: float) -> np.ndarray:
+    """Ridge regression of every head; the bias has no ridge. Heads whose outputs are all zero get a bias alone."""
+    dim = xe.shape[2]
+    scale = np.einsum("hii->h", xx[:, :dim, :dim]) / dim
+    strength = np.where(scale > 0, ridge * scale, 1.0)
+    penalty = np.zeros_like(xx)
+    penalty[:, range(dim), range(dim)] = strength[:, None]
+    # Where no query was sampled, the last entry is 0.
+    penalty[:, dim, dim] = np.where(xx[:, dim, dim] > 0, 0.0, 1.0)
+    return np.linalg.solve(xx + penalty, xe)
+
+
+def exact_rows(call: AttentionCall, rows: torch.Tensor) -> torch.Tensor:
+    """Dense attention of some queries: ``[B, R, H, D]`` for ``rows`` int64 ``[R]``."""
+    q, k, v = (x.transpose(1, 2) for x in (call.q[:, rows], call.k, call.v))
+    mask = None if call.kv_len is None else call.kv_len[:, None, None, :]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=call.scale).transpose(1, 2)
+
+
+@dataclass
+class RepairTap:
+    """Runs every call as the plan says, and adds up what sampled queries get wrong.
+
+    ``half``: which half of the sums the calls that come go into. ``rows``: queries sampled a call.
+    ``sums``: by phase and layer.
+    """
+
+    plan: SparsityPlan
+    rows: int = 256
+    seed: int = 0
+    half: int = 0
+    sums: dict[tuple[int, str], ErrorSums] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._generator = torch.Generator().manual_seed(self.seed)
+        self._phase: int | None = None
+        self._layouts: dict[tuple[str, TokenGrid], BlockLayout | None] = {}
+
+    def __call__(self, call: AttentionCall) -> torch.Tensor | None:
+        phase = self.plan.schedule.phase(call.noise_level)
+        if phase is None:
+            return None
+        if phase != self._phase:  # one phase's block lists at a time
+            self._phase, self._layouts = phase, {}
+        heads, dim = call.q.shape[2:]
+        key = (call.layer, call.grid)
+        if key not in self._layouts:
+            found = self.plan.layout(phase, call.layer, heads, call.grid)
+            self._layouts[key] = None if found is None else found.to(call.q.device)
+        layout = self._layouts[key]
+        if layout is None:
+            return None
+        out = sparse_attention(call.q, call.k, call.v, layout, scale=call.scale, kv_len=call.kv_len)
+        grid = call.grid
+        chosen = torch.randperm(grid.num_visual, generator=self._generator)[: self.rows]
+        rows = (chosen + grid.text_before).to(call.q.device)
+        sums = self.sums.setdefault((phase, call.layer), ErrorSums.zeros(heads, dim))
+        sums.add(self.half, out[:, rows], exact_rows(call, rows))
+        return out
+
+
+def fit_repair(
+    plan: SparsityPlan, sums: dict[tuple[int, str], ErrorSums], max_bytes: int = MAX_BYTES
+) -> tuple[Repair | None, float]:
+    """The repair of a plan from its error sums, and the share of the squared error that it leaves, over all heads.
+
+    Heads that attend everything get none, and neither do those whose map helps too little on queries that it was not
+    fitted on. None where no head gets one.
+    """
+    index = np.full(plan.index.shape, -1, np.int32)
+    maps: list[np.ndarray] = []
+    products: list[np.ndarray] = []
+    before = after = 0.0
+    for (phase, layer), found in sums.items():
+        place = plan.layers.index(layer)
+        fitted, left = found.fit()
+        for head in range(len(left)):
+            wrong = float(found.ee[:, head].sum())
+            before += wrong
+            if plan.entries[plan.index[phase, place, head]].is_dense or not left[head] <= 1 - LEAST_GAIN:
+                after += wrong
+                continue
+            after += wrong * float(left[head])
+            index[phase, place, head] = len(maps)
+            maps.append(fitted[head])
+            products.append(found.xx[:, head].sum(0))
+    if not maps:
+        return None, 1.0
+    whole = np.stack(maps)
+    count, dim = len(maps), whole.shape[2]
+    share = after / before if before else 1.0
+    if count * 2 * dim * (dim + 1) <= max_bytes:
+        return Repair(index, _half(whole[:, :-1]), _half(whole[:, -1])), share
+    rank = max(1, (max_bytes // count - 2 * dim) // (4 * dim))
+    left_factor, right_factor, bias = _cut(whole, np.stack(products), rank)
+    return Repair(index, _half(left_factor), _half(bias), _half(right_factor)), share
+
+
+def _half(values: np.ndarray) -> np.ndarray:
+    limit = float(np.finfo(np.float16).max)
+    return np.clip(values, -limit, limit).astype(np.float16)
+
+
+def _cut(whole: np.ndarray, xx: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Factors ``[N, D, R]`` and ``[N, R, D]`` and biases ``[N, D]`` of the maps of lower rank that do almost the same.
+
+    Reduced-rank regression: what is kept is what the maps ``[N, D + 1, D]`` make most of on the sampled outputs, whose
+    products ``xx`` are ``[N, D + 1, D + 1]``; what is lost on average goes into the bias.
+    """
+    matrix, bias = whole[:, :-1], whole[:, -1]
+    mean = xx[:, :-1, -1] / xx[:, -1:, -1]
+    spread = xx[:, :-1, :-1] / xx[:, -1:, -1:] - mean[:, :, None] * mean[:, None, :]
+    made = matrix.transpose(0, 2, 1) @ spread @ matrix
+    _, vectors = np.linalg.eigh((made + made.transpose(0, 2, 1)) / 2)
+    basis = vectors[:, :, ::-1][:, :, :rank]
+    left, right = matrix @ basis, basis.transpose(0, 2, 1)
+    return left, right, bias + np.einsum("ni,nij->nj", mean, matrix - left @ right)

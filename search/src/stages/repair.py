@@ -1,0 +1,50 @@
+"""Last stage: what the chosen plan's heads get wrong is fitted, on the traced prompts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from diffsparse.pipelines import tap_attention
+from diffsparse.plan import SparsityPlan
+from diffsparse.repair import Repair
+from diffsparse.search.measured import plan_digest
+from diffsparse.search.observe import final_latents
+from diffsparse.search.repair import RepairTap, fit_repair
+from diffsparse.search.workspace import Workspace
+
+__all__ = ["repaired"]
+
+
+def repaired(work: Workspace, plan: SparsityPlan) -> SparsityPlan:
+    """The plan with its repair, fitted on generations of the traced prompts that run with the plan.
+
+    The plan as it is where no head gains by one.
+    """
+    digest = plan_digest(plan)
+    if (known := work.repair(digest)) is None:
+        known = _fit(work, plan)
+        work.put_repair(digest, known)
+    arrays, share = known
+    if not arrays:
+        return plan
+    found = Repair(**arrays)
+    work.say(f"repair: {int((found.index >= 0).sum())} heads, {share:.0%} of their squared error is left")
+    return replace(plan, repair=found)
+
+
+def _fit(work: Workspace, plan: SparsityPlan) -> tuple[dict[str, np.ndarray], float]:
+    config, prompts = work.config, work.traced()
+    tap = RepairTap(plan, seed=config.seed)
+    # The two halves of cross-validation are of different prompts, or of different noise where there is one prompt.
+    runs = [(p, config.seed + p) for p in prompts]
+    runs += [(prompts[0], config.seed + 1)] if len(runs) == 1 else []
+    with work.bar(len(runs), "repair") as bar:
+        for i, (prompt, seed) in enumerate(runs):
+            tap.half = i * 2 // len(runs)
+            with tap_attention(work.pipe, tap):
+                final_latents(work.pipe, work.prompts[prompt], seed, config.settings(config.trace_steps))
+            bar.update()
+    found, share = fit_repair(plan, tap.sums)
+    return ({} if found is None else found.to_parts()), share
