@@ -92,10 +92,8 @@ def plan_card(plan: SparsityPlan) -> str:
     )
     lines += [f"| {count} | {name} |" for name, count in counts.most_common()]
     if plan.repair is not None:
-        lines += [
-            "",
-            f"{int((plan.repair.index >= 0).sum())} of {plan.index.size} heads have a repair of their output.",
-        ]
+        repaired = int((plan.repair.index >= 0).sum())
+        lines += ["", f"The outputs of {repaired} of {plan.index.size} heads are repaired."]
     for title in ("quality", "speed", "calibration", "environment"):
         if isinstance(section := record.get(title), dict):
             lines += ["", f"## {title.capitalize()}", "", "| | |", "|---|---|"]

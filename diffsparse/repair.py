@@ -58,10 +58,10 @@ class HeadRepair:
 class Repair:
     """The maps of a plan.
 
-    index: int32 ``[phases, layers, heads]``: the map of each head, -1 for none.
-    left: float16 ``[N, D, D]``, the maps' matrices; or ``[N, D, R]`` where ``right``, float16 ``[N, R, D]``, is given:
-        their product is the matrix.
-    bias: float16 ``[N, D]``.
+    ``index``: int32 ``[phases, layers, heads]``: the map of each head, -1 for none.
+    ``left``: float16 ``[N, D, D]``, the maps' matrices; or ``[N, D, R]`` where there is ``right``, float16
+        ``[N, R, D]``: their product is the matrix.
+    ``bias``: float16 ``[N, D]``.
     """
 
     index: np.ndarray

@@ -94,8 +94,8 @@ TOP = {
 }
 # Only where heads have a repair.
 WITH_REPAIR = {
-    REPAIR_KEY: "What the outputs of heads are corrected by: `kind` (`affine`), `maps` (how many), and `rank` (null where "
-    "matrices are whole). Its arrays are described below.",
+    REPAIR_KEY: "What the outputs of heads are corrected by: `kind` (`affine`), `maps` (how many), and `rank` (null "
+    "where matrices are whole). Its arrays are described below.",
 }
 # Only where there are arrays.
 WITH_ARRAYS = {
@@ -175,9 +175,8 @@ def page() -> str:
         "Made from the code by `python docs/scripts/plan_format.py --write`.",
         "",
         f"A plan is a folder, or a repository on the Hub, with `{plans.JSON_NAME}`; `{plans.ARRAYS_NAME}` where a "
-        f"pattern is a bitmap or heads have a repair; and a generated `{plans.CARD_NAME}`, where there is none that somebody wrote. "
-        "There is no pickle and no YAML in it, and nothing "
-        "of it is run.",
+        f"pattern is a bitmap or heads have a repair; and a generated `{plans.CARD_NAME}`, where there is none that "
+        "somebody wrote. There is no pickle and no YAML in it, and nothing of it is run.",
         "",
         "What is larger than any model needs is refused before it is read:",
         "",
