@@ -67,7 +67,8 @@ def build_pipeline(layers: int = 2, heads: int = 2, head_dim: int = 32, seed: in
 def config(**changes: Any) -> SearchConfig:
     """A short search of the tiny pipeline."""
     return SearchConfig(
-        **{"budget": None, "density": 0.5, "steps": 6, "trace_steps": 4, "samples": 2, **SHAPE} | changes
+        **{"budget": None, "density": 0.5, "steps": 6, "trace_steps": 4, "samples": 2, "repair": False, **SHAPE}
+        | changes
     )
 
 
