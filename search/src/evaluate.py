@@ -19,18 +19,18 @@ from diffsparse import pipelines
 from diffsparse.pipelines.policy import DENSE_ENTRIES, NOT_IN_PLAN, OUTSIDE
 from diffsparse.plan import SparsityPlan
 from diffsparse.search import metrics
+from diffsparse.search.clip_report import ClipReport, clip_report
 from diffsparse.search.errors import BadInput
 from diffsparse.search.executed import executed_work
 from diffsparse.search.generate import Clip, GenerationSettings, check_seeds, generate_clip, generate_clips
 from diffsparse.search.statistics import Mean, mean_of
+from diffsparse.search.verdict import verdict
 
 __all__ = [
-    "ClipReport",
     "DenseSet",
     "EvalReport",
     "NoiseFloor",
     "check_plan",
-    "clip_report",
     "compare",
     "evaluate_plan",
     "generate_dense",
@@ -68,29 +68,6 @@ class DenseSet:
     @property
     def noise_levels(self) -> tuple[float, ...]:
         return next(iter(self.clips.values())).noise_levels
-
-
-@dataclass(frozen=True)
-class ClipReport:
-    """One sparse clip beside its dense twin. Times in seconds; the lists of defects are mostly empty."""
-
-    prompt: str
-    seed: int
-    psnr: float
-    worst_frame_psnr: float
-    ssim: float | None
-    lpips: float | None
-    above_other_seed: float | None
-    dense_loop_seconds: float
-    sparse_loop_seconds: float
-    dense_seconds: float
-    sparse_seconds: float
-    dense_defects: list[str]
-    sparse_defects: list[str]
-
-    @property
-    def loop_speedup(self) -> float | None:
-        return self.dense_loop_seconds / self.sparse_loop_seconds if self.sparse_loop_seconds else None
 
 
 @dataclass(frozen=True)
@@ -160,6 +137,21 @@ class EvalReport:
         """True where no clip is broken."""
         return not self.broken
 
+    @property
+    def verdict(self) -> str:
+        """One sentence: would somebody see it?"""
+        return verdict(self.clips, bool(self.broken))
+
+    @property
+    def border_error(self) -> float | None:
+        """Mean over the clips; None where no clip has one."""
+        return _mean_known([c.border_error for c in self.clips])
+
+    @property
+    def last_frame_error(self) -> float | None:
+        """Mean over the clips; None where no clip has one."""
+        return _mean_known([c.last_frame_error for c in self.clips])
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON values: no NaN and no infinity (None instead)."""
         means = {
@@ -177,6 +169,9 @@ class EvalReport:
                 "passed": self.passed,
                 "broken": self.broken,
                 **means,
+                "verdict": self.verdict,
+                "border_error": self.border_error,
+                "last_frame_error": self.last_frame_error,
                 "worst": {"prompt": self.worst.prompt, "seed": self.worst.seed, "psnr": self.worst.psnr},
                 "other_seed_psnr": self.other_seed_psnr,
                 "noise_floor": vars(self.noise_floor) if self.noise_floor else None,
@@ -205,6 +200,11 @@ class EvalReport:
         from diffsparse.search.tables import eval_table
 
         return eval_table(self, clips)
+
+
+def _mean_known(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    return math.fsum(known) / len(known) if known else None
 
 
 def _finite(value: Any) -> Any:
@@ -357,26 +357,6 @@ def _why_dense(summary: pipelines.SparseSummary) -> str | None:
     if not reasons:
         return None
     return "calls that ran dense (warm-up included): " + "; ".join(f"{n} x {reason}" for reason, n in reasons.items())
-
-
-def clip_report(dense: Clip, sparse: Clip, other_seed: float | None = None, model: Any = None) -> ClipReport:
-    """A sparse clip beside its dense twin; LPIPS by ``model`` (of ``metrics.load_lpips``) where there is one."""
-    value = metrics.psnr(sparse.frames, dense.frames)
-    return ClipReport(
-        prompt=dense.prompt,
-        seed=dense.seed,
-        psnr=value,
-        worst_frame_psnr=min(metrics.frame_psnr(sparse.frames, dense.frames)),
-        ssim=metrics.ssim(sparse.frames, dense.frames),
-        lpips=metrics.lpips_distance(model, sparse.frames, dense.frames) if model is not None else None,
-        above_other_seed=None if other_seed is None else value - other_seed,
-        dense_loop_seconds=dense.loop_seconds,
-        sparse_loop_seconds=sparse.loop_seconds,
-        dense_seconds=dense.seconds,
-        sparse_seconds=sparse.seconds,
-        dense_defects=metrics.find_defects(dense.frames),
-        sparse_defects=metrics.find_defects(sparse.frames, dense.frames),
-    )
 
 
 def evaluate_plan(

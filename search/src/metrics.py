@@ -14,8 +14,10 @@ import torch
 
 __all__ = [
     "MAX_PSNR",
+    "border_error",
     "find_defects",
     "frame_psnr",
+    "last_frame_error",
     "load_lpips",
     "lpips_distance",
     "motion",
@@ -52,6 +54,32 @@ def psnr(clip: torch.Tensor, reference: torch.Tensor) -> float:
     """Peak signal-to-noise ratio in dB over all pixels of all frames, at most :data:`MAX_PSNR`; NaN if a pixel is."""
     _check(clip, reference)
     return _decibel(float((clip.double() - reference.double()).square().mean()))
+
+
+def border_error(clip: torch.Tensor, reference: torch.Tensor) -> float | None:
+    """Squared error along the four edges over that of the middle; None where the middle has none.
+
+    The edge is a sixteenth of the side, at least a pixel: one or two latent tokens of the sizes that models make.
+    """
+    _check(clip, reference)
+    error = (clip.double() - reference.double()).square().mean((0, 1))
+    inside = torch.zeros_like(error, dtype=torch.bool)
+    top, left = (max(1, side // 16) for side in error.shape)
+    inside[top : error.shape[0] - top, left : error.shape[1] - left] = True
+    return _over(error[~inside], error[inside])
+
+
+def last_frame_error(clip: torch.Tensor, reference: torch.Tensor) -> float | None:
+    """Squared error of the last frame over the mean of the others; None for an image, or where the others have none."""
+    _check(clip, reference)
+    error = (clip.double() - reference.double()).square().mean((1, 2, 3))
+    return _over(error[-1:], error[:-1])
+
+
+def _over(part: torch.Tensor, rest: torch.Tensor) -> float | None:
+    if not rest.numel() or not float(rest.mean()):
+        return None
+    return float(part.mean() / rest.mean())
 
 
 def frame_psnr(clip: torch.Tensor, reference: torch.Tensor) -> list[float]:

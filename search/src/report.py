@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from diffsparse.saving import write_whole
+from diffsparse.search.clip_report import ClipReport
 from diffsparse.search.columns import shorten
 from diffsparse.search.errors import writing
-from diffsparse.search.evaluate import ClipReport, DenseSet, EvalReport
+from diffsparse.search.evaluate import DenseSet, EvalReport
 from diffsparse.search.sheet import contact_sheet, side_by_side_frames
 
 __all__ = ["can_write_videos", "write_picture", "write_report", "write_video"]

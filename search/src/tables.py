@@ -69,6 +69,16 @@ def eval_table(report: EvalReport, clips: bool = True, width: int | None = None)
     rows.append(
         ["worst clip", f"{_number(worst.psnr)} dB ({above}): seed {worst.seed}, {shorten(worst.prompt, 110)!r}"]
     )
+    uneven = [
+        f"{value:.2f} times {where}"
+        for value, where in (
+            (report.border_error, "the middle's along the edges"),
+            (report.last_frame_error, "the others' in the last frame"),
+        )
+        if value is not None
+    ]
+    if uneven:
+        rows.append(["squared error", ", ".join(uneven)])
     device = report.environment.get("device", "")
     rows.append(["machine", f"{device}, {report.environment.get('threads')} threads"])
     listing = text_table(
@@ -95,6 +105,7 @@ def eval_table(report: EvalReport, clips: bool = True, width: int | None = None)
         parts.append("\n".join(fold(f"BROKEN: {line}", width, "  ") for line in report.broken))
     if report.notes:
         parts.append("\n".join(fold(f"note: {line}", width, "  ") for line in report.notes))
+    parts.append(fold(report.verdict, width))
     return "\n\n".join(parts)
 
 

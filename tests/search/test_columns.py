@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from rich.cells import cell_len
 
+from diffsparse.search.clip_report import ClipReport
 from diffsparse.search.columns import GLUE, fold, shorten, terminal_width, text_table
-from diffsparse.search.evaluate import ClipReport, EvalReport, NoiseFloor
+from diffsparse.search.evaluate import EvalReport, NoiseFloor
 from diffsparse.search.generate import GenerationSettings
 from diffsparse.search.tables import eval_table
 

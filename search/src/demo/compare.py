@@ -8,8 +8,8 @@ from pathlib import Path
 from PIL import Image
 
 from diffsparse.search import metrics
+from diffsparse.search.clip_report import ClipReport, clip_report
 from diffsparse.search.demo.live import Made
-from diffsparse.search.evaluate import ClipReport, clip_report
 from diffsparse.search.generate import GenerationSettings
 from diffsparse.search.report import can_write_videos, write_video
 from diffsparse.search.sheet import contact_sheet, frame_sheet
