@@ -20,6 +20,7 @@ from diffsparse.search.generate import GenerationSettings
 from diffsparse.search.observe import final_latents
 from diffsparse.search.repair import ErrorSums, RepairTap, exact_rows, fit_repair
 from diffsparse.search.search import search_plan
+from tests.search.plans import make_plan
 from tests.search.tiny import PROMPTS, SHAPE, build_pipeline, fix_costs
 from tests.tolerance import ATTENTION, Work, assert_near
 
@@ -103,8 +104,6 @@ def error(pipe: Any, plan: SparsityPlan) -> float:
 
 @pytest.fixture(scope="module")
 def plan(pipe: Any) -> SparsityPlan:
-    from tests.search.conftest import make_plan
-
     return make_plan()
 
 

@@ -11,7 +11,7 @@ from diffsparse.search import metrics
 from diffsparse.search.clip_report import ClipReport
 from diffsparse.search.tables import eval_table
 from diffsparse.search.verdict import verdict
-from tests.search.test_columns import clip, report
+from tests.search.evaluations import clip, report
 
 
 def clips(*ssim: float | None, above: float | None = None) -> list[ClipReport]:
