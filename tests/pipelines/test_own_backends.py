@@ -127,7 +127,7 @@ def test_compiled_layers_share_the_tails_that_every_kernel_has() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="compiles a model")
 def test_compiled_layers_run_on_the_backend_that_has_their_tail(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[tuple[str, ...]] = []
     monkeypatch.setattr(Knows, "run", lambda self, call: ran.append(call.heads.tails) or run_reference(call))

@@ -119,7 +119,7 @@ def test_what_compiled_code_is_traced_from_is_as_short(
     check_path(path, "diffsparse.pipelines.policy", OP)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="compiles a model")
 @pytest.mark.parametrize(("name", "start"), COMPILED)
 def test_q_takes_few_steps_in_compiled_code(name: str, start: Callable[..., Any]) -> None:
     """From the graph's call of the operator to the backend; and by the graph's own word, what led up to that call."""

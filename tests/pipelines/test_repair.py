@@ -119,10 +119,9 @@ def test_a_model_with_heads_of_another_size_is_refused_before_anything_runs() ->
         assert all(layer.sparse_calls == 0 and "heads of 32" in str(layer.dense_reasons) for layer in layers)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="compiles a model")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_layers_share_a_graph(backend: str) -> None:
-    """Waits for the compiler."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     torch._dynamo.reset()
