@@ -246,7 +246,8 @@ def test_search_and_look_at_what_was_found(
     page.wait_for_function("/done|cannot|error/i.test(document.querySelector('#search_status').innerText)")
     assert "done: the plan" in page.inner_text("#search_status")
     stages = page.inner_text("#stages")
-    assert "going on with the search" in stages and "probe" not in stages and "validate: 3 of 3" in stages
+    assert "going on with the search" in stages and "probe" not in stages
+    assert re.search(r"validate: (\d) of \1", stages)
     shoot(page, "9_searched")
     page.get_by_role("tab", name="Inspect").click()
     page.get_by_label("Plan", exact=True).last.click()
