@@ -243,7 +243,7 @@ def test_search_and_look_at_what_was_found(
     page.wait_for_function("document.querySelector('#search_status').innerText.includes('goes on from here')")
     page.click("#search")
     # An error ends a search as well; waiting for the plan alone would hide what it says.
-    page.wait_for_function("/done|cannot|error/i.test(document.querySelector('#search_status').innerText)")
+    page.wait_for_function("/done: |cannot do that/i.test(document.querySelector('#search_status').innerText)")
     assert "done: the plan" in page.inner_text("#search_status")
     stages = page.inner_text("#stages")
     assert "going on with the search" in stages and "probe" not in stages
