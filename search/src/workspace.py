@@ -18,6 +18,7 @@ from diffsparse.pipelines import find_transformers
 from diffsparse.pipelines.policy import Machine
 from diffsparse.search.candidates import orders_for
 from diffsparse.search.config import SearchConfig
+from diffsparse.search.generate import Clip
 from diffsparse.search.layers import common_architecture
 from diffsparse.search.observe import Recording, call_levels, record
 from diffsparse.search.options import FamilyTable, HeadScores
@@ -28,6 +29,9 @@ __all__ = ["Probe", "Stage", "Workspace"]
 #: The arrays that are kept of every head at every traced step, by the start of their names, with their number of axes:
 #: ``HeadScores`` says what they hold, and ``mass`` is the attention of each block pair.
 HEAD_ARRAYS = {"error": 3, "mass": 2, "energy": 0, "summed": 2, "true": 2}
+
+#: Host memory for dense clips of validation. One of 81 frames of 480p has 0.4 GB.
+MAX_CLIP_BYTES = 2**30
 
 
 class Stage:
@@ -103,6 +107,7 @@ class Workspace:
     say: Callable[[str], None]
     on_stage: Callable[[str, int, int], None]
     recording: Recording | None = None
+    dense_clips: dict[int, Clip] = field(default_factory=dict)
     tables: dict[tuple[TokenGrid, TokenOrder], FamilyTable] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -241,6 +246,15 @@ class Workspace:
         if arrays:
             self.store.put_arrays(f"repair/{plan}", arrays)
         self.store.put_json(f"repair/{plan}/left", left)
+
+    def dense_clip(self, case: int, generate: Callable[[], Clip]) -> Clip:
+        """The dense clip of a validation case, kept for the next comparison as long as there is room for it."""
+        if case in self.dense_clips:
+            return self.dense_clips[case]
+        clip = generate()
+        if clip.frames.nbytes + sum(c.frames.nbytes for c in self.dense_clips.values()) <= MAX_CLIP_BYTES:
+            self.dense_clips[case] = clip
+        return clip
 
     def call_levels(self) -> list[float]:
         """The noise level of every model call of the generation that the plan is for."""

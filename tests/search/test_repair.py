@@ -17,7 +17,7 @@ from diffsparse.pipelines import tap_attention
 from diffsparse.pipelines.tap import AttentionCall
 from diffsparse.plan import SparsityPlan
 from diffsparse.search.config import SearchConfig
-from diffsparse.search.generate import GenerationSettings
+from diffsparse.search.generate import Clip, GenerationSettings
 from diffsparse.search.observe import final_latents
 from diffsparse.search.repair import ErrorSums, RepairTap, exact_rows, fit_repair
 from diffsparse.search.search import NOISE_DB, search_plan
@@ -192,3 +192,20 @@ def test_a_repair_goes_only_where_it_is_plainly_worse(
     assert quality is not None and quality["psnr_mean"] == (after if kept else 30.0)
     assert quality["psnr_by_dense_steps"] == before["psnr_by_dense_steps"]
     assert ("left out" in lines[0]) is not kept and "30.00 dB" in lines[0] and f"{after:.2f} dB" in lines[0]
+
+
+def test_a_dense_clip_of_validation_is_made_once_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffsparse.search import workspace as module
+
+    work, made = SimpleNamespace(dense_clips={}), []
+
+    def generate() -> Clip:
+        made.append(Clip("a", 0, torch.zeros(1, 3, 4, 4), (), 1.0, 1.0))
+        return made[-1]
+
+    first, again, other = (module.Workspace.dense_clip(work, case, generate) for case in (0, 0, 1))  # type: ignore[arg-type]
+    assert first is again and other is not first and len(made) == 2
+    monkeypatch.setattr(module, "MAX_CLIP_BYTES", 2 * 3 * 16 * 4)
+    for _ in range(2):
+        module.Workspace.dense_clip(work, 2, generate)  # type: ignore[arg-type]
+    assert len(made) == 4

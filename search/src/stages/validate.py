@@ -33,7 +33,7 @@ def validate(work: Workspace, candidates: list[Candidate]) -> tuple[Candidate, d
             if all(work.validation(i, key) is not None for key in keys):
                 bar.update(1 + len(candidates))
                 continue
-            dense = generate_clip(work.pipe, prompt, seed, settings)
+            dense = work.dense_clip(i, lambda: generate_clip(work.pipe, prompt, seed, settings))  # noqa: B023
             bar.update()
             for key, candidate in zip(keys, candidates, strict=True):
                 if work.validation(i, key) is not None:
