@@ -92,7 +92,7 @@ def plan_card(plan: SparsityPlan) -> str:
     )
     lines += [f"| {count} | {name} |" for name, count in counts.most_common()]
     if plan.repair is not None:
-        repaired = int((plan.repair.index >= 0).sum())
+        repaired = plan.repair.num_heads
         lines += ["", f"The outputs of {repaired} of {plan.index.size} heads are repaired."]
     for title in ("quality", "speed", "calibration", "environment"):
         if isinstance(section := record.get(title), dict):

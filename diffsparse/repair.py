@@ -88,6 +88,11 @@ class Repair:
             raise PlanError(f"a repair's index names one of its {n} maps for every head, or -1")
 
     @property
+    def num_heads(self) -> int:
+        """How many heads have a map, over all phases and layers."""
+        return int((self.index >= 0).sum())
+
+    @property
     def head_dim(self) -> int:
         """``D``."""
         return int(self.bias.shape[1])

@@ -263,7 +263,7 @@ def _summarise(name: str, state: ModelState) -> TransformerSummary:
             carried={str(grid): count for grid, count in state.carried.items() if count},
             skipped=dict(state.skipped),
             layers=layers,
-            repaired_heads=0 if plan is None or plan.repair is None else int((plan.repair.index >= 0).sum()),
+            repaired_heads=0 if plan is None or plan.repair is None else plan.repair.num_heads,
             dense_backend="fastest" if state.dense is not None else None,
             races={str(key): str(race) for key, race in races.items()},
             race_excluded={str(key): dict(race.excluded) for key, race in races.items()},

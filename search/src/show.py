@@ -135,7 +135,7 @@ def describe(plan: SparsityPlan, grid: TokenGrid | None = None, figures: HeadFig
         },
         "grid": None if grid is None else str(grid),
         "call_density": float(np.mean(call)) if call else None,
-        "repaired_heads": 0 if plan.repair is None else int((plan.repair.index >= 0).sum()),
+        "repaired_heads": 0 if plan.repair is None else plan.repair.num_heads,
         "entries": len(plan.entries),
         "layers": rows,
         "record": plan.record,

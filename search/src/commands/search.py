@@ -65,7 +65,7 @@ def search_command(
     ] = None,
     repair: Annotated[
         bool,
-        typer.Option("--repair/--no-repair", help="Fit what the plan's heads get wrong; a run takes no longer by it."),
+        typer.Option("--repair/--no-repair", help="Fit what the plan's heads get wrong, so that a run corrects it."),
     ] = True,
     device: Device = "auto",
     dtype: Dtype = "auto",

@@ -30,7 +30,7 @@ def repaired(work: Workspace, plan: SparsityPlan) -> SparsityPlan:
     if not arrays:
         return plan
     found = Repair(**arrays)
-    work.say(f"repair: {int((found.index >= 0).sum())} heads, {share:.0%} of their squared error is left")
+    work.say(f"repair: {found.num_heads} heads, {share:.0%} of their squared error is left")
     return replace(plan, repair=found)
 
 
