@@ -16,7 +16,7 @@ from diffsparse.pipelines import sparse_attention, sparse_attention_summary, tap
 from diffsparse.plan import PlanError, SparsityPlan
 from diffsparse.repair import Repair
 from tests.pipelines.models import CASES, mixed_plan, run, wan, wan_inputs
-from tests.tolerance import ATTENTION, MODEL, assert_near, near
+from tests.tolerance import ATTENTION, MODEL, Work, assert_near, near
 
 SHAPE = (3, 7, 9)
 
@@ -69,6 +69,30 @@ def test_backends_repair_alike(backend: str) -> None:
     # Some heads, as one of several GPUs has them.
     part = attend(*(x[:, :, 1:] for x in (q, k, v)), layout.of_heads(slice(1, 3)), backend=backend)
     assert_near(part, out[:, :, 1:], ATTENTION)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_logits_and_half_precision(dtype: torch.dtype) -> None:
+    """Logits of up to about a hundred, as trained models have them."""
+    model, grid = wan(), TokenGrid(2, 6, 5)
+    layout = layout_of(with_repair(mixed_plan(model), 16), 0, grid)
+    torch.manual_seed(2)
+    q, k, v = torch.randn(3, 1, grid.seq_len, 3, 16)
+    q, k, v = (5 * q).to(dtype), (5 * k).to(dtype), v.to(dtype)
+    out = attend(q, k, v, layout, backend="cpu")
+    want, _ = reference_attention(q, k, v, layout)
+    # Logits are rounded before the exponential: their size is the gain.
+    gain = float((q.float().transpose(1, 2) @ k.float().transpose(1, 2).mT).abs().max()) / 4
+    assert gain > 50
+    assert_near(out.double(), want, Work(16, sums=3, gain=gain if dtype == torch.float32 else 8, dtype=dtype))
+
+
+def test_a_model_of_forty_layers() -> None:
+    model, inputs = wan(layers=40), wan_inputs(*SHAPE)
+    plan = with_repair(mixed_plan(model), 16, strength=0.1)
+    with sparse_attention(model, plan):
+        found = run(model, inputs)
+    assert_near(found, by_tap(model, plan, inputs), Work(length=256, sums=8 * 40))
 
 
 def test_heads_of_another_size_are_refused() -> None:
