@@ -28,29 +28,43 @@ _MAX_DIM = 1024
 
 @dataclass(frozen=True, eq=False)
 class HeadRepair:
-    """The maps of one layer's heads. weight: ``[H, D, D]``; bias: ``[H, D]``; 0 for a head that has none."""
+    """The maps of one layer's heads.
+
+    weight: ``[H, D, D]``; bias: ``[H, D]``. used: bool ``[H]``, False for a head that has no map and stays as it is,
+    whatever weight and bias hold for it.
+    """
 
     weight: torch.Tensor
     bias: torch.Tensor
+    used: torch.Tensor
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """All three, in the order of the arguments."""
+        return self.weight, self.bias, self.used
 
     def to(self, device: torch.device | str) -> HeadRepair:
         """The same on ``device``."""
-        return HeadRepair(self.weight.to(device), self.bias.to(device))
+        return HeadRepair(*(x.to(device) for x in self.tensors))
 
     def heads(self, selection: HeadSelection) -> HeadRepair:
         """The maps of some heads."""
-        return HeadRepair(take_heads(self.weight, selection), take_heads(self.bias, selection))
+        return HeadRepair(*(take_heads(x, selection) for x in self.tensors))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both tensors."""
-        return self.weight.nbytes + self.bias.nbytes
+        """Bytes of the tensors."""
+        return sum(x.nbytes for x in self.tensors)
 
     def apply_(self, out: torch.Tensor, text_before: int, num_visual: int) -> torch.Tensor:
-        """Correct the visual tokens of ``out``, ``[B, S, H, D]``, in place; returns ``out``."""
+        """Correct the visual tokens of ``out``, ``[B, S, H, D]``, in place; returns ``out``.
+
+        Plain torch, which goes through memory several times: :func:`diffsparse.kernels.repair.mend_` has it in one.
+        """
         visual = out.narrow(1, text_before, num_visual).transpose(1, 2)
         change = visual @ self.weight.to(out.dtype)
-        visual += change.add_(self.bias.to(out.dtype)[:, None])
+        change.add_(self.bias.to(out.dtype)[:, None])
+        visual += change.masked_fill_(~self.used[:, None, None], 0)
         return out
 
 
@@ -116,7 +130,7 @@ class Repair:
         none = places < 0
         matrix[none] = 0
         bias = np.where(none[:, None], np.float16(0), self.bias[places])
-        return HeadRepair(torch.from_numpy(matrix.astype(np.float16)), torch.from_numpy(bias))
+        return HeadRepair(torch.from_numpy(matrix.astype(np.float16)), torch.from_numpy(bias), torch.from_numpy(~none))
 
     def to_parts(self) -> dict[str, np.ndarray]:
         """The arrays, by the names of the arguments."""

@@ -13,6 +13,7 @@ from diffsparse.kernels.random_rows import random_rows
 from diffsparse.layout import BlockLayout, build_layout
 from diffsparse.order import AxisOrder, CurveOrder, PhaseOrder, RasterOrder, TileOrder, TokenOrder
 from diffsparse.patterns import Band, Columns, Diagonals, Full, Radial, Window
+from diffsparse.repair import HeadRepair
 
 __all__ = ["CASES", "Case", "Setting", "cases", "uniform_case", "with_outliers"]
 
@@ -24,6 +25,7 @@ class Setting:
     entries: of one call's heads. density: draws every row's kept blocks at random, as many in each; None takes the
     entries' own patterns. like: draw at the share of blocks that this other setting keeps. shared: the same lists for
     all heads. baseline: the setting whose time is the yardstick. masked_text: text tokens at the end that are padding.
+    repaired: every head's output is corrected by a map that is drawn at random; :meth:`Case.layout` has them.
     """
 
     label: str
@@ -33,6 +35,7 @@ class Setting:
     shared: bool = False
     baseline: str | None = None
     masked_text: int = 0
+    repaired: bool = False
 
     def layout(self, grid: TokenGrid, block_size: int, density: float | None = None) -> BlockLayout:
         """On the CPU. ``density``: of a setting that is drawn ``like`` another."""
@@ -60,12 +63,27 @@ class Case:
     peers: bool = False
     outliers: bool = False
 
+    def layout(self, setting: Setting, density: float | None = None) -> BlockLayout:
+        """That of a setting, with its repair, on the CPU. ``density``: as in :meth:`Setting.layout`."""
+        found = setting.layout(self.grid, self.block_size, density)
+        if not setting.repaired:
+            return found
+        return replace(found, heads=replace(found.heads, repair=_random_maps(self.heads, self.head_dim)))
+
 
 def with_outliers(x: torch.Tensor) -> torch.Tensor:
     """``x`` ``[..., D]`` with every sixteenth channel 8 times as wide, and off zero by as much."""
     x = x.clone()
     x[..., 3::16] = 8 * x[..., 3::16] + 8
     return x
+
+
+def _random_maps(heads: int, dim: int) -> HeadRepair:
+    """One for every head, about half as large as what it is added to."""
+    draw = torch.Generator().manual_seed(0)
+    weight = 0.5 * torch.randn(heads, dim, dim, generator=draw) / dim**0.5
+    bias = 0.1 * torch.randn(heads, dim, generator=draw)
+    return HeadRepair(weight.half(), bias.half(), torch.ones(heads, dtype=torch.bool))
 
 
 def _heads(count: int, order: TokenOrder | None = None, tail: str = "none") -> tuple[HeadEntry, ...]:
@@ -156,7 +174,14 @@ def _tails(grid: TokenGrid, heads: int) -> tuple[Setting, ...]:
     )
 
 
-_WAN, _HUNYUAN = TokenGrid(21, 45, 80), TokenGrid(33, 45, 80)
+def _repaired(grid: TokenGrid, heads: int) -> tuple[Setting, ...]:
+    return (
+        Setting("no repair", _heads(heads), 0.25),
+        Setting("repaired", _heads(heads), 0.25, baseline="no repair", repaired=True),
+    )
+
+
+_WAN, _WAN_480P, _HUNYUAN = TokenGrid(21, 45, 80), TokenGrid(21, 30, 52), TokenGrid(33, 45, 80)
 
 
 def _structured(
@@ -187,6 +212,8 @@ CASES = (
     "mixed-text",
     "orders",
     "tail",
+    "repair",
+    "repair-480p",
 )
 
 
@@ -211,6 +238,10 @@ def cases(names: Sequence[str] = CASES, *, tiny: bool = False) -> list[Case]:
         ),
         "orders": _structured("orders", "the cost of orders, Wan 14B 720p", _WAN, 40, _orders, tiny),
         "tail": _structured("tail", "the cost of the moments tail, HunyuanVideo 720p", _HUNYUAN, 24, _tails, tiny),
+        "repair": _structured("repair", "the cost of a repair, Wan 14B 720p", _WAN, 40, _repaired, tiny),
+        "repair-480p": _structured(
+            "repair-480p", "the cost of a repair, Wan 1.3B 480p", _WAN_480P, 12, _repaired, tiny
+        ),
     }
     for name, like in (("32k", "uniform-32k"), ("118k", "uniform-118k"), ("head-dim-64", "head-dim-64")):
         name, about = f"outliers-{name}", f"{found[like].about}, channels that stand out"

@@ -153,7 +153,7 @@ def bench_case(
     done: dict[str, list[Row]] = {}
     for setting in case.settings:
         share = shares[setting.like] if setting.like is not None else None
-        own = setting.layout(case.grid, case.block_size, share).to(device)
+        own = case.layout(setting, share).to(device)
         found = timed(_own_candidates(base, case, setting, own, inputs, backends, numerics))
         if case.peers and not own.heads.has_tail:
             found += timed(_peer_candidates(base, case, setting, own, inputs, peers, share))

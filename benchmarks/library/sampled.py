@@ -60,10 +60,21 @@ def sampled_error(
             raise ValueError("the sampled check knows no centroids tail: use reference_attention on a small case")
         tokens = torch.cat([torch.randint(seq, (max(0, rows - 2),), generator=draw), torch.tensor([0, seq - 1])])
         want = _rows(q, k, v, layout, h, tail, tokens.to(q.device), scale, mask)
+        if layout.heads.repair is not None:
+            want = _repaired(want, layout, h, tokens.to(q.device))
         got = out[0, tokens.to(out.device), h].double()
         off += float((got - want).square().sum())
         size += float(want.square().sum())
     return (off / size) ** 0.5 if size else 0.0 if not off else math.inf
+
+
+def _repaired(rows: torch.Tensor, layout: BlockLayout, head: int, tokens: torch.Tensor) -> torch.Tensor:
+    """Outputs ``[len(tokens), D]`` of one head, corrected where they are visual and the head has a map."""
+    repair, cut = layout.heads.repair, layout.tokens
+    assert repair is not None
+    visual = (tokens >= cut.text_before) & (tokens < cut.text_before + cut.num_visual) & repair.used[head]
+    change = rows @ repair.weight[head].double() + repair.bias[head].double()
+    return torch.where(visual[:, None], rows + change, rows)
 
 
 def _rows(

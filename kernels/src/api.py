@@ -122,7 +122,4 @@ def run_checked(
         backend,
         numerics,
     )
-    repair = layout.heads.repair
-    if repair is not None:
-        out = repair.apply_(out, layout.tokens.text_before, layout.tokens.num_visual)
     return (out, lse) if return_lse else out

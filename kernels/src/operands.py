@@ -10,6 +10,7 @@ import torch
 from diffsparse.blocks import BlockIndex
 from diffsparse.heads import HeadSpec
 from diffsparse.layout import BlockLayout
+from diffsparse.repair import HeadRepair
 from diffsparse.tokens import TokenLayout
 
 __all__ = ["as_operands", "from_operands"]
@@ -23,6 +24,8 @@ def as_operands(layout: BlockLayout) -> tuple[list[torch.Tensor], list[int], str
     tokens, index, heads = layout.tokens, layout.index, layout.heads
     tensors = [tokens.gather, tokens.scatter, tokens.block_start, tokens.head_order]
     tensors += [index.row_ptr, index.col_idx, heads.table]
+    if heads.repair is not None:
+        tensors += heads.repair.tensors
     traits = list(heads.numerics)
     if tokens.needs_gather:
         traits.append("gather")
@@ -43,9 +46,9 @@ def from_operands(
     tensors: Sequence[torch.Tensor], cut: Sequence[int], traits: str
 ) -> tuple[TokenLayout, BlockIndex, HeadSpec]:
     """The parts of the layout that :func:`as_operands` took apart."""
-    gather, scatter, block_start, head_order, row_ptr, col_idx, table = tensors
+    gather, scatter, block_start, head_order, row_ptr, col_idx, table, *repair = tensors
     block_size, text_before, num_visual = cut
     numerics, tails, needs_gather = _read(traits)
     tokens = TokenLayout(gather, scatter, block_start, head_order, block_size, text_before, num_visual, needs_gather)
-    heads = HeadSpec(table, numerics, tails)
+    heads = HeadSpec(table, numerics, tails, HeadRepair(*repair) if repair else None)
     return tokens, BlockIndex(row_ptr, col_idx, tokens.num_blocks), heads

@@ -17,6 +17,7 @@ from diffsparse.kernels.call import AttentionCall, key_mask_of
 from diffsparse.kernels.checks import choose_backend, possible_numerics
 from diffsparse.kernels.inputs import kv_len_error
 from diffsparse.kernels.operands import from_operands
+from diffsparse.kernels.repair import mend_
 
 __all__ = ["sparse_attention_op"]
 
@@ -42,6 +43,8 @@ def sparse_attention_op(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run one call; the log-sum-exp is an empty tensor unless asked for.
 
+    The repair of a layout is a part of it, so that traced code has nothing that changes a tensor in place.
+
     ``layout``, ``cut``, ``traits``: as ``operands.as_operands`` makes them; the rest as in ``AttentionCall``.
     """
     tokens, index, heads = from_operands(layout, cut, traits)
@@ -54,7 +57,7 @@ def sparse_attention_op(
         v=v,
         tokens=tokens,
         index=index,
-        heads=replace(heads, numerics=possible_numerics(name, q.shape[3], heads.numerics)),
+        heads=replace(heads, numerics=possible_numerics(name, q.shape[3], heads.numerics), repair=None),
         key_mask=key_mask_of(kv_len, tokens.seq_len),
         scale=scale,
         return_lse=return_lse,
@@ -68,6 +71,8 @@ def sparse_attention_op(
             one = replace(one, index=found.lists(one.index, tokens), packed=one.index)
         results.append(found.run(one))
     out, lse = results[0] if len(results) == 1 else (torch.cat(parts) for parts in zip(*results))
+    if heads.repair is not None:
+        mend_(out, heads.repair, tokens.text_before, tokens.num_visual)
     return out, lse if return_lse else q.new_empty(0, dtype=torch.float32)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 _failed: list[str] = []
 
@@ -49,3 +51,16 @@ def check_cases(root: Path, count: int, *arguments: str, **environment: str) -> 
     assert not failed, f"{len(failed)} of {len(failed) + len(passed)} cases failed: {failed}\n{done.stderr[-6000:]}"
     assert done.returncode == 0, f"it ended after {passed[-1:]}:\n{done.stderr[-3000:]}"
     assert len(passed) == count, f"{len(passed)} cases ran where {count} should: {passed}"
+
+
+def compiled(root: Path, capability: int, *flags: str) -> list[dict[str, Any]]:
+    """What ``compile_for`` says of its kernels: none takes more memory than a GPU has, all use its matrix units."""
+    done = run(root, "tests.kernels.compile_for", str(capability), *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    for kernel in found:
+        assert kernel["shared"] <= kernel["allowed"], kernel
+        if "float32" not in kernel["case"] and "summary" not in kernel["kernel"]:
+            unit = {80: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05"}[capability]
+            assert kernel[unit], f"the matrix units of sm{capability} are not used: {kernel}"
+    return found

@@ -1,6 +1,6 @@
 """Run in a process of its own: compile the Triton kernels for a GPU that is not there, and say what came out.
 
-``python -m tests.kernels.compile_for 90 [--slow] [--gluon]`` prints one JSON object a kernel.
+``python -m tests.kernels.compile_for 90 [--slow] [--gluon] [--repair]`` prints one JSON object a kernel.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from diffsparse.kernels.backends.triton.prepare import summaries, variance_dtype
 from diffsparse.kernels.call import make_call
 from diffsparse.order import TileOrder
 from tests.kernels.cases import head, inputs, random_layout
+from tests.kernels.mend import maps
 
 #: Shared memory that one program may use, bytes.
 SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -116,11 +117,37 @@ def compile_gluon(slow: bool) -> None:
             assert all("wgmma.mma_async" in k.asm["ptx"] or "mma.sync" in k.asm["ptx"] for k in small[2:])
 
 
+def compile_repair(capability: int, slow: bool) -> None:
+    from diffsparse.kernels.repair.host import choose_tiles, launch
+
+    dims = (16, 64, 72, 128, 160, 256) if slow else (128,)
+    dtypes = (torch.bfloat16, torch.float16, torch.float32) if slow else (torch.bfloat16, torch.float32)
+    for dim, dtype, tokens in ((d, t, n) for d in dims for t in dtypes for n in (100, 4096)):
+        out, repair = torch.empty(1, tokens, 64, dim, dtype=dtype), maps(64, dim)
+        tiles = choose_tiles(dim, dtype, tokens, 64)
+        kernel = launch(out, repair, 0, tokens, tiles, warmup=True)
+        text = kernel.asm["ptx"]
+        found: dict[str, Any] = {
+            "kernel": kernel.metadata.name,
+            "case": f"{dim}-{tiles.count}-{str(dtype)[6:]}",
+            "shared": kernel.metadata.shared,
+            "allowed": SHARED[capability],
+            "wgmma": text.count("wgmma.mma_async"),
+            "mma": text.count("mma.sync"),
+            "tcgen05": text.count("tcgen05.mma"),
+            "tf32": text.count("tf32"),
+        }
+        if capability == 90:
+            found |= assembled(text)
+        print(json.dumps(found), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("capability", type=int, choices=SHARED)
     parser.add_argument("--slow", action="store_true")
     parser.add_argument("--gluon", action="store_true", help="the Hopper kernel")
+    parser.add_argument("--repair", action="store_true", help="the kernel of the repair")
     arguments = parser.parse_args()
     capability = arguments.capability
     from triton.runtime import driver
@@ -128,6 +155,8 @@ def main() -> None:
     driver.set_active(AbsentGpu(capability))
     if arguments.gluon:
         return compile_gluon(arguments.slow)
+    if arguments.repair:
+        return compile_repair(capability, arguments.slow)
     # With text there are short blocks.
     short, full = TokenGrid(2, 16, 16, text_after=70), TokenGrid(2, 16, 16)
     cases = [(128, 128, torch.bfloat16, "none")]

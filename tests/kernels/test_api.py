@@ -14,7 +14,7 @@ import torch
 from diffsparse.entry import HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels import available_backends, check, checks, sparse_attention
-from diffsparse.kernels.backends.triton import not_installed
+from diffsparse.kernels.backends.installed import not_installed
 from diffsparse.kernels.call import make_call
 from diffsparse.kernels.operands import as_operands
 from diffsparse.kernels.ops import sparse_attention_op

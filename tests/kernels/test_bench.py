@@ -27,6 +27,7 @@ from diffsparse.kernels.random_rows import random_rows
 from diffsparse.layout import BlockLayout
 from diffsparse.order import CurveOrder, TileOrder
 from tests.kernels.cases import MIXED, head, inputs, random_layout
+from tests.kernels.mend import maps
 from tests.tolerance import ATTENTION, assert_near
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,6 +61,27 @@ def test_sampled_rows_agree_with_the_oracle(masked: bool) -> None:
     kv_len = torch.tensor([GRID.seq_len - 21]) if masked else None
     want, _ = reference_attention(q, k, v, layout, kv_len=kv_len)
     assert sampled_error(want, q, k, v, layout, kv_len=kv_len, rows=GRID.seq_len) < 1e-12
+
+
+def test_a_repair_is_a_part_of_what_is_checked_and_timed() -> None:
+    (case,) = cases(["repair"], tiny=True)
+    plain, repaired = (case.layout(s) for s in case.settings)
+    q, k, v = inputs(case.grid, case.heads, case.head_dim)
+    want, _ = reference_attention(q, k, v, repaired)
+    assert sampled_error(want, q, k, v, repaired) < 1e-12
+    assert sampled_error(want, q, k, v, plain) > 0.1
+    rows = bench_case(case, device="cpu", dtype=torch.float32, backends=("cpu",), dense=(), budget_ms=1)
+    found = {r.setting: r for r in rows}
+    assert found["repaired"].status == OK and found["repaired"].error < 1e-5  # type: ignore[operator]
+    assert found["repaired"].over_baseline == pytest.approx(found["repaired"].ms / found["no repair"].ms)  # type: ignore[operator]
+
+
+def test_a_repair_leaves_text_and_heads_without_a_map_alone() -> None:
+    layout = random_layout(GRID, [head(), head()], 64, 0.4)
+    q, k, v = inputs(GRID, 2, 32)
+    layout = replace(layout, heads=replace(layout.heads, repair=maps(2, 32)))
+    want, _ = reference_attention(q, k, v, layout)
+    assert sampled_error(want, q, k, v, layout, rows=GRID.seq_len) < 1e-12
 
 
 def test_one_wrong_block_shows() -> None:
@@ -332,7 +354,7 @@ def test_the_script_runs_as_it_stands(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["uniform-32k", "mixed", "mixed-text", "orders", "tail"])
+@pytest.mark.parametrize("name", ["uniform-32k", "mixed", "mixed-text", "orders", "tail", "repair"])
 def test_cases_on_a_gpu(name: str) -> None:
     """Every kernel and peer that is there is right, or says why it was not timed; ours that run are right."""
     (case,) = cases([name], tiny=True)

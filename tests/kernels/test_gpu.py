@@ -13,11 +13,14 @@ from diffsparse.entry import NUMERICS
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels import reference_attention, sparse_attention
 from diffsparse.kernels.call import make_call
+from diffsparse.kernels.repair import mend_, no_fused_pass
 from diffsparse.kernels.select import select_blocks
 from diffsparse.kernels.summaries import summarize, summarize_halves
 from diffsparse.layout import build_layout
 from diffsparse.order import TileOrder
 from tests.kernels.cases import MIXED, assert_like_torch, head, inputs, one_key_layout, random_layout, with_wide_queries
+from tests.kernels.mend import SHAPES, Shape, check, maps, output
+from tests.tolerance import Work, assert_near
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison_empty", "two_passes")]
 
@@ -29,6 +32,8 @@ GRIDS = (
     TokenGrid(1, 16, 24, text_after=128),
 )
 
+#: Enough programs for each of them to take several tiles.
+LARGE = Shape(128, before=7, visual=6500, after=3, batch=2, heads=20)
 
 HOPPER = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
@@ -377,3 +382,65 @@ def test_a_part_of_the_heads_is_a_part_of_the_output(backend: str) -> None:
     for part in (slice(0, 4), slice(4, 9)):
         mine = sparse_attention(*(x[:, :, part] for x in (q, k, v)), layout.of_heads(part), backend=backend)
         assert torch.equal(mine, whole[:, :, part])
+
+
+# -- the repair --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize("shape", [*SHAPES, LARGE], ids=names)
+def test_repair_in_one_pass(shape: Shape, dtype: torch.dtype) -> None:
+    """As the plain product has it in fp64: odd sizes, text around, rows with room between them, several tiles a
+    program; poison outside of what is repaired stays where it is."""
+    out, repair = output(shape, dtype, "cuda"), maps(shape.heads, shape.dim, "cuda")
+    assert no_fused_pass(out) is None
+    found = torch.empty(0, dtype=dtype, device="cuda").set_(out.untyped_storage().clone(), 0, out.shape, out.stride())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = mend_(found, repair, shape.before, shape.visual)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert again is found
+    check(out, found, repair, shape)
+
+
+def test_repair_of_more_than_2_to_the_31_elements() -> None:
+    if torch.cuda.mem_get_info()[0] < 20 << 30:
+        pytest.skip("needs 20 GB of GPU memory")
+    tokens, heads, dim = 131_072, 130, 128
+    out = torch.randn(1, 512, heads, dim, device="cuda").bfloat16().repeat(1, tokens // 512, 1, 1)
+    assert out.numel() > 2**31
+    repair = maps(heads, dim, "cuda")
+    want = repair.apply_(out[:, -512:].clone(), 0, 512)
+    mend_(out, repair, 512, tokens - 512)
+    assert_near(out[:, -512:], want, Work(dim, sums=2))
+    assert_near(out[:, 512:1024], want, Work(dim, sums=2))
+    assert not torch.equal(out[:, :512], out[:, 512:1024])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_repaired_call_in_a_graph_and_compiled(backend: str) -> None:
+    grid = TokenGrid(3, 13, 21, text_before=5, text_after=77)
+    layout = random_layout(grid, MIXED, 128, 0.3, diagonal=True)
+    layout = replace(layout, heads=replace(layout.heads, repair=maps(len(MIXED), 128))).to("cuda")
+    plain = replace(layout, heads=replace(layout.heads, repair=None))
+    q, k, v = inputs(grid, len(MIXED), 128, batch=2, dtype=torch.bfloat16, device="cuda")
+    want = sparse_attention(q, k, v, layout, backend=backend)
+    without = sparse_attention(q, k, v, plain, backend=backend)
+    assert layout.heads.repair is not None
+    plainly = layout.heads.repair.apply_(without.clone(), 5, grid.num_visual)
+    assert_near(want, plainly, Work(128, sums=2))
+    assert torch.equal(want[:, :5], without[:, :5]) and torch.equal(want[:, -77:], without[:, -77:])
+    assert torch.equal(want[:, :, 1], without[:, :, 1]) and not torch.equal(want, without)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = sparse_attention(q, k, v, layout, backend=backend)
+    for _ in range(2):  # a graph that repaired what is repaired already would differ
+        graph.replay()
+        assert torch.equal(out, want)
+
+    def layer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return sparse_attention(q, k, v, layout, backend=backend) + 0
+
+    traced = torch.compile(layer, fullgraph=True)
+    assert torch.equal(traced(q, k, v), want) and torch.equal(traced(q, k, v), want)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 
 from diffsparse.grid import TokenGrid
 from diffsparse.order import AxisOrder, TileOrder
-from tests.kernels.apart import check_cases, run
+from tests.kernels.apart import check_cases, compiled
 from tests.kernels.cases import head, random_layout
 
 pytest.importorskip("triton")
@@ -24,18 +23,6 @@ def test_interpreted(repo_root: Path) -> None:
 def test_interpreted_more(repo_root: Path) -> None:
     """The preparations are in the fast test alone."""
     check_cases(repo_root, 6, "tests.kernels.interpret", "--slow")
-
-
-def compiled(root: Path, capability: int, *flags: str) -> list[dict]:
-    done = run(root, "tests.kernels.compile_for", str(capability), *flags)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    for kernel in found:
-        assert kernel["shared"] <= kernel["allowed"], kernel
-        if "float32" not in kernel["case"] and "summary" not in kernel["kernel"]:
-            unit = {80: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05"}[capability]
-            assert kernel[unit], f"the matrix units of sm{capability} are not used: {kernel}"
-    return found
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

@@ -9,8 +9,9 @@ from functools import lru_cache
 import torch
 
 from diffsparse.blocks import BlockIndex
+from diffsparse.kernels.backends.installed import not_installed
 from diffsparse.kernels.backends.protocol import KernelBackend
-from diffsparse.kernels.backends.triton import lists_of, not_installed
+from diffsparse.kernels.backends.triton import lists_of
 from diffsparse.kernels.call import AttentionCall
 from diffsparse.tokens import TokenLayout
 

@@ -3,32 +3,17 @@ it reads."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from dataclasses import replace
-from functools import lru_cache
 
 import torch
 
 from diffsparse.blocks import BlockIndex
+from diffsparse.kernels.backends.installed import interpreting, not_installed
 from diffsparse.kernels.backends.protocol import KernelBackend
 from diffsparse.kernels.call import AttentionCall
 from diffsparse.tokens import TokenLayout
 
-__all__ = ["TRITON", "interpreting", "lists_of", "not_installed"]
-
-
-def interpreting() -> bool:
-    """True where Triton kernels run in Triton's interpreter, on the CPU."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-@lru_cache(maxsize=1)
-def not_installed() -> str | None:
-    """Why there is no Triton here, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install triton)"
-    return None
+__all__ = ["TRITON", "lists_of"]
 
 
 def lists_of(packed: BlockIndex, tokens: TokenLayout) -> BlockIndex:
