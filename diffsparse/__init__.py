@@ -63,6 +63,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
         "SparsityPlan",
         "PlanError",
     ),
+    "diffsparse.online": ("OnlineRepair",),
     "diffsparse.presets": ("preset",),
     "diffsparse.pipelines": (
         "enable_sparse_attention",
@@ -88,6 +89,7 @@ if TYPE_CHECKING:  # the same table, for type checkers and editors (a test compa
     from diffsparse.kernels.tails import register_tail as register_tail
     from diffsparse.layout import BlockLayout as BlockLayout
     from diffsparse.layout import build_layout as build_layout
+    from diffsparse.online import OnlineRepair as OnlineRepair
     from diffsparse.order import AxisOrder as AxisOrder
     from diffsparse.order import CurveOrder as CurveOrder
     from diffsparse.order import PhaseOrder as PhaseOrder

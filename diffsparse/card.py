@@ -91,9 +91,12 @@ def plan_card(plan: SparsityPlan) -> str:
         str(plan.entries[i]).split("(")[0] + tail(plan.entries[i]) for i in plan.index.reshape(-1).tolist()
     )
     lines += [f"| {count} | {name} |" for name, count in counts.most_common()]
-    if plan.repair is not None:
-        repaired = plan.repair.num_heads
+    if plan.fitted_repair is not None:
+        repaired = plan.fitted_repair.num_heads
         lines += ["", f"The outputs of {repaired} of {plan.index.size} heads are repaired."]
+    if plan.online_repair is not None:
+        rows = plan.online_repair.rows
+        lines += ["", f"The outputs of all sparse calls are repaired online, by {rows} exact rows of each."]
     for title in ("quality", "speed", "calibration", "environment"):
         if isinstance(section := record.get(title), dict):
             lines += ["", f"## {title.capitalize()}", "", "| | |", "|---|---|"]

@@ -9,6 +9,7 @@ import torch
 
 from diffsparse.entry import NUMERICS as NUMERICS_NAMES
 from diffsparse.entry import HeadEntry
+from diffsparse.online import OnlineRepair
 from diffsparse.repair import HeadRepair
 from diffsparse.tails import tail_code
 from diffsparse.tokens import HeadSelection, TokenLayout, take_heads
@@ -32,7 +33,7 @@ class HeadSpec:
     table: torch.Tensor
     numerics: tuple[str, ...]
     tails: tuple[str, ...] = ()
-    repair: HeadRepair | None = None
+    repair: HeadRepair | OnlineRepair | None = None
 
     @property
     def num_heads(self) -> int:

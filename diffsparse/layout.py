@@ -13,7 +13,9 @@ from diffsparse.density import call_density
 from diffsparse.entry import HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.heads import HeadSpec, describe_heads
+from diffsparse.online import OnlineRepair
 from diffsparse.order import TokenOrder
+from diffsparse.repair import HeadRepair
 from diffsparse.tokens import HeadSelection, TokenLayout, cut_tokens
 
 __all__ = ["BlockLayout", "build_layout", "head_block_mask"]
@@ -27,8 +29,8 @@ class BlockLayout:
     index: which pairs of blocks are computed.
     heads: what each head does with them.
     grid, orders: what ``tokens`` was made from; ``tokens.head_order`` counts these orders.
-    densities: of each head, executed query-key work over all query-key pairs of the call, its tail counted; empty where
-        the index was made on the device, and the host has not read it back.
+    densities: of each head, executed query-key work over all query-key pairs of the call, with its tail and the exact
+        rows of an online repair; empty where the index was made on the device, and the host has not read it back.
     """
 
     grid: TokenGrid
@@ -82,6 +84,12 @@ class BlockLayout:
             heads=self.heads.heads(selection),
             densities=tuple(self.densities[h] for h in numbers) if self.densities else (),
         )
+
+    def repaired(self, repair: HeadRepair | OnlineRepair) -> BlockLayout:
+        """The same layout, whose output is corrected."""
+        more = repair.density(self.grid) if isinstance(repair, OnlineRepair) else 0.0
+        densities = tuple(min(1.0, density + more) for density in self.densities)
+        return replace(self, heads=replace(self.heads, repair=repair), densities=densities)
 
     @property
     def is_packed(self) -> bool:

@@ -21,6 +21,7 @@ from diffsparse.entry import HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.layout import BlockLayout, build_layout
 from diffsparse.messages import one_line, shown
+from diffsparse.online import OnlineRepair
 from diffsparse.provenance import check_record
 from diffsparse.reader import FORMAT_VERSION, read_files, read_plan
 from diffsparse.repair import REPAIR_KEY, Repair
@@ -42,7 +43,8 @@ class SparsityPlan:
     ``layers``: names for the middle axis. A plan for any model has the one layer ``"*"`` and one head.
     ``record``: provenance as JSON values (kernel and version, calibration, quality, environment); no number of the
     output depends on it.
-    ``repair``: what the outputs of heads are corrected by (``diffsparse.repair``), or None.
+    ``repair``: what the outputs of heads are corrected by: maps that were fitted for them (``diffsparse.repair``), or
+    how they are fitted in every call (``diffsparse.online``), or None.
     """
 
     entries: tuple[HeadEntry, ...]
@@ -52,7 +54,7 @@ class SparsityPlan:
     block_size: int = 64
     architecture: Architecture | None = None
     record: dict[str, Any] = field(default_factory=dict)
-    repair: Repair | None = None
+    repair: Repair | OnlineRepair | None = None
 
     def __post_init__(self) -> None:
         index = self.index
@@ -75,15 +77,18 @@ class SparsityPlan:
                 raise PlanError(f"index has {index.shape[2]} heads, the architecture {self.architecture.heads}")
             if lacking := [n for n in self.layers if n not in self.architecture.layers]:
                 raise PlanError(f"the plan has entries for {shown(lacking[0])}, but its architecture has no such layer")
-        if self.repair is not None:
+        if self.repair is not None and not isinstance(self.repair, (Repair, OnlineRepair)):
+            raise PlanError(f"repair must be a Repair, an OnlineRepair or None, got {shown(self.repair)}")
+        if (maps := self.fitted_repair) is not None:
             if self.is_uniform:
-                raise PlanError("a plan for any model has no repair: it is fitted to the heads of one")
-            if self.repair.index.shape != index.shape:
-                raise PlanError(f"the repair is for {self.repair.index.shape} phases, layers, heads, not {index.shape}")
-            if self.architecture is not None and self.repair.head_dim != self.architecture.head_dim:
                 raise PlanError(
-                    f"the repair is for heads of {self.repair.head_dim}, the architecture has "
-                    f"{self.architecture.head_dim}"
+                    "a plan for any model has no repair that is fitted to the heads of one; OnlineRepair serves any"
+                )
+            if maps.index.shape != index.shape:
+                raise PlanError(f"the repair is for {maps.index.shape} phases, layers, heads, not {index.shape}")
+            if self.architecture is not None and maps.head_dim != self.architecture.head_dim:
+                raise PlanError(
+                    f"the repair is for heads of {maps.head_dim}, the architecture has {self.architecture.head_dim}"
                 )
 
     @classmethod
@@ -108,6 +113,16 @@ class SparsityPlan:
     def tails(self) -> set[str]:
         """The tails that its heads have, ``none`` left aside."""
         return {entry.execution.tail for entry in self.entries} - {"none"}
+
+    @property
+    def fitted_repair(self) -> Repair | None:
+        """The repair, where it is one of maps that were fitted for the plan's heads."""
+        return self.repair if isinstance(self.repair, Repair) else None
+
+    @property
+    def online_repair(self) -> OnlineRepair | None:
+        """The repair, where it is fitted in every call."""
+        return self.repair if isinstance(self.repair, OnlineRepair) else None
 
     def with_numerics(self, numerics: str) -> SparsityPlan:
         """The same plan in other numerics (``auto``, ``int8`` or ``fp8``: see ``Execution``).
@@ -155,13 +170,15 @@ class SparsityPlan:
         found = build_layout(grid, entries, self.block_size)
         if self.repair is None:
             return found
-        repair = self.repair.of_layer(phase, self.layers.index(layer))
-        return replace(found, heads=replace(found.heads, repair=repair))
+        if isinstance(self.repair, OnlineRepair):
+            return found.repaired(self.repair)
+        return found.repaired(self.repair.of_layer(phase, self.layers.index(layer)))
 
     def call_densities(
         self, grid: TokenGrid, layers: Sequence[str] | None = None, heads: int | None = None
     ) -> np.ndarray:
-        """Density of every sparse call, float ``[phases, layers]``, tails counted; dense layers count 1.
+        """Density of every sparse call, float ``[phases, layers]``, tails and an online repair counted; dense layers
+        count 1.
 
         ``layers`` and ``heads`` default to the architecture's; a plan for any model without either is one layer.
         """
@@ -177,7 +194,7 @@ class SparsityPlan:
                     continue
                 for entry in entries:
                     if entry not in known:
-                        known[entry] = head_work(entry, grid, self.block_size).density
+                        known[entry] = head_work(entry, grid, self.block_size, self.online_repair).density
                 result[phase, i] = np.mean([known[entry] for entry in entries])
         return result
 
@@ -223,7 +240,8 @@ class SparsityPlan:
         if self.architecture:
             data["architecture"] = {**asdict(self.architecture), "fingerprint": self.architecture.fingerprint}
         if self.repair is not None:
-            arrays |= self.repair.to_arrays()
+            if isinstance(self.repair, Repair):
+                arrays |= self.repair.to_arrays()
             data[REPAIR_KEY] = self.repair.to_dict()
         if arrays and bound:
             # Versions that do not know the key can do without it.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from diffsparse.entry import Execution, HeadEntry
+from diffsparse.online import OnlineRepair
 from diffsparse.order import RasterOrder, TileOrder
 from diffsparse.patterns import Radial, Window
 from diffsparse.plan import SparsityPlan
@@ -22,6 +23,7 @@ def preset(
     sparse_below: float | None = None,
     dense_layers: tuple[str, ...] = (),
     block_size: int = 64,
+    repair_rows: int | None = None,
     **options: Any,
 ) -> SparsityPlan:
     """A plan that serves any model.
@@ -39,6 +41,9 @@ def preset(
     piece of a row, and up to 2048 x 2048 pixels all are kept. Where a name is given instead of a plan, as in
     ``enable_sparse_attention(pipe, "radial")``, the model decides.
 
+    repair_rows: outputs are repaired in every call from so many exact rows (:class:`diffsparse.OnlineRepair`; 256 is a
+    usual number). None: they are not.
+
     Steps at a noise level above ``sparse_below`` stay dense (default 0.9, ``conservative`` 0.85: the first steps decide
     what the picture becomes), as do ``dense_layers``. Raises ValueError for other names and TypeError for options that
     the preset does not have.
@@ -47,8 +52,8 @@ def preset(
         sparse_below = 0.85 if name == "conservative" else 0.9
     schedule = Schedule(sparse_below=sparse_below, dense_layers=tuple(dense_layers))
     if name == "dense":
-        if options:
-            raise TypeError(f"preset('dense') takes no {', '.join(sorted(options))}")
+        if refused := sorted(options) + ["repair_rows"] * (repair_rows is not None):
+            raise TypeError(f"preset('dense') takes no {', '.join(refused)}")
         entry = HeadEntry()
     elif name in ("window", "conservative"):
         tail = options.pop("tail", "moments")
@@ -62,4 +67,6 @@ def preset(
         entry = HeadEntry(order, Radial(**options), execution=Execution(tail=tail))
     else:
         raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
-    return SparsityPlan.uniform(entry, schedule=schedule, block_size=block_size, record={"preset": name})
+    repair = None if repair_rows is None else OnlineRepair(repair_rows)
+    record = {"preset": name}
+    return SparsityPlan.uniform(entry, schedule=schedule, block_size=block_size, record=record, repair=repair)

@@ -2,7 +2,7 @@
 
 What a sparse head leaves out is largely a linear function of what it puts out: the output ``O`` of a head becomes
 ``O + O W + b``. Each phase, layer and head has a map of its own. Text queries are exact, so that only visual ones are
-corrected.
+corrected. ``diffsparse.online`` has the form that is fitted in every call.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from diffsparse.messages import shown
+from diffsparse.online import OnlineRepair
 from diffsparse.tokens import HeadSelection, take_heads
 from diffsparse.typed import PlanError
 
@@ -30,8 +31,8 @@ _MAX_DIM = 1024
 class HeadRepair:
     """The maps of one layer's heads.
 
-    weight: ``[H, D, D]``; bias: ``[H, D]``. used: bool ``[H]``, False for a head that has no map and stays as it is,
-    whatever weight and bias hold for it.
+    weight: ``[H, D, D]``; bias: ``[H, D]``; or ``[B, H, D, D]`` and ``[B, H, D]``, of each item of a batch.
+    used: bool ``[H]``, False for a head that has no map and stays as it is, whatever weight and bias hold for it.
     """
 
     weight: torch.Tensor
@@ -63,7 +64,7 @@ class HeadRepair:
         """
         visual = out.narrow(1, text_before, num_visual).transpose(1, 2)
         change = visual @ self.weight.to(out.dtype)
-        change.add_(self.bias.to(out.dtype)[:, None])
+        change.add_(self.bias.to(out.dtype).unsqueeze(-2))
         visual += change.masked_fill_(~self.used[:, None, None], 0)
         return out
 
@@ -148,14 +149,18 @@ class Repair:
         return {"kind": "affine", "maps": int(self.bias.shape[0]), "rank": self.rank}
 
 
-def read_repair(data: Any, arrays: Mapping[str, np.ndarray]) -> Repair | None:
+def read_repair(data: Any, arrays: Mapping[str, np.ndarray]) -> Repair | OnlineRepair | None:
     """The repair that a plan's JSON announces, from its arrays. Raises :class:`PlanError`."""
     if data is None:
         return None
+    if isinstance(data, dict) and data.get("kind") == "online":
+        if set(data) != {"kind", "rows"}:
+            raise PlanError(f"{REPAIR_KEY} of kind 'online' must have rows and nothing else; got {shown(data)}")
+        return OnlineRepair(data["rows"])
     if not isinstance(data, dict) or set(data) != {"kind", "maps", "rank"}:
         raise PlanError(f"{REPAIR_KEY} must have kind, maps and rank; got {shown(data)}")
     if data["kind"] != "affine":
-        raise PlanError(f"{REPAIR_KEY}.kind must be 'affine', got {shown(data['kind'])}; update diffsparse")
+        raise PlanError(f"{REPAIR_KEY}.kind must be 'affine' or 'online', got {shown(data['kind'])}; update diffsparse")
     names = ["index", "left", "bias"] + ([] if data["rank"] is None else ["right"])
     if lacking := [name for name in names if f"{REPAIR_KEY}.{name}" not in arrays]:
         raise PlanError(f"the plan's arrays lack {REPAIR_KEY}.{lacking[0]}; copy the whole folder")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from diffsparse.density import tail_density
 from diffsparse.entry import HeadEntry
 from diffsparse.grid import TokenGrid
+from diffsparse.online import OnlineRepair
 from diffsparse.order import TokenOrder
 
 __all__ = ["HeadWork", "block_fill", "head_work"]
@@ -19,10 +20,11 @@ __all__ = ["HeadWork", "block_fill", "head_work"]
 class HeadWork:
     """What decides on a head's time and on its density.
 
-    density: executed work over all query-key pairs, the tail counted. blocks: kept blocks over all pairs of blocks,
-    which is what kernels multiply, short ones as a whole. gathered: the head's order is not the model's. Of these None
-    where only a layout is known: kept: pairs computed exactly, over all. visual: the same of visual tokens alone. fill:
-    how full the blocks of its order are (:func:`block_fill`).
+    density: executed work over all query-key pairs, with the tail and the exact rows of an online repair. extra: the
+    time that an online repair takes, over a dense head's. blocks: kept blocks over all pairs of blocks, which is what
+    kernels multiply, short ones as a whole. gathered: the head's order is not the model's. Of these None where only a
+    layout is known: kept: pairs computed exactly, over all. visual: the same of visual tokens alone. fill: how full the
+    blocks of its order are (:func:`block_fill`).
     """
 
     density: float
@@ -34,6 +36,7 @@ class HeadWork:
     kept: float | None = None
     visual: float | None = None
     fill: float | None = None
+    extra: float = 0.0
 
 
 @lru_cache(maxsize=256)
@@ -42,8 +45,15 @@ def block_fill(order: TokenOrder, grid: TokenGrid, block_size: int) -> float:
     return grid.num_visual / (order.partition(grid, block_size).num_blocks * block_size)
 
 
-def head_work(entry: HeadEntry, grid: TokenGrid, block_size: int) -> HeadWork:
-    """Of one head on a grid, as ``build_layout(grid, [entry], block_size)`` has it."""
+def head_work(entry: HeadEntry, grid: TokenGrid, block_size: int, online: OnlineRepair | None = None) -> HeadWork:
+    """Of one head on a grid, as ``build_layout(grid, [entry], block_size)`` has it, or that layout ``repaired``."""
+    work = _unrepaired(entry, grid, block_size)
+    if online is None:
+        return work
+    return replace(work, density=min(1.0, work.density + online.density(grid)), extra=online.time(grid))
+
+
+def _unrepaired(entry: HeadEntry, grid: TokenGrid, block_size: int) -> HeadWork:
     execution, gathered = entry.execution, not entry.order.is_raster
     if execution.mode == "skip":
         return HeadWork(0.0, 0.0, execution.tail, gathered, True, execution.numerics, kept=0.0, visual=0.0)

@@ -10,6 +10,8 @@ from diffsparse.entry import TAILS
 from diffsparse.heads import SKIP, TAIL
 from diffsparse.kernels.call import key_mask_of
 from diffsparse.layout import BlockLayout
+from diffsparse.online import OnlineRepair
+from diffsparse.repair import HeadRepair
 
 __all__ = ["sampled_error", "tolerance"]
 
@@ -42,8 +44,10 @@ def sampled_error(
     ``heads`` heads (all where there are no more, else spread evenly) and ``rows`` tokens of each, in the first item;
     the first and the last token are always among them, since that is where short blocks are. Skipped heads must be
     zero: anything else there makes the error infinite. Raises ValueError for the ``centroids`` tail, whose halves are
-    defined by :func:`diffsparse.kernels.reference_attention` alone.
+    defined by :func:`diffsparse.kernels.reference_attention` alone, and for an online repair, which is so too.
     """
+    if isinstance(layout.heads.repair, OnlineRepair):
+        raise ValueError("the sampled check knows no online repair: use reference_attention on a small case")
     total, seq = q.shape[2], q.shape[1]
     scale = q.shape[-1] ** -0.5
     mask = key_mask_of(kv_len, seq)
@@ -60,18 +64,19 @@ def sampled_error(
             raise ValueError("the sampled check knows no centroids tail: use reference_attention on a small case")
         tokens = torch.cat([torch.randint(seq, (max(0, rows - 2),), generator=draw), torch.tensor([0, seq - 1])])
         want = _rows(q, k, v, layout, h, tail, tokens.to(q.device), scale, mask)
-        if layout.heads.repair is not None:
-            want = _repaired(want, layout, h, tokens.to(q.device))
+        if isinstance(layout.heads.repair, HeadRepair):
+            want = _repaired(want, layout, layout.heads.repair, h, tokens.to(q.device))
         got = out[0, tokens.to(out.device), h].double()
         off += float((got - want).square().sum())
         size += float(want.square().sum())
     return (off / size) ** 0.5 if size else 0.0 if not off else math.inf
 
 
-def _repaired(rows: torch.Tensor, layout: BlockLayout, head: int, tokens: torch.Tensor) -> torch.Tensor:
+def _repaired(
+    rows: torch.Tensor, layout: BlockLayout, repair: HeadRepair, head: int, tokens: torch.Tensor
+) -> torch.Tensor:
     """Outputs ``[len(tokens), D]`` of one head, corrected where they are visual and the head has a map."""
-    repair, cut = layout.heads.repair, layout.tokens
-    assert repair is not None
+    cut = layout.tokens
     visual = (tokens >= cut.text_before) & (tokens < cut.text_before + cut.num_visual) & repair.used[head]
     change = rows @ repair.weight[head].double() + repair.bias[head].double()
     return torch.where(visual[:, None], rows + change, rows)

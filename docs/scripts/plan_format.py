@@ -38,6 +38,7 @@ from diffsparse.limits import (
     MAX_NESTING,
     MAX_PATTERN_PARTS,
 )
+from diffsparse.online import LEAST_ROWS, MOST_ROWS
 from diffsparse.order import AxisOrder, CurveOrder, PhaseOrder, RasterOrder, TileOrder, TokenOrder, parse_order
 from diffsparse.patterns import Bitmap, Pattern, Sink, Window, pattern_kinds
 from diffsparse.patterns.registry import RETIRED
@@ -94,8 +95,9 @@ TOP = {
 }
 # Only where heads have a repair.
 WITH_REPAIR = {
-    REPAIR_KEY: "What the outputs of heads are corrected by: `kind` (`affine`), `maps` (how many), and `rank` (null "
-    "where matrices are whole). Its arrays are described below.",
+    REPAIR_KEY: "What the outputs of heads are corrected by. Of maps that were fitted for them: `kind` (`affine`), "
+    "`maps` (how many), and `rank` (null where matrices are whole); their arrays are described below. Of maps that are "
+    f"fitted in every call: `kind` (`online`), and `rows` ({LEAST_ROWS} to {MOST_ROWS:,}), of which it has no arrays.",
 }
 # Only where there are arrays.
 WITH_ARRAYS = {

@@ -81,10 +81,10 @@ def sparse_attention(
 
     Returns:
         The output ``[batch, seq, heads, head_dim]`` in q's dtype and the model's token order, corrected where the
-        layout has a repair; with ``return_lse`` also
-        fp32 ``[batch, seq, heads]``, the natural logarithm of the sum of all weights that entered the output, tails
-        included. Where a query attends nothing (a skipped head; a row without kept blocks and without a tail) the
-        output is 0 and the log-sum-exp -inf.
+        layout has a repair; with ``return_lse`` also fp32 ``[batch, seq, heads]``, the natural logarithm of the sum of
+        all weights that entered the output, tails included, as it is without a repair. Where a query attends nothing (a
+        skipped head; a row without kept blocks and without a tail) the output is 0, before a repair, and the
+        log-sum-exp -inf.
 
     Raises:
         ValueError: on any argument that does not fit, with the value received and what is allowed.

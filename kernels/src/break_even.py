@@ -30,6 +30,7 @@ from diffsparse.kernels.costs import CostTable
 from diffsparse.kernels.dense import DENSE_KERNELS, dense_attention, race_dense
 from diffsparse.kernels.random_rows import random_rows
 from diffsparse.layout import BlockLayout
+from diffsparse.online import OnlineRepair
 from diffsparse.order import AxisOrder, RasterOrder
 from diffsparse.saving import write_whole
 from diffsparse.tails import tail_name
@@ -53,6 +54,8 @@ def work_of(layout: BlockLayout) -> list[HeadWork]:
     heads, n = layout.num_heads, layout.num_blocks
     counts = layout.index.row_ptr[0].diff().view(heads, n).sum(1).tolist()
     blocks = (layout.tokens.lengths() > 0).sum(1).tolist()
+    online = layout.heads.repair
+    extra = online.time(layout.grid) if isinstance(online, OnlineRepair) else 0.0
     order, table = layout.tokens.head_order.tolist(), layout.heads.table.tolist()
     return [
         HeadWork(
@@ -62,6 +65,7 @@ def work_of(layout: BlockLayout) -> list[HeadWork]:
             gathered=table[h][GATHERED] > 0,
             skipped=bool(table[h][SKIP]),
             numerics=NUMERICS_NAMES[table[h][NUMERICS]],
+            extra=extra,
         )
         for h in range(heads)
     ]

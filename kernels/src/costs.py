@@ -133,13 +133,17 @@ class CostTable:
         return float(tokens * (heads / self.heads) ** 0.5)
 
     def over_dense(self, heads: Sequence[HeadWork], tokens: int) -> float:
-        """Predicted time of a call over its dense time: the mean over its heads, of which skipped ones take none."""
+        """Predicted time of a call over its dense time: the mean over its heads.
+
+        Skipped ones take none, but for what an online repair takes of every head.
+        """
         size = self.tokens_of(tokens, len(heads))
         known: dict[HeadWork, float] = {}
         for head in heads:
             if head not in known:
                 at = None if head.skipped else self.density_of(head)
-                known[head] = 0.0 if at is None else self.head_ratio(size, at, head.tail, head.gathered)
+                blocks = 0.0 if at is None else self.head_ratio(size, at, head.tail, head.gathered)
+                known[head] = blocks + head.extra
         return mean_of(known[head] for head in heads)
 
     def break_even(self, tokens: int, tail: str = "none", gathered: bool = False) -> float:

@@ -13,6 +13,7 @@ import torch
 from diffsparse.entry import NUMERICS
 from diffsparse.kernels.backends import backend_names, find_backend
 from diffsparse.layout import BlockLayout
+from diffsparse.repair import HeadRepair
 
 __all__ = ["either", "input_error", "kv_len_error"]
 
@@ -52,7 +53,7 @@ def input_error(
     if layout.device != q.device:
         return f"q is on {q.device}, the layout on {layout.device}: use layout.to({str(q.device)!r})"
     repair = layout.heads.repair
-    if repair is not None and repair.weight.shape != (heads, q.shape[3], q.shape[3]):
+    if isinstance(repair, HeadRepair) and repair.weight.shape != (heads, q.shape[3], q.shape[3]):
         return f"q has heads of {q.shape[3]}, the layout's repair is for heads of {repair.weight.shape[2]}"
     if scale is not None and not 0 < scale < math.inf:
         return f"scale must be positive and finite, got {scale}"

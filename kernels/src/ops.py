@@ -17,7 +17,8 @@ from diffsparse.kernels.call import AttentionCall, key_mask_of
 from diffsparse.kernels.checks import choose_backend, possible_numerics
 from diffsparse.kernels.inputs import kv_len_error
 from diffsparse.kernels.operands import from_operands
-from diffsparse.kernels.repair import mend_
+from diffsparse.kernels.repair import mend_, mend_online_
+from diffsparse.online import OnlineRepair
 
 __all__ = ["sparse_attention_op"]
 
@@ -71,7 +72,9 @@ def sparse_attention_op(
             one = replace(one, index=found.lists(one.index, tokens), packed=one.index)
         results.append(found.run(one))
     out, lse = results[0] if len(results) == 1 else (torch.cat(parts) for parts in zip(*results))
-    if heads.repair is not None:
+    if isinstance(heads.repair, OnlineRepair):
+        mend_online_(out, call, heads.repair)
+    elif heads.repair is not None:
         mend_(out, heads.repair, tokens.text_before, tokens.num_visual)
     return out, lse if return_lse else q.new_empty(0, dtype=torch.float32)
 

@@ -141,7 +141,7 @@ def _fit(plan: SparsityPlan, model: Architecture, component: str, strict: bool) 
     heads = plan.index.shape[2]
     if not plan.is_uniform and heads != model.heads and not any(p.startswith("heads:") for p in problems):
         problems.append(f"heads: the plan has {heads!r}, the model {model.heads!r}")
-    repair = plan.repair
+    repair = plan.fitted_repair
     if repair is not None and repair.head_dim != model.head_dim and not any(p.startswith("head_dim") for p in problems):
         problems.append(f"head_dim: the plan's repair is for {repair.head_dim}, the model has {model.head_dim}")
     if not problems:

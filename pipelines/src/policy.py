@@ -32,6 +32,7 @@ OUTSIDE = "noise level outside the plan's sparse range"
 NOT_IN_PLAN = "dense layer of the plan"
 DENSE_ENTRIES = "all heads are dense in the plan"
 FULL = "every block is kept on this grid"
+AS_MUCH = "kept blocks and the rows of the online repair are as much work as dense attention on this grid"
 SLOWER = "dense attention is faster here, by the break-even table"
 
 _NO_KERNEL = "no kernel for these tensors ({why}); backend={backend!r} runs all the same"
@@ -161,7 +162,7 @@ def judge_layer(
     eight = {head.numerics for head in heads} - {"auto"}
     in_8_bits = bool(eight) and eight <= set(machine.numerics)
     if min(head.density for head in heads) >= 1 and not in_8_bits:
-        return LayerVerdict(FULL, 1.0, 1.0)
+        return LayerVerdict(AS_MUCH if any(head.extra for head in heads) else FULL, 1.0, 1.0)
     time = machine.table.over_dense(heads, tokens) if machine.table is not None else None
     if time is not None and time >= 1:
         return LayerVerdict(SLOWER, 1.0, 1.0)

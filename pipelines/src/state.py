@@ -261,7 +261,7 @@ class ModelState:
             heads = torch.tensor([entry.is_dense for entry in entries])
             return replace(layout, heads=layout.heads.skipping(heads)), heads
 
-        kind = entries if self.plan.repair is None else index
+        kind = entries if self.plan.fitted_repair is None else index
         found: tuple[BlockLayout, torch.Tensor] = self.layouts.get(
             (grid, phase, device, uniform), ("without dense heads", kind), build
         )
@@ -278,11 +278,11 @@ class ModelState:
         found: BlockLayout | str = self.layouts.get(
             (grid, phase, device, uniform), entries, lambda: self._expand(grid, entries, device, uniform)
         )
-        if self.plan.repair is None or isinstance(found, str):
+        maps = self.plan.fitted_repair
+        if maps is None or isinstance(found, str):
             return found
         # Every layer that runs sparse has one, of zeros where it needs to: compiled layers share a graph.
-        repair = self.plan.repair.of_layer(phase, self.plan.layers.index(name)).to(device)
-        return replace(found, heads=replace(found.heads, repair=repair))
+        return found.repaired(maps.of_layer(phase, self.plan.layers.index(name)).to(device))
 
     def _expand(
         self, grid: TokenGrid, entries: tuple[HeadEntry, ...], device: torch.device, uniform: bool
@@ -290,6 +290,8 @@ class ModelState:
         assert self.plan is not None
         packed = _is_packed(device, grid, len(entries), self.plan.block_size)
         layout = build_layout(grid, entries, self.plan.block_size, packed=packed)
+        if self.plan.online_repair is not None:
+            layout = layout.repaired(self.plan.online_repair)
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         machine = self.machine(device, dtype, layout.heads.tails)
         found = judge_layer(work_of(layout), layout.seq_len, machine)

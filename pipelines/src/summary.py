@@ -44,9 +44,9 @@ class TransformerSummary:
         None before the first. call_density: the mean over sparse calls.
     grids: forwards on each grid. carried: bitmap heads that were measured elsewhere, on each grid that has any.
     skipped: layers that plan and model do not share (``strict=False``). repaired_heads: heads whose output the plan
-        corrects, of all phases and layers. races: with ``dense_backend="fastest"``, what
-        was measured for each shape: the kernel that is fastest and the milliseconds of all that ran; race_excluded: why
-        the others did not.
+        corrects, of all phases and layers. online_rows: exact rows of each sparse call, where the plan's repair is
+        fitted in it. races: with ``dense_backend="fastest"``, what was measured for each shape: the kernel that is
+        fastest and the milliseconds of all that ran; race_excluded: why the others did not.
     """
 
     name: str
@@ -62,6 +62,7 @@ class TransformerSummary:
     skipped: dict[str, str]
     layers: tuple[LayerSummary, ...]
     repaired_heads: int = 0
+    online_rows: int | None = None
     dense_backend: str | None = None
     races: dict[str, str] = field(default_factory=dict)
     race_excluded: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -169,6 +170,8 @@ class SparseSummary:
                     lines.append(f"  {title}: " + ", ".join(f"{key} ({count})" for key, count in counts.items()))
             if t.repaired_heads:
                 lines.append(f"  heads whose output the plan repairs (of all phases): {t.repaired_heads}")
+            if t.online_rows is not None:
+                lines.append(f"  outputs are repaired online, by {t.online_rows} exact rows of each sparse call")
             lines += [f"  fastest dense attention for {shape}: {race}" for shape, race in t.races.items()]
             if t.seconds is not None:
                 calls = t.sparse_calls + t.dense_calls
@@ -263,7 +266,8 @@ def _summarise(name: str, state: ModelState) -> TransformerSummary:
             carried={str(grid): count for grid, count in state.carried.items() if count},
             skipped=dict(state.skipped),
             layers=layers,
-            repaired_heads=0 if plan is None or plan.repair is None else plan.repair.num_heads,
+            repaired_heads=0 if plan is None or plan.fitted_repair is None else plan.fitted_repair.num_heads,
+            online_rows=None if plan is None or plan.online_repair is None else plan.online_repair.rows,
             dense_backend="fastest" if state.dense is not None else None,
             races={str(key): str(race) for key, race in races.items()},
             race_excluded={str(key): dict(race.excluded) for key, race in races.items()},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from diffsparse.entry import HeadEntry
 from diffsparse.grid import TokenGrid
+from diffsparse.online import OnlineRepair
 from diffsparse.work import head_work
 
 __all__ = ["call_density", "kept_density"]
@@ -16,6 +17,6 @@ def kept_density(entry: HeadEntry, grid: TokenGrid, block_size: int) -> float:
     return kept
 
 
-def call_density(entry: HeadEntry, grid: TokenGrid, block_size: int) -> float:
-    """What ``build_layout(grid, [entry], block_size).density`` is: kept pairs and the tail."""
-    return head_work(entry, grid, block_size).density
+def call_density(entry: HeadEntry, grid: TokenGrid, block_size: int, online: OnlineRepair | None = None) -> float:
+    """What ``build_layout(grid, [entry], block_size).density`` is: kept pairs, tail, and an online repair's rows."""
+    return head_work(entry, grid, block_size, online).density

@@ -263,7 +263,7 @@ class HeadForecaster:
 
     def _head(self, entry: HeadEntry, grid: TokenGrid) -> HeadForecast:
         size = self.plan.block_size
-        work = head_work(entry, grid, size)
+        work = head_work(entry, grid, size, self.plan.online_repair)
         time = None if self.costs is None else self.costs.over_dense([work], grid.seq_len)
         carried = not work.skipped and entry.pattern.is_carried(grid, entry.order, size)
         return HeadForecast(work, time, carried)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels import sparse_attention
+from diffsparse.kernels.repair import exact_rows as attend_rows
 from diffsparse.layout import BlockLayout
 from diffsparse.pipelines.tap import AttentionCall
 from diffsparse.plan import SparsityPlan
@@ -90,9 +91,7 @@ def _solve(xx: np.ndarray, xe: np.ndarray, ridge: float) -> np.ndarray:
 
 def exact_rows(call: AttentionCall, rows: torch.Tensor) -> torch.Tensor:
     """Dense attention of some queries: ``[B, R, H, D]`` for ``rows`` int64 ``[R]``."""
-    q, k, v = (x.transpose(1, 2) for x in (call.q[:, rows], call.k, call.v))
-    mask = None if call.kv_len is None else call.kv_len[:, None, None, :]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=call.scale).transpose(1, 2)
+    return attend_rows(call.q, call.k, call.v, rows, call.scale, call.kv_len)
 
 
 @dataclass

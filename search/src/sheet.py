@@ -12,9 +12,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from diffsparse.entry import HeadEntry
 from diffsparse.grid import TokenGrid
-from diffsparse.layout import build_layout
 from diffsparse.order import TokenOrder
 from diffsparse.plan import SparsityPlan
+from diffsparse.search.density import call_density
 
 if TYPE_CHECKING:
     from diffsparse.search.measured import PooledAttention
@@ -198,7 +198,7 @@ def plan_sheet(
         return known[entry, order]
 
     densities = {
-        i: build_layout(grid, [plan.entries[i]], plan.block_size).density
+        i: call_density(plan.entries[i], grid, plan.block_size, plan.online_repair)
         for i in np.unique(plan.index[phases]).tolist()
     }
     dense = HeadEntry()

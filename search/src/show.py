@@ -83,7 +83,7 @@ def _recorded_grid(plan: SparsityPlan) -> TokenGrid | None:
 def _entry_densities(plan: SparsityPlan, grid: TokenGrid | None) -> list[float | None]:
     if grid is None:
         return [None] * len(plan.entries)
-    return [call_density(entry, grid, plan.block_size) for entry in plan.entries]
+    return [call_density(entry, grid, plan.block_size, plan.online_repair) for entry in plan.entries]
 
 
 def describe(plan: SparsityPlan, grid: TokenGrid | None = None, figures: HeadFigures | None = None) -> dict[str, Any]:
@@ -135,7 +135,8 @@ def describe(plan: SparsityPlan, grid: TokenGrid | None = None, figures: HeadFig
         },
         "grid": None if grid is None else str(grid),
         "call_density": float(np.mean(call)) if call else None,
-        "repaired_heads": 0 if plan.repair is None else plan.repair.num_heads,
+        "repaired_heads": 0 if plan.fitted_repair is None else plan.fitted_repair.num_heads,
+        "online_rows": None if plan.online_repair is None else plan.online_repair.rows,
         "entries": len(plan.entries),
         "layers": rows,
         "record": plan.record,
@@ -168,6 +169,8 @@ def plan_table(
         head.append(["call density", f"{data['call_density']:.3f} (mean of sparse calls, tails counted)"])
     if data["repaired_heads"]:
         head.append(["repair", f"{data['repaired_heads']} of {plan.index.size} heads (of all phases)"])
+    if data["online_rows"] is not None:
+        head.append(["repair", f"online, by {data['online_rows']} exact rows of each sparse call"])
     if figures is not None:
         head.append(["error", "of the heads' outputs (squared, 1 for a head left out), predicted: mean (worst head)"])
     rows: list[list[str]] = []

@@ -20,7 +20,10 @@ FLOATS = (torch.float32, torch.float16)
 
 @dataclass(frozen=True)
 class Shape:
-    """``before`` and ``after`` tokens of text around the video's; ``wide``: rows of memory have room beside heads."""
+    """``before`` and ``after`` tokens of text around the video's; ``wide``: rows of memory have room beside heads.
+
+    own: every item of the batch has maps of its own.
+    """
 
     dim: int
     before: int = 0
@@ -29,6 +32,7 @@ class Shape:
     batch: int = 1
     heads: int = 2
     wide: bool = False
+    own: bool = False
 
     @property
     def seq(self) -> int:
@@ -45,18 +49,27 @@ SHAPES = (
     Shape(160, before=1, visual=33, wide=True),
     Shape(250, visual=66, after=2),
     Shape(256, visual=65, batch=2),
+    Shape(48, before=9, visual=70, after=2, batch=3, heads=3, own=True),
+    Shape(136, visual=40, batch=2, own=True),
 )
 #: What is chosen for larger calls than these: several tiles a program, of which some have no tokens.
 TILES = (None, Tiles(64, 0, 4, 3), Tiles(16, 16, 4))
 
 
-def maps(heads: int, dim: int, device: str = "cpu", seed: int = 0) -> HeadRepair:
-    """Random maps; the second head has none."""
+def maps(heads: int, dim: int, device: str = "cpu", seed: int = 0, items: int | None = None) -> HeadRepair:
+    """Random maps, in float16, or in float32 for each of so many items; the second head has none."""
     draw = torch.Generator().manual_seed(seed)
-    weight = (torch.randn(heads, dim, dim, generator=draw) / dim**0.5).half()
-    bias = torch.randn(heads, dim, generator=draw).half()
+    shape = (heads,) if items is None else (items, heads)
+    weight = torch.randn(*shape, dim, dim, generator=draw) / dim**0.5
+    bias = torch.randn(*shape, dim, generator=draw)
+    if items is None:
+        weight, bias = weight.half(), bias.half()
     used = torch.arange(heads) != 1
     return HeadRepair(weight, bias, used).to(device)
+
+
+def maps_of(shape: Shape, device: str = "cpu") -> HeadRepair:
+    return maps(shape.heads, shape.dim, device, items=shape.batch if shape.own else None)
 
 
 def output(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
@@ -95,7 +108,7 @@ def contents(x: torch.Tensor) -> torch.Tensor:
 def check_shape(shape: Shape, dtype: torch.dtype, tiles: Tiles | None) -> None:
     if tiles is not None and not tiles.depth:
         tiles = Tiles(tiles.rows, max(16, 1 << (shape.dim - 1).bit_length()), tiles.warps, tiles.count)
-    out, repair = output(shape, dtype), maps(shape.heads, shape.dim)
+    out, repair = output(shape, dtype), maps_of(shape)
     found = torch.empty(0, dtype=dtype).set_(out.untyped_storage().clone(), 0, out.shape, out.stride())
     before = contents(found).clone()
     launch(found, repair, shape.before, shape.visual, tiles)

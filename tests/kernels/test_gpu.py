@@ -17,9 +17,10 @@ from diffsparse.kernels.repair import mend_, no_fused_pass
 from diffsparse.kernels.select import select_blocks
 from diffsparse.kernels.summaries import summarize, summarize_halves
 from diffsparse.layout import build_layout
+from diffsparse.online import OnlineRepair
 from diffsparse.order import TileOrder
 from tests.kernels.cases import MIXED, assert_like_torch, head, inputs, one_key_layout, random_layout, with_wide_queries
-from tests.kernels.mend import SHAPES, Shape, check, maps, output
+from tests.kernels.mend import SHAPES, Shape, check, maps, maps_of, output
 from tests.tolerance import Work, assert_near
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison_empty", "two_passes")]
@@ -392,7 +393,7 @@ def test_a_part_of_the_heads_is_a_part_of_the_output(backend: str) -> None:
 def test_repair_in_one_pass(shape: Shape, dtype: torch.dtype) -> None:
     """As the plain product has it in fp64: odd sizes, text around, rows with room between them, several tiles a
     program; poison outside of what is repaired stays where it is."""
-    out, repair = output(shape, dtype, "cuda"), maps(shape.heads, shape.dim, "cuda")
+    out, repair = output(shape, dtype, "cuda"), maps_of(shape, "cuda")
     assert no_fused_pass(out) is None
     found = torch.empty(0, dtype=dtype, device="cuda").set_(out.untyped_storage().clone(), 0, out.shape, out.stride())
     torch.cuda.set_sync_debug_mode("error")
@@ -444,3 +445,31 @@ def test_a_repaired_call_in_a_graph_and_compiled(backend: str) -> None:
 
     traced = torch.compile(layer, fullgraph=True)
     assert torch.equal(traced(q, k, v), want) and torch.equal(traced(q, k, v), want)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_online_repair_never_waits_for_the_gpu(backend: str, masked: bool) -> None:
+    grid = TokenGrid(3, 13, 21, text_before=5, text_after=77)
+    layout = random_layout(grid, MIXED, 128, 0.3, diagonal=True).repaired(OnlineRepair(128)).to("cuda")
+    q, k, v = inputs(grid, len(MIXED), 64, batch=2, dtype=torch.bfloat16, device="cuda")
+    kv_len = torch.tensor([grid.seq_len, grid.seq_len - 40], dtype=torch.int32, device="cuda") if masked else None
+    sparse_attention(q, k, v, layout, kv_len=kv_len, backend=backend)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = sparse_attention(q, k, v, layout, kv_len=kv_len, backend=backend)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    want, _ = reference_attention(q, k, v, layout, kv_len=kv_len)
+    assert float((out.double() - want).norm() / want.norm()) < 1e-2
+    # Rows that were attended exactly have torch's own error at most.
+    places = OnlineRepair(128).places(5, grid.num_visual, "cuda")
+    assert float((out.double() - want)[:, places].norm() / want[:, places].norm()) < 5e-3
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        again = sparse_attention(q, k, v, layout, kv_len=kv_len, backend=backend)
+    for _ in range(2):
+        again.fill_(float("nan"))
+        graph.replay()
+        assert_near(again, out, Work(512, sums=2))

@@ -20,7 +20,7 @@ from diffsparse.layout import BlockLayout
 from diffsparse.repair import HeadRepair
 from tests.kernels.apart import check_cases, compiled
 from tests.kernels.cases import MIXED, inputs, random_layout
-from tests.kernels.mend import SHAPES, Shape, maps, output
+from tests.kernels.mend import SHAPES, Shape, maps, maps_of, output
 from tests.tolerance import ATTENTION, Work, assert_near
 
 GRID = TokenGrid(2, 9, 15, text_before=5, text_after=20)
@@ -59,13 +59,14 @@ def test_compiles_in_every_form(repo_root: Path, capability: int) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_plain_products(shape: Shape, dtype: torch.dtype) -> None:
     """Without a GPU: what text and heads without a map hold stays, NaN and infinities too."""
-    out, repair = output(shape, dtype), maps(shape.heads, shape.dim)
+    out, repair = output(shape, dtype), maps_of(shape)
     assert "on a GPU, got cpu" in str(no_fused_pass(out))
     finite = torch.where(out.isfinite(), out, 0.0)
     found = mend_(finite.clone(), repair, shape.before, shape.visual)
     visual = slice(shape.before, shape.before + shape.visual)
     want = finite.double()
-    change = torch.einsum("bshd,hde->bshe", want, repair.weight.double()) + repair.bias.double()
+    weight, bias = (x.double().expand(shape.batch, *x.shape[-n:]) for x, n in ((repair.weight, 3), (repair.bias, 2)))
+    change = torch.einsum("bshd,bhde->bshe", want, weight) + bias[:, None]
     want[:, visual] += torch.where(repair.used[:, None], change, 0.0)[:, visual]
     assert_near(found.double(), want, Work(shape.dim, sums=2, dtype=dtype))
     mend_(out, repair, shape.before, shape.visual)

@@ -16,6 +16,7 @@ from diffsparse.grid import TokenGrid
 from diffsparse.kernels.break_even import device_name, save_local
 from diffsparse.kernels.costs import CostTable
 from diffsparse.layout import build_layout
+from diffsparse.online import OnlineRepair
 from diffsparse.order import AxisOrder, CurveOrder, RasterOrder, TileOrder
 from diffsparse.patterns import Band, Bitmap, Empty, Full, Radial, Window
 from diffsparse.pipelines import sparse_attention, sparse_attention_summary
@@ -28,7 +29,7 @@ from diffsparse.search import load
 from diffsparse.search.columns import printable, text_table
 from diffsparse.search.density import call_density, kept_density
 from diffsparse.search.errors import BadInput
-from diffsparse.search.explain import Explanation, explain, recorded_costs, shape_for
+from diffsparse.search.explain import Explanation, HeadForecaster, explain, recorded_costs, shape_for
 from diffsparse.search.explain_table import explain_table
 from diffsparse.search.generate import GenerationSettings, generate_clip
 from diffsparse.search.scale import TokenScale, scale_of_class, scale_of_pipeline, scale_of_record
@@ -70,6 +71,22 @@ def test_densities_are_those_of_layouts(grid: TokenGrid, block_size: int, tail: 
                 build_layout(grid, [plain], block_size).density, rel=1e-9
             )
     assert call_density(HeadEntry(execution=Execution(mode="skip", tail=tail)), grid, block_size) == 0
+
+
+def test_an_online_repair_costs_its_rows_and_its_product() -> None:
+    entry, online = HeadEntry(pattern=Band(0.1)), OnlineRepair(64)
+    share = 64 / GRID.seq_len
+    layout = build_layout(GRID, [entry], 64)
+    assert call_density(entry, GRID, 64, online) == pytest.approx(layout.repaired(online).density, rel=1e-9)
+    assert call_density(entry, GRID, 64, online) == pytest.approx(layout.density + share, rel=1e-9)
+    share_of = {tail: (0.1, 0.4, 1.0) for tail in TAILS}
+    costs = CostTable.of_call("cpu", 1.0, (0.1, 0.5, 1.0), share_of)
+    plain, mended = (
+        HeadForecaster(SparsityPlan.uniform(entry, repair=repair), costs).head(entry, GRID) for repair in (None, online)
+    )
+    assert plain.time is not None and mended.time is not None
+    assert mended.time - plain.time == pytest.approx(share + 128 / GRID.seq_len)
+    assert mended.density - plain.density == pytest.approx(share)
 
 
 # -- sizes -------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 from diffsparse.entry import Execution, HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.layout import build_layout
+from diffsparse.online import OnlineRepair
 from diffsparse.order import AxisOrder, RasterOrder, TileOrder, TokenOrder
 from diffsparse.patterns import Empty, Full, Sink, Window
 from diffsparse.plan import SparsityPlan
@@ -69,6 +71,18 @@ def test_table(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "WanTransformer3DModel, 2 layers, 2 heads of 32" in text and "0: 0.9 to 0.5, 1: 0.5 to 0" in text
     assert "1 window, 1 dense" in text and "call density" in text
     assert "--grid T,H,W gives densities" in plan_table(preset("window"))
+
+
+def test_an_online_repair_is_told_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    plan = replace(make_plan(), repair=OnlineRepair(32))
+    data = json.loads(json.dumps(describe(plan, GRID), allow_nan=False))
+    assert data["online_rows"] == 32 and data["repaired_heads"] == 0
+    calls = plan.call_densities(GRID)
+    assert [r["density"] for r in data["layers"]] == pytest.approx(calls.reshape(-1).tolist())
+    assert data["call_density"] > describe(make_plan(), GRID)["call_density"]
+    assert "online, by 32 exact rows of each sparse call" in plan_table(plan, GRID)
+    assert "online" not in plan_table(make_plan(), GRID)
 
 
 def test_errors_of_the_heads_are_a_column_where_they_are_recorded(

@@ -19,6 +19,7 @@ def repair_kernel(
     stride_b,
     stride_s,
     stride_h,
+    item_maps,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -28,8 +29,9 @@ def repair_kernel(
 ):
     """``TILES`` tiles of ``BLOCK_M`` tokens of one head and item, of tokens ``first`` to ``first + count``.
 
-    weight ``[H, D, D]`` and bias ``[H, D]`` are contiguous. With ``BLOCK_K`` below ``BLOCK_D`` products are taken in
-    parts of so many channels: for large heads, and for fp32, whose operands fill registers.
+    weight ``[H, D, D]`` and bias ``[H, D]`` are contiguous. Those of the next item are ``item_maps`` maps on, 0 where
+    all items have the same. With ``BLOCK_K`` below ``BLOCK_D`` products are taken in parts of so many
+    channels: for large heads, and for fp32, whose operands fill registers.
     """
     h = tl.program_id(1).to(tl.int64)
     if tl.load(used_ptr + h) == 0:
@@ -37,9 +39,11 @@ def repair_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     there = offs_d < D
     dtype = out_ptr.dtype.element_ty
-    base = out_ptr + tl.program_id(2).to(tl.int64) * stride_b + h * stride_h
-    weight = weight_ptr + h * D * D
-    bias = tl.load(bias_ptr + h * D + offs_d, mask=there, other=0.0).to(tl.float32)
+    b = tl.program_id(2).to(tl.int64)
+    base = out_ptr + b * stride_b + h * stride_h
+    place = b * item_maps + h
+    weight = weight_ptr + place * D * D
+    bias = tl.load(bias_ptr + place * D + offs_d, mask=there, other=0.0).to(tl.float32)
     if BLOCK_K == BLOCK_D:
         w = tl.load(weight + offs_d[:, None] * D + offs_d[None, :], mask=there[:, None] & there[None, :], other=0.0)
         w = w.to(dtype)

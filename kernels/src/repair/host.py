@@ -54,7 +54,7 @@ def launch(
     tiles = tiles or choose_tiles(dim, out.dtype, num_visual, batch * heads)
     weight, bias, used = (x.contiguous() for x in repair.tensors)
     args = [out, weight, bias, used.view(torch.uint8), text_before, num_visual]
-    args += [out.stride(0), out.stride(1), out.stride(2)]
+    args += [out.stride(0), out.stride(1), out.stride(2), heads if weight.ndim == 4 else 0]
     constants = dict(
         D=dim,
         BLOCK_D=max(16, triton.next_power_of_2(dim)),

@@ -14,9 +14,9 @@ from PIL import Image
 
 from diffsparse.entry import HeadEntry
 from diffsparse.grid import TokenGrid
-from diffsparse.layout import build_layout
 from diffsparse.plan import SparsityPlan
 from diffsparse.search.demo.upload import MAX_TOKENS, write_plan_zip
+from diffsparse.search.density import call_density
 from diffsparse.search.errors import BadInput
 from diffsparse.search.explain import HeadForecaster, recorded_costs
 from diffsparse.search.measured import ATTENTION_NAME, HeadFigures, PooledAttention
@@ -138,7 +138,8 @@ class PlanView:
 
     def _density(self, i: int) -> float:
         if i not in self._densities:
-            self._densities[i] = build_layout(self.grid, [self.plan.entries[i]], self.plan.block_size).density
+            entry, online = self.plan.entries[i], self.plan.online_repair
+            self._densities[i] = call_density(entry, self.grid, self.plan.block_size, online)
         return self._densities[i]
 
     def phase_density(self, phase: int) -> float:

@@ -10,6 +10,7 @@ from diffsparse.heads import SKIP, TAIL
 from diffsparse.kernels.call import AttentionCall, make_call
 from diffsparse.kernels.tails import find_tail
 from diffsparse.layout import BlockLayout
+from diffsparse.online import OnlineRepair
 from diffsparse.tails import tail_name
 
 __all__ = ["reference_attention", "run"]
@@ -33,9 +34,33 @@ def reference_attention(
     call = make_call(q, k, v, layout, scale=scale, kv_len=kv_len)
     parts = [_compute(one, dtype) for one in call.by_lists()]
     out = torch.cat([out for out, _ in parts])
-    if layout.heads.repair is not None:
-        out = layout.heads.repair.apply_(out, layout.tokens.text_before, layout.tokens.num_visual)
+    repair = layout.heads.repair
+    if isinstance(repair, OnlineRepair):
+        _mend_online(out, call, repair)
+    elif repair is not None:
+        out = repair.apply_(out, layout.tokens.text_before, layout.tokens.num_visual)
     return out, torch.cat([lse for _, lse in parts])
+
+
+def _mend_online(out: torch.Tensor, call: AttentionCall, online: OnlineRepair) -> None:
+    """The online repair, item by item and head by head: the normal equations of ridge regression, solved."""
+    tokens, dtype = call.tokens, out.dtype
+    places = online.places(tokens.text_before, tokens.num_visual, out.device)
+    visual = slice(tokens.text_before, tokens.text_before + tokens.num_visual)
+    for b in range(out.shape[0]):
+        keys = slice(None) if call.key_mask is None else call.key_mask[b]
+        for h in range(out.shape[2]):
+            q, k, v = (x[b, :, h].to(dtype) for x in (call.q, call.k, call.v))
+            exact = (q[places] @ k[keys].T * call.scale).softmax(1) @ v[keys]
+            x = out[b, places, h]
+            mean_x, mean_e = x.mean(0), (exact - x).mean(0)
+            centred = x - mean_x
+            products = centred.T @ centred
+            ridge = float(products.diagonal().mean()) or 1.0
+            penalty = ridge * torch.eye(len(products), dtype=dtype, device=out.device)
+            weight = torch.linalg.solve(products + penalty, centred.T @ (exact - x - mean_e))
+            out[b, visual, h] += (out[b, visual, h] - mean_x) @ weight + mean_e
+            out[b, places, h] = exact
 
 
 def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
