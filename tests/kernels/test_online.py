@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels import reference_attention, sparse_attention
 from diffsparse.kernels.break_even import work_of
+from diffsparse.kernels.call import make_call
 from diffsparse.kernels.operands import as_operands, from_operands
 from diffsparse.kernels.ops import sparse_attention_op
-from diffsparse.kernels.repair import exact_rows
+from diffsparse.kernels.repair import exact_rows, mend_online_
 from diffsparse.kernels.repair.online import ridge_map
 from diffsparse.kernels.select import select_blocks
 from diffsparse.layout import BlockLayout
@@ -164,6 +167,28 @@ def test_lists_of_each_item() -> None:
     assert layout.index.batch == 2 and layout.heads.repair == ROWS
     want, _ = reference_attention(q, k, v, layout)
     assert_near(sparse_attention(q, k, v, layout).double(), want, Work(512, sums=4, gain=17))
+
+
+class OnOneDevice(TorchDispatchMode):
+    """Nothing is made elsewhere, which would have to be copied to the device, and waited for."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        assert all(x.device.type == "meta" for x in tree_leaves(out) if isinstance(x, torch.Tensor)), func
+        return out
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_it_reads_no_values_and_copies_none(masked: bool) -> None:
+    """Tensors on ``meta`` stand for those on a GPU: whatever asks for a value of theirs fails."""
+    q, k, v = (x.to("meta", torch.bfloat16) for x in inputs(GRID, len(MIXED), 16, batch=2))
+    kv_len = torch.ones(2, GRID.seq_len, dtype=torch.bool, device="meta") if masked else None
+    call = make_call(q, k, v, repaired().to("meta"), kv_len=kv_len)
+    out = torch.empty_like(q)
+    with OnOneDevice():
+        assert mend_online_(out, call, ROWS) is out
+    with OnOneDevice(), pytest.raises(AssertionError, match="arange"):
+        ROWS.places(0, 100, "cpu")
 
 
 def test_what_it_costs() -> None:

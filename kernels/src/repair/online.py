@@ -61,7 +61,7 @@ def ridge_map(x: torch.Tensor, error: torch.Tensor) -> tuple[torch.Tensor, torch
     wide = torch.float32 if x.device.type == "mps" else torch.float64
     products, both = (x.mT @ x).to(wide), (x.mT @ error).to(wide)
     ridge = products.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    ridge = torch.where(ridge > 0, ridge, 1.0)
+    ridge = ridge.masked_fill(ridge <= 0, 1.0)  # torch.where would copy its number to the device, and wait
     weight = (_inverse(products / ridge, torch.finfo(x.dtype).eps) @ (both / ridge)).to(x.dtype)
     return weight, (mean_e - mean_x @ weight).view(*x.shape[:-2], dim)
 
