@@ -319,8 +319,6 @@ def compare(
         with tqdm(dense.clips, desc=f"sparse ({label})", unit="clip", disable=not progress, leave=False) as bar:
             sparse.extend(generate_clip(pipe, prompt, seed, dense.settings) for prompt, seed in bar)
         summary = pipelines.sparse_attention_summary(pipe)
-    if reason := metrics.ssim_missing():
-        notes.append(reason)
     model = metrics.load_lpips(pipe.device) if lpips else None
     if lpips and model is None:
         notes.append("LPIPS needs the package lpips and its weights; pip install 'diffsparse[metrics]'")
