@@ -7,6 +7,8 @@ import re
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from diffsparse.provenance import quality_line
+
 if TYPE_CHECKING:
     from diffsparse.plan import SparsityPlan
 
@@ -97,6 +99,8 @@ def plan_card(plan: SparsityPlan) -> str:
     if plan.online_repair is not None:
         rows = plan.online_repair.rows
         lines += ["", f"The outputs of all sparse calls are repaired online, by {rows} exact rows of each."]
+    if line := quality_line(record):
+        lines += ["", f"Searched for quality: {line}."]
     for title in ("quality", "speed", "calibration", "environment"):
         if isinstance(section := record.get(title), dict):
             lines += ["", f"## {title.capitalize()}", "", "| | |", "|---|---|"]

@@ -5,6 +5,7 @@ Nothing in it changes an output, but commands take their defaults from it and pr
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ from diffsparse.limits import MAX_GRID_TOKENS, MAX_INTEGER, MAX_ITEMS, MAX_TEXT
 from diffsparse.messages import shown
 from diffsparse.typed import PlanError, Reading, shape_of
 
-__all__ = ["check_record", "recorded_grid"]
+__all__ = ["check_record", "quality_line", "recorded_grid"]
 
 Check = Callable[[Any, str], None]
 _READING = Reading()
@@ -30,9 +31,20 @@ def _number(value: Any, where: str) -> None:
     shape_of(float)(value, where, _READING)
 
 
+def _at_most_one(value: Any, where: str) -> None:
+    _number(value, where)
+    if not -1 <= value <= 1:
+        raise PlanError(f"{where} must be from -1 to 1, got {shown(value)}")
+
+
 def _count(value: Any, where: str) -> None:
     if type(value) is not int or not 0 <= value <= _LARGEST:
         raise PlanError(f"{where} must be an integer from 0 to {_LARGEST:,}, got {shown(value)}")
+
+
+def _flag(value: Any, where: str) -> None:
+    if not isinstance(value, bool):
+        raise PlanError(f"{where} must be true or false, got {shown(value)}")
 
 
 def _setting(value: Any, where: str) -> None:
@@ -93,6 +105,8 @@ _RECORD = _object_of(
     search=_object_of(
         budget=_number,
         density=_number,
+        target=_at_most_one,
+        points=_list_of(_object_of(**dict.fromkeys(("budget", "density", "ssim_worst", "loop_speedup"), _number))),
         dense_steps=_count,
         of_steps=_count,
         phases=_count,
@@ -110,7 +124,13 @@ _RECORD = _object_of(
         densities=_list_of(_number),
         share=_each(_list_of(_number)),
     ),
-    quality=_object_of(psnr_mean=_number),
+    quality=_object_of(
+        prompts=_count,
+        reached=_flag,
+        held_out=_flag,
+        **dict.fromkeys(("psnr_mean", "loop_speedup"), _number),
+        **dict.fromkeys(("ssim_worst", "target", "density"), _at_most_one),
+    ),
     speed=_object_of(),
     environment=_object_of(),
 )
@@ -119,6 +139,23 @@ _RECORD = _object_of(
 def check_record(record: Any) -> None:
     """Raise :class:`PlanError` where a key that code reads has another type than it relies on."""
     _RECORD(record, "record")
+
+
+def quality_line(record: dict[str, Any]) -> str | None:
+    """One sentence on the target that a plan was searched for; None where it had none."""
+    about = record.get("quality")
+    names = ("prompts", "target", "ssim_worst", "density", "loop_speedup", "reached")
+    if not isinstance(about, dict) or any(about.get(name) is None for name in names):
+        return None
+    clips, target = about["prompts"], about["target"]
+    kind = "held-out clips" if about.get("held_out") else "clips of new seeds"
+    # Rounded down, and with the target's digits: what misses by a hair must not look as if it kept it.
+    digits = min(max(3, len(f"{target:g}") - 2), 6)
+    least = math.floor(about["ssim_worst"] * 10**digits + 1e-9) / 10**digits
+    found = f"SSIM {least:.{digits}f} at density {about['density']:.3f}, loop {about['loop_speedup']:.3g}x"
+    if about["reached"]:
+        return f"worst of {clips} {kind}: {found} (target {target:g})"
+    return f"the target of {target:g} is not reached; worst of {clips} {kind}: {found}"
 
 
 def recorded_grid(value: Any) -> TokenGrid | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -168,6 +169,12 @@ class Composer:
         self.time = {n: seconds[grids[n]] / seconds[largest] for n in self.layers}
         # Of a dense head call, by layer, over that of a layer on the largest grid.
         self.weight = self.work if self.config.density is not None else self.time
+
+    def at(self, budget: float) -> Composer:
+        """The same under another budget. Only for one that is not under a density, which weighs layers otherwise."""
+        other = copy(self)
+        other.config, other.wanted = replace(self.config, budget=budget, target=None, points=None), budget
+        return other
 
     def attention(self, steps: slice = slice(None)) -> float:
         """All attention of some of the steps, in dense head calls on the largest grid."""

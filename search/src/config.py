@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -10,29 +11,41 @@ import torch
 from diffsparse.search.columns import shorten
 from diffsparse.search.errors import BadInput
 from diffsparse.search.generate import MAX_SEED, GenerationSettings
+from diffsparse.search.metrics import SSIM_WINDOW
 from diffsparse.search.signature import check_generates, parameters
+from diffsparse.search.verdict import SAME_SSIM
 
-__all__ = ["FREE_SETTINGS", "SearchConfig", "thoroughness"]
+__all__ = ["DEFAULT_TARGET", "FREE_SETTINGS", "SearchConfig", "thoroughness"]
 
 # What may differ between two searches that share a store: nothing that is measured depends on it.
-FREE_SETTINGS = ("budget", "density", "steps", "dense_steps", "validation_prompts", "candidates", "repair")
+FREE_SETTINGS = (
+    "budget", "density", "target", "points", "steps", "dense_steps", "validation_prompts", "candidates", "repair"
+)  # fmt: skip
+
+#: SSIM that every clip keeps where neither a budget nor a density is given: clips that are taken for the same.
+DEFAULT_TARGET = SAME_SSIM
+#: Plans that are validated on the way to a target, at most.
+DEFAULT_POINTS = 4
 
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """What to search for. Exactly one of ``budget`` and ``density`` is set.
+    """What to search for. At most one of ``budget``, ``density`` and ``target`` is set; none means a target of 0.95.
 
     ``budget``: share of the dense run's self-attention time over the whole trajectory. ``density``: whole-trajectory
-    density. ``steps``: denoising steps of the generations that the plan is tuned for (it runs with any number).
+    density. ``target``: SSIM to dense that the worst validation clip keeps; the sparsest plan that does so is searched.
+    ``steps``: denoising steps of the generations that the plan is tuned for (it runs with any number).
     ``trace_steps``: steps of the generations that are measured. ``trace_prompts``: how many of the prompts are traced.
     ``samples``: queries sampled of every query block. ``dense_steps`` fixes the number of dense first steps, which the
     search chooses otherwise. ``validation_prompts``: on how many prompts that were not traced whole generations choose
-    among the best ``candidates`` plans (0: the predicted best is taken). ``repair``: fit what the chosen plan's heads
-    get wrong, on the traced prompts (``diffsparse.repair``). Sizes are in pixels. Steps, guidance and sizes
-    that are None are the pipeline's own (:meth:`resolved`).
+    among the best ``candidates`` plans (0: the predicted best is taken). None is 1, and 2 for a target, which takes
+    further seeds where there are too few prompts. ``candidates``: None is 3, and 1 for a target, at every budget that
+    is tried. ``repair``: fit what the chosen plan's heads get wrong, on the traced prompts (``diffsparse.repair``).
+    ``points``: how many budgets are tried for a target, at most; None is 4. Sizes are in pixels. Steps, guidance and
+    sizes that are None are the pipeline's own (:meth:`resolved`).
     """
 
-    budget: float | None = 0.4
+    budget: float | None = None
     density: float | None = None
     height: int | None = None
     width: int | None = None
@@ -46,27 +59,67 @@ class SearchConfig:
     trace_prompts: int = 2
     samples: int = 4
     dense_steps: int | None = None
-    validation_prompts: int = 1
-    candidates: int = 3
+    validation_prompts: int | None = None
+    candidates: int | None = None
     repair: bool = True
+    target: float | None = None
+    points: int | None = None
 
     def __post_init__(self) -> None:
-        if (self.budget is None) == (self.density is None):
-            raise BadInput("give a budget or a density, one of the two")
-        share = self.budget if self.budget is not None else self.density
-        if share is None or not 0 < share <= 1:
-            raise BadInput(f"a budget or density is a share in (0, 1], got {share}")
-        for name in ("steps", "trace_steps", "trace_prompts", "samples", "candidates"):
+        asked = {n: v for n in ("budget", "density", "target") if (v := getattr(self, n)) is not None}
+        if len(asked) > 1:
+            given = " and ".join(f"{name} {shorten(repr(value), 60)}" for name, value in asked.items())
+            raise BadInput(f"give a budget, a density or a target, one of the three, got {given}")
+        for name, share in asked.items():
+            if isinstance(share, bool) or not isinstance(share, Real) or not 0 < float(share) <= 1:
+                what = "an SSIM" if name == "target" else "a share"
+                raise BadInput(f"a {name} is {what} in (0, 1], got {shorten(repr(share), 60)}")
+        for name in ("steps", "trace_steps", "trace_prompts", "samples", "candidates", "points"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise BadInput(f"{name} must be at least 1, got {value}")
         if not 0 <= self.seed <= MAX_SEED:
             raise BadInput(f"the seed is an integer from 0 to {MAX_SEED}, got {shorten(str(self.seed), 60)}")
-        if self.validation_prompts < 0:
+        if self.validation_prompts is not None and self.validation_prompts < 0:
             raise BadInput(f"validation_prompts must be at least 0, got {self.validation_prompts}")
+        if self.goal is None and self.points is not None:
+            raise BadInput(
+                f"points are of a search for a target, and one for a {next(iter(asked))} has none; leave points out"
+            )
+        if self.goal is not None and self.validation_prompts == 0:
+            raise BadInput(
+                f"a target ({self.goal:g}) is measured on whole generations, and validation_prompts is 0; "
+                "give 1 or more, or a budget or density instead"
+            )
         if self.dense_steps is not None and self.dense_steps < 0:
             raise BadInput(f"dense_steps must be at least 0, got {self.dense_steps}")
         if self.dense_steps is not None and self.steps is not None and self.dense_steps >= self.steps:
             raise BadInput(f"dense_steps lies between 0 and {self.steps - 1}, got {self.dense_steps}")
+
+    @property
+    def goal(self) -> float | None:
+        """The target that is searched for; None where a budget or density is."""
+        return DEFAULT_TARGET if self.budget is None and self.density is None and self.target is None else self.target
+
+    @property
+    def tries(self) -> int:
+        """How many budgets are tried at most."""
+        return 1 if self.goal is None else DEFAULT_POINTS if self.points is None else self.points
+
+    @property
+    def clips(self) -> int:
+        """How many clips a plan is validated on at most."""
+        if self.validation_prompts is not None:
+            return self.validation_prompts
+        return 1 if self.goal is None else 2
+
+    @property
+    def tried_plans(self) -> int:
+        """Among how many of the best plans whole generations choose, under one budget or density."""
+        if not self.clips:
+            return 1
+        if self.candidates is not None:
+            return self.candidates
+        return 3 if self.goal is None else 1
 
     def resolved(self, pipe: Any) -> SearchConfig:
         """The same with the pipeline's own steps, guidance and sizes where this has None.
@@ -82,6 +135,12 @@ class SearchConfig:
         own = self.settings(self.steps).resolved(pipe)
         if own.num_inference_steps is None:
             raise BadInput(f"{type(pipe).__name__} has no number of steps of its own; give it: --steps, or steps=")
+        for name in ("height", "width"):
+            if self.goal is not None and (side := getattr(own, name)) is not None and side < SSIM_WINDOW:
+                raise BadInput(
+                    f"a {name} of {side}: a target is of SSIM, which needs at least {SSIM_WINDOW} pixels a side; "
+                    "give a larger size, or a budget or density"
+                )
         return replace(
             self,
             steps=own.num_inference_steps,

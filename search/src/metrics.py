@@ -93,7 +93,7 @@ def ssim(clip: torch.Tensor, reference: torch.Tensor) -> float | None:
     """Structural similarity, mean over pixels, channels and frames: 1 for equal clips; None below 11 pixels a side.
 
     Wang et al., "Image quality assessment: from error visibility to structural similarity", IEEE TIP 13(4), 2004,
-    section III: a Gaussian window of 11 pixels with a deviation of 1.5. Pictures go on beyond their edges by reflection.
+    section III: a Gaussian window of 11 pixels with a deviation of 1.5, pictures being reflected at their edges.
     """
     _check(clip, reference)
     if min(clip.shape[2:]) < SSIM_WINDOW:

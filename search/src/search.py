@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,19 @@ from diffsparse.search.config import FREE_SETTINGS, SearchConfig, thoroughness
 from diffsparse.search.errors import BadInput, writing
 from diffsparse.search.identity import model_identity
 from diffsparse.search.layers import main_grid
-from diffsparse.search.stages.compose import compose_plans, layer_costs
+from diffsparse.search.stages.compose import compose_plans, composer_of, layer_costs
 from diffsparse.search.stages.probe import run_probe
-from diffsparse.search.stages.repair import repaired
+from diffsparse.search.stages.repair import mended, repaired
 from diffsparse.search.stages.report import measured, search_record
+from diffsparse.search.stages.target import search_target
 from diffsparse.search.stages.trace import run_trace
-from diffsparse.search.stages.validate import validate
+from diffsparse.search.stages.validate import cases, validate
 from diffsparse.search.store import SearchStore
 from diffsparse.search.workspace import Workspace
 
 __all__ = ["FREE_SETTINGS", "SearchConfig", "search_plan", "thoroughness"]
 
 log = logging.getLogger("diffsparse")
-
-# Two plans whose clips are no further apart in PSNR, in dB, cannot be told from each other by a few clips.
-NOISE_DB = 0.5
 
 # Counted up whenever what the store holds changes.
 STORE_FORMAT = 5
@@ -83,11 +81,15 @@ def _run(work: Workspace, out: Path) -> SparsityPlan:
     _announce(work)
     costs = layer_costs(work)
     run_trace(work)
-    candidates = compose_plans(work, costs)
-    seconds = time.perf_counter() - begin
-    chosen, quality = validate(work, candidates) if config.validation_prompts else (candidates[0], None)
-    if config.repair:
-        chosen, quality = _repaired(work, chosen, quality)
+    composer = composer_of(work, costs)
+    quality: dict[str, Any] | None
+    if config.goal is not None:
+        seconds = time.perf_counter() - begin
+        chosen, quality = search_target(work, composer)
+    else:
+        candidates = compose_plans(work, composer)
+        seconds = time.perf_counter() - begin
+        chosen, quality = _best(work, candidates)
     plan = chosen.plan
     if quality is not None:
         plan.record["quality"] = quality
@@ -106,23 +108,13 @@ def _run(work: Workspace, out: Path) -> SparsityPlan:
     return plan
 
 
-def _repaired(
-    work: Workspace, chosen: Candidate, quality: dict[str, Any] | None
-) -> tuple[Candidate, dict[str, Any] | None]:
-    """The candidate with its repair, unless that is plainly worse on the prompts of validation.
-
-    The repair was not fitted on them. A few tenths of a dB say nothing: what one clip gains, another one may lose.
-    """
-    mended = replace(chosen, plan=repaired(work, chosen.plan))
-    if mended.plan.repair is None or quality is None:
-        return mended, quality
-    _, found = validate(work, [mended])
-    after, before = (about["psnr_mean"] for about in (found, quality))
-    if after < before - NOISE_DB:
-        work.say(f"the repair is left out: the PSNR to dense is {before:.2f} dB without it, {after:.2f} dB with it")
-        return chosen, quality
-    work.say(f"PSNR to dense {before:.2f} dB without the repair, {after:.2f} dB with it")
-    return mended, found | {"psnr_without_repair": before, "psnr_by_dense_steps": quality["psnr_by_dense_steps"]}
+def _best(work: Workspace, candidates: list[Candidate]) -> tuple[Candidate, dict[str, Any] | None]:
+    """The best of the plans for one budget or density, with its repair, and what validation says of it."""
+    if work.config.clips:
+        chosen, quality = validate(work, candidates)
+        return mended(work, chosen, quality) if work.config.repair else (chosen, quality)
+    chosen = candidates[0]
+    return (replace(chosen, plan=repaired(work, chosen.plan)) if work.config.repair else chosen), None
 
 
 def _announce(work: Workspace) -> None:
@@ -132,13 +124,41 @@ def _announce(work: Workspace) -> None:
     if dense:
         name, reason = next(iter(dense.items()))
         work.say(f"{len(dense)} other layers stay dense ({name}: {reason})")
-    work.say(f"estimate: {_estimate(work) / 60:.1f} minutes, validation apart")
+    seconds, validation = _estimate(work), _validation(work)
+    text = f"estimate: {(seconds + validation.seconds) / 60:.1f} minutes"
+    if validation.generations:
+        text += (
+            f" at most, {validation.seconds / 60:.1f} of them for validation: {validation.generations} generations of "
+            f"{work.config.steps} steps"
+        )
+    work.say(text)
 
 
 def _estimate(work: Workspace) -> float:
-    """Seconds that the stages after the probe will take."""
+    """Seconds that the stages after the probe will take, validation apart."""
     forward, branches, steps = work.probe.forward_seconds, work.probe.branches, work.config.trace_steps
     rest = sum(steps - s for s in {0, 3 * steps // 4})
     prompts, layers = len(work.traced()), len(work.layers)
-    repair = max(2, prompts) * branches * steps if work.config.repair else 0
+    fit = max(2, prompts) * branches * steps if work.config.repair else 0
+    repair = fit * work.config.tries
     return float(forward * (1.3 * prompts * branches * steps + 2 * branches * layers + branches * rest + repair) + 15)
+
+
+@dataclass(frozen=True)
+class _Validation:
+    """``seconds`` as if every generation were dense."""
+
+    generations: int
+    seconds: float
+
+
+def _validation(work: Workspace) -> _Validation:
+    """What validation takes at most."""
+    config, clips = work.config, len(cases(work))
+    steps = config.steps
+    assert steps is not None  # the settings are resolved
+    first = config.tried_plans + config.repair
+    later = first if config.tried_plans > 1 else 1
+    plans = first + (config.tries - 1) * later
+    generations = clips * (1 + plans)
+    return _Validation(generations, work.probe.forward_seconds * work.probe.branches * steps * generations)

@@ -13,7 +13,7 @@ from diffsparse.grid import TokenGrid
 from diffsparse.limits import MAX_GRID_TOKENS
 from diffsparse.patterns import Bitmap
 from diffsparse.plan import SparsityPlan
-from diffsparse.provenance import recorded_grid
+from diffsparse.provenance import quality_line, recorded_grid
 from diffsparse.search.columns import GLUE, text_table
 from diffsparse.search.density import call_density
 from diffsparse.search.errors import BadInput
@@ -171,6 +171,8 @@ def plan_table(
         head.append(["repair", f"{data['repaired_heads']} of {plan.index.size} heads (of all phases)"])
     if data["online_rows"] is not None:
         head.append(["repair", f"online, by {data['online_rows']} exact rows of each sparse call"])
+    if line := quality_line(plan.record):
+        head.append(["quality", line])
     if figures is not None:
         head.append(["error", "of the heads' outputs (squared, 1 for a head left out), predicted: mean (worst head)"])
     rows: list[list[str]] = []

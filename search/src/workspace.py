@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -24,14 +24,14 @@ from diffsparse.search.observe import Recording, call_levels, record
 from diffsparse.search.options import FamilyTable, HeadScores
 from diffsparse.search.store import SearchStore
 
-__all__ = ["Probe", "Stage", "Workspace"]
+__all__ = ["Probe", "Stage", "Validation", "Workspace"]
 
 #: The arrays that are kept of every head at every traced step, by the start of their names, with their number of axes:
 #: ``HeadScores`` says what they hold, and ``mass`` is the attention of each block pair.
 HEAD_ARRAYS = {"error": 3, "mass": 2, "energy": 0, "summed": 2, "true": 2}
 
-#: Host memory for dense clips of validation. One of 81 frames of 480p has 0.4 GB.
-MAX_CLIP_BYTES = 2**30
+#: Host memory for dense clips of validation: two of 81 frames of 720p. More are generated again for every comparison.
+MAX_CLIP_BYTES = 2**31
 
 
 class Stage:
@@ -93,6 +93,18 @@ class Probe:
             size=None if data["size"] is None else (data["size"][0], data["size"][1]),
             dense=data["dense"],
         )
+
+
+@dataclass(frozen=True)
+class Validation:
+    """A plan's clip against its dense twin.
+
+    ``psnr`` in dB; ``ssim`` is None where the picture is too small for it; ``speedup`` of the denoising loop.
+    """
+
+    psnr: float
+    ssim: float | None
+    speedup: float
 
 
 @dataclass
@@ -222,13 +234,15 @@ class Workspace:
     def put_injected(self, step: int, change: float) -> None:
         self.store.put_json(f"inject/{step}", change)
 
-    def validation(self, case: int, plan: str) -> dict[str, float] | None:
-        """``psnr`` and ``speedup`` of a plan (by its digest) on a validation clip; None where it has not run."""
+    def validation(self, case: int, plan: str) -> Validation | None:
+        """A plan (by its digest) on a validation clip; None where it has not run, or not for what is asked now."""
         name = f"validation/{case}/{self.config.steps}/{plan}"
-        return self.store.get_json(name) if name in self.store else None
+        found = Validation(**{"ssim": None} | self.store.get_json(name)) if name in self.store else None
+        # Searches of before did not measure SSIM.
+        return None if found is not None and found.ssim is None and self.config.goal is not None else found
 
-    def put_validation(self, case: int, plan: str, psnr: float, speedup: float) -> None:
-        self.store.put_json(f"validation/{case}/{self.config.steps}/{plan}", {"psnr": psnr, "speedup": speedup})
+    def put_validation(self, case: int, plan: str, found: Validation) -> None:
+        self.store.put_json(f"validation/{case}/{self.config.steps}/{plan}", asdict(found))
 
     def repair(self, plan: str) -> tuple[dict[str, np.ndarray], float] | None:
         """What was fitted for a plan, by its digest: the repair's arrays, and the share of the error that it leaves.

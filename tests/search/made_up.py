@@ -62,19 +62,26 @@ class Scores:
         return self.tables[order]
 
 
-def found(
-    count: int = 1,
+def composer(
     levels: Sequence[float] = LEVELS,
     costs: CostTable | None = None,
     machine: Machine = ANY_MACHINE,
     **changes: Any,
-) -> tuple[Scores, list[Candidate]]:
-    search = Scores(SearchConfig(**{"budget": None, "density": 0.5, "steps": 6, "validation_prompts": 0} | changes))
+) -> Composer:
+    """Of a search for a density of 0.5, but for ``changes`` of its settings."""
+    asked = {"budget": None, "density": 0.5, "steps": 6, "validation_prompts": 0} | changes
     costs = costs or CostTable.of_call(
         "cpu", 1.0, (0.02, 0.1, 0.3, 0.6), {tail: (0.1, 0.2, 0.4, 0.7) for tail in TAILS}
     )
     orders = {(layer, head): TILE for layer in LAYERS for head in range(2)}
     effects, growth = np.full((len(TRACED), 2), 1.0), np.array([4.0, 2.0, 1.0, 1.0])
-    return search, Composer(
-        search, levels, dict.fromkeys(LAYERS, GRID), orders, {GRID: costs}, machine, effects, growth, TRACED
-    ).candidates(count)
+    search = Scores(SearchConfig(**asked))
+    grids = dict.fromkeys(LAYERS, GRID)
+    return Composer(search, levels, grids, orders, {GRID: costs}, machine, effects, growth, TRACED)
+
+
+def found(count: int = 1, **settings: Any) -> tuple[Scores, list[Candidate]]:
+    """Plans of :func:`composer`, which takes the settings."""
+    made = composer(**settings)
+    assert isinstance(made.search, Scores)
+    return made.search, made.candidates(count)

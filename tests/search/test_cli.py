@@ -69,7 +69,18 @@ def refused(cli: Cli, *arguments: object) -> str:
         (["eval", "m", "p"], "Missing option '--prompts'"),
         (["show", "p", "--colour", "red"], "No such option: --colour"),
         (["search", "m", "--prompts", "p", "--out", "o", "--steps", "many"], "Invalid value for '--steps'"),
-        (["search", "m", "--prompts", "p", "--out", "o", "--budget", "0.4", "--density", "0.3"], "one of the two"),
+        (["search", "m", "--prompts", "p", "--out", "o", "--budget", "0.4", "--density", "0.3"], "one of the three"),
+        (
+            ["search", "m", "--prompts", "p", "--out", "o", "--budget", "0.4", "--target", "0.9"],
+            "--budget 0.4 and --target 0.9: give one of the three",
+        ),
+        (["search", "m", "--prompts", "p", "--out", "o", "--target", "0"], "--target 0.0: it is the SSIM"),
+        (["search", "m", "--prompts", "p", "--out", "o", "--target", "1.01"], "above 0 and at most 1, as 0.95"),
+        (["search", "m", "--prompts", "p", "--out", "o", "--target", "nan"], "--target nan: it is the SSIM"),
+        (["search", "m", "--prompts", "p", "--out", "o", "--target", "good"], "Invalid value for '--target'"),
+        (["search", "m", "--prompts", "p", "--out", "o", "--points", "0"], "--points 0: it must be at least 1"),
+        (["search", "m", "--prompts", "p", "--out", "o", "--budget", "0.4", "--points", "2"], "leave one out"),
+        (["search", "m", "--prompts", "p", "--out", "o", "--validate", "0"], "--validate 0: a target is measured"),
         (["search", "m", "--prompts", "p", "--out", "o", "--budget", "0"], "--budget 0.0: it is a share"),
         (["search", "m", "--prompts", "p", "--out", "o", "--budget", "1.5"], "at most 1, for example 0.4"),
         (["search", "m", "--prompts", "p", "--out", "o", "--density", "nan"], "--density nan"),
@@ -301,8 +312,13 @@ def test_search_passes_on_what_was_asked(
     assert (config.height, config.width, config.num_frames, config.steps) == (48, 48, 9, 2)
     code, out, _ = cli(*common)
     assert code == 0 and f"diffsparse eval {model_folder} {tmp_path / 'plan'}" in out
-    assert (seen[1][1].budget, seen[1][1].density) == (0.4, None)
-    assert (config.validation_prompts, seen[1][1].validation_prompts) == (0, 1)
+    assert (seen[1][1].budget, seen[1][1].density) == (None, None)
+    assert (seen[1][1].goal, seen[1][1].clips, seen[1][1].tries) == (0.95, 2, 4)
+    assert (config.goal, config.clips) == (None, 0)
+    assert cli(*common, "--target", "0.8", "--points", "6", "--validate", "3")[0] == 0
+    assert (seen[2][1].goal, seen[2][1].clips, seen[2][1].points) == (0.8, 3, 6)
+    assert cli(*common, "--budget", "0.3")[0] == 0
+    assert (seen[3][1].goal, seen[3][1].budget, seen[3][1].clips) == (None, 0.3, 1)
 
 
 @pytest.mark.usefixtures("once_loaded")

@@ -20,7 +20,8 @@ from diffsparse.search.config import SearchConfig
 from diffsparse.search.generate import Clip, GenerationSettings
 from diffsparse.search.observe import final_latents
 from diffsparse.search.repair import ErrorSums, RepairTap, exact_rows, fit_repair
-from diffsparse.search.search import NOISE_DB, search_plan
+from diffsparse.search.search import search_plan
+from diffsparse.search.stages.repair import NOISE_DB
 from tests.search.plans import make_plan
 from tests.search.tiny import PROMPTS, SHAPE, build_pipeline, fix_costs
 from tests.tolerance import ATTENTION, Work, assert_near
@@ -179,15 +180,15 @@ def test_a_search_writes_a_repair_and_says_what_it_gained(tmp_path: Path, monkey
 def test_a_repair_goes_only_where_it_is_plainly_worse(
     pipe: Any, plan: SparsityPlan, monkeypatch: pytest.MonkeyPatch, after: float, kept: bool
 ) -> None:
-    from diffsparse.search import search as module
     from diffsparse.search.compose import Candidate
+    from diffsparse.search.stages import repair as module
 
     chosen, lines = Candidate(plan, np.zeros(plan.index.shape)), []
     mended, _ = fitted(pipe, plan)
     before = {"psnr_mean": 30.0, "psnr_by_dense_steps": {"1": 30.0, "2": 29.0}}
     monkeypatch.setattr(module, "repaired", lambda work, plan: mended)
     monkeypatch.setattr(module, "validate", lambda work, found: (found[0], {"psnr_mean": after}))
-    found, quality = module._repaired(SimpleNamespace(say=lines.append), chosen, before)  # type: ignore[arg-type]
+    found, quality = module.mended(SimpleNamespace(say=lines.append), chosen, before)  # type: ignore[arg-type]
     assert (found.plan.repair is not None) is kept and len(lines) == 1
     assert quality is not None and quality["psnr_mean"] == (after if kept else 30.0)
     assert quality["psnr_by_dense_steps"] == before["psnr_by_dense_steps"]

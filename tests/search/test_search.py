@@ -211,7 +211,7 @@ def test_what_cannot_work_is_said(pipe: Any, tmp_path: Path) -> None:
     assert [file.name for file in (tmp_path / "a").iterdir()] == ["search.sqlite"]
     with pytest.raises(BadInput, match=r"a budget of 0\.001 cannot be reached on this model: the least is 0\.\d{3}"):
         search(pipe, tmp_path / "a", density=None, budget=0.001)
-    for wrong in ({"density": 1.5}, {"density": None}, {"budget": 0.4}, {"steps": 0}, {"dense_steps": 6}):
+    for wrong in ({"density": 1.5}, {"target": 0.9}, {"budget": 0.4}, {"steps": 0}, {"dense_steps": 6}):
         with pytest.raises(BadInput):
             config(**wrong)
 

@@ -64,6 +64,34 @@ def build_pipeline(layers: int = 2, heads: int = 2, head_dim: int = 32, seed: in
     return pipe
 
 
+def flux_pipeline(name: str) -> Any:
+    """A tiny pipeline of Flux with its text encoders; images of 128 x 128 by itself, where it does not resize."""
+    import diffusers
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    from tests.pipelines.models import flux
+
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    clip = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=512, projection_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=1,
+    )  # fmt: skip
+    t5 = T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(4,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=1, norm_num_groups=1, use_quant_conv=False,
+        use_post_quant_conv=False, shift_factor=0.0, scaling_factor=1.0,
+    ).eval()  # fmt: skip
+    pipe = getattr(diffusers, name)(
+        diffusers.FlowMatchEulerDiscreteScheduler(), vae, CLIPTextModel(clip).eval(), tokenizer,
+        T5EncoderModel(t5).eval(), tokenizer, flux(),
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    pipe.default_sample_size = 16
+    return pipe
+
+
 def config(**changes: Any) -> SearchConfig:
     """A short search of the tiny pipeline."""
     return SearchConfig(

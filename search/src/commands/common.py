@@ -33,6 +33,7 @@ __all__ = [
     "asked_settings",
     "check_numbers",
     "check_share",
+    "check_target",
     "interruptible",
     "say",
     "stop",
@@ -139,3 +140,8 @@ def check_numbers(**values: int | float | None) -> None:
 def check_share(option: str, value: float | None) -> None:
     if value is not None and not 0 < value <= 1:
         raise BadInput(f"{option} {value}: it is a share of dense attention, above 0 and at most 1, for example 0.4")
+
+
+def check_target(value: float | None) -> None:
+    if value is not None and not 0 < value <= 1:
+        raise BadInput(f"--target {value}: it is the SSIM to dense of the worst clip, above 0 and at most 1, as 0.95")

@@ -22,6 +22,7 @@ from diffsparse.search.commands.common import (
     asked_settings,
     check_numbers,
     check_share,
+    check_target,
     interruptible,
     say,
 )
@@ -36,10 +37,20 @@ def search_command(
     prompts: Prompts,
     out: Annotated[str, typer.Option("--out", metavar="DIR", help="Where the plan and the search's record go.")],
     budget: Annotated[
-        float | None, typer.Option("--budget", help="Share of the dense attention time to use.  [default: 0.4]")
+        float | None, typer.Option("--budget", help="Share of the dense attention time to use, instead of --target.")
     ] = None,
     density: Annotated[
-        float | None, typer.Option("--density", help="Whole-trajectory density to use, instead of --budget.")
+        float | None, typer.Option("--density", help="Whole-trajectory density to use, instead of --target.")
+    ] = None,
+    target: Annotated[
+        float | None,
+        typer.Option(
+            "--target",
+            help="SSIM to dense that every validation clip keeps: the sparsest such plan is found.  [default: 0.95]",
+        ),
+    ] = None,
+    points: Annotated[
+        int | None, typer.Option("--points", help="Plans to validate on the way to the target, at most.  [default: 4]")
     ] = None,
     height: Height = None,
     width: Width = None,
@@ -49,9 +60,13 @@ def search_command(
     true_cfg_scale: TrueCfg = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the noise and of every random choice.")] = 0,
     validate: Annotated[
-        int,
-        typer.Option("--validate", help="Prompts on which whole generations choose among the best few plans; 0: none."),
-    ] = 1,
+        int | None,
+        typer.Option(
+            "--validate",
+            help="Clips that plans are validated on, of prompts that were not measured; 0: none.  "
+            "[default: 2 for a target, else 1]",
+        ),
+    ] = None,
     trace_prompts: Annotated[
         int | None,
         typer.Option(
@@ -73,20 +88,31 @@ def search_command(
 ) -> None:
     """Search a sparsity plan for a model, measured on a few prompts and on this machine.
 
+    It finds the sparsest plan whose clips keep the target; a budget or a density is for those who know theirs.
+
     It prints how long it will take before it starts. Killed or interrupted, the same command goes on where it was.
 
     \b
-    Example:
+    Examples:
+      diffsparse search Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompts prompts.txt --out plan
+      diffsparse search Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompts prompts.txt --out plan --target 0.9
       diffsparse search Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompts prompts.txt --out plan --budget 0.4
     """
     with answers(as_json) as answer:
-        if budget is not None and density is not None:
-            raise BadInput(f"--budget {budget} and --density {density}: give one of the two")
+        asked_for = {"--budget": budget, "--density": density, "--target": target}
+        given = [f"{option} {value}" for option, value in asked_for.items() if value is not None]
+        if len(given) > 1:
+            raise BadInput(f"{' and '.join(given)}: give one of the three")
         check_share("--budget", budget)
         check_share("--density", density)
+        check_target(target)
+        if points is not None and (budget is not None or density is not None):
+            raise BadInput(f"{given[0]} and --points {points}: points are of a search for a target; leave one out")
+        if validate == 0 and budget is None and density is None:
+            raise BadInput("--validate 0: a target is measured on whole generations; give 1 or more, or --budget")
         check_numbers(height=height, width=width, num_frames=num_frames, steps=steps, seed=seed, validate=validate)
         check_numbers(guidance_scale=guidance_scale, true_cfg_scale=true_cfg_scale)
-        check_numbers(trace_prompts=trace_prompts, samples=samples)
+        check_numbers(trace_prompts=trace_prompts, samples=samples, points=points)
         from diffsparse.search import load
 
         found = load.read_prompts(prompts)
@@ -102,8 +128,9 @@ def search_command(
         asked |= {"guidance_scale": guidance_scale, "true_cfg_scale": true_cfg_scale}
         settings = asked_settings(pipe, {}, asked)
         config = SearchConfig(
-            budget=None if density is not None else (0.4 if budget is None else budget),
+            budget=budget,
             density=density,
+            target=target,
             height=settings.height,
             width=settings.width,
             num_frames=settings.num_frames,
@@ -113,6 +140,7 @@ def search_command(
             seed=seed,
             validation_prompts=validate,
             repair=repair,
+            points=points,
             **thoroughness(place, trace_prompts, samples),
         )
         plan = search_plan(pipe, found, config, folder, say=say)

@@ -13,7 +13,7 @@ from diffsparse.search.layers import switch_level
 from diffsparse.search.stages.sensitivity import amplification, effects, reference
 from diffsparse.search.workspace import Workspace
 
-__all__ = ["compose_plans", "layer_costs"]
+__all__ = ["compose_plans", "composer_of", "layer_costs"]
 
 
 def layer_costs(work: Workspace) -> dict[TokenGrid, CostTable]:
@@ -34,18 +34,20 @@ def run_machine(work: Workspace) -> Machine:
     return work.machine(lambda: machine_for("auto", work.device, dtype, work.architecture.head_dim))
 
 
-def compose_plans(work: Workspace, costs: dict[TokenGrid, CostTable]) -> list[Candidate]:
-    """The best plans, best first: as many as validation is to choose among."""
+def composer_of(work: Workspace, costs: dict[TokenGrid, CostTable]) -> Composer:
+    """What makes plans of everything that was measured. What the sensitivity stage lacks is measured here."""
     entries, predicted = reference(work)
     layers = effects(work, entries, predicted)
     growth = amplification(work, entries, (layers * predicted).sum(1))
     traced = work.trace_levels
     switch = switch_level(work.pipe, traced, work.trace_parts)
     machine = run_machine(work)
-    composer = Composer(
-        work, work.call_levels(), work.grids, work.orders, costs, machine, layers, growth, traced, switch
-    )
+    return Composer(work, work.call_levels(), work.grids, work.orders, costs, machine, layers, growth, traced, switch)
+
+
+def compose_plans(work: Workspace, composer: Composer) -> list[Candidate]:
+    """The best plans, best first: as many as validation is to choose among."""
     with work.bar(1, "assign") as bar:
-        candidates = composer.candidates(work.config.candidates if work.config.validation_prompts else 1)
+        candidates = composer.candidates(work.config.tried_plans)
         bar.update()
     return candidates

@@ -3,18 +3,41 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from diffsparse.pipelines import tap_attention
 from diffsparse.plan import SparsityPlan
 from diffsparse.repair import Repair
+from diffsparse.search.compose import Candidate
 from diffsparse.search.measured import plan_digest
 from diffsparse.search.observe import final_latents
 from diffsparse.search.repair import RepairTap, fit_repair
+from diffsparse.search.stages.validate import validate
 from diffsparse.search.workspace import Workspace
 
-__all__ = ["repaired"]
+__all__ = ["NOISE_DB", "mended", "repaired"]
+
+#: Two plans whose clips are no further apart in PSNR, in dB, cannot be told from each other by a few clips.
+NOISE_DB = 0.5
+
+
+def mended(work: Workspace, chosen: Candidate, quality: dict[str, Any]) -> tuple[Candidate, dict[str, Any]]:
+    """The candidate with its repair, unless that is plainly worse on the clips of validation, and its quality.
+
+    The repair was not fitted on them. A few tenths of a dB say nothing: what one clip gains, another one may lose.
+    """
+    found = replace(chosen, plan=repaired(work, chosen.plan))
+    if found.plan.repair is None:
+        return found, quality
+    _, about = validate(work, [found])
+    after, before = (each["psnr_mean"] for each in (about, quality))
+    if after < before - NOISE_DB:
+        work.say(f"the repair is left out: the PSNR to dense is {before:.2f} dB without it, {after:.2f} dB with it")
+        return chosen, quality
+    work.say(f"PSNR to dense {before:.2f} dB without the repair, {after:.2f} dB with it")
+    return found, about | {"psnr_without_repair": before, "psnr_by_dense_steps": quality["psnr_by_dense_steps"]}
 
 
 def repaired(work: Workspace, plan: SparsityPlan) -> SparsityPlan:

@@ -44,7 +44,12 @@ def search_record(work: Workspace, grid: TokenGrid, costs: CostTable) -> dict[st
                 if (value := sizes.get(name, getattr(config, name))) is not None
             },
         },
-        "search": {"budget": config.budget, "density": config.density, "kernel": _kernel_version()},
+        "search": {
+            "budget": config.budget,
+            "density": config.density,
+            "target": config.goal,
+            "kernel": _kernel_version(),
+        },
         "costs": costs.to_dict(),
         "environment": environment(next(work.transformer.parameters()).device),
     }

@@ -2,58 +2,103 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
+import torch
 
 from diffsparse.pipelines import sparse_attention as attached
 from diffsparse.search import metrics
+from diffsparse.search.columns import shorten
 from diffsparse.search.compose import Candidate
-from diffsparse.search.generate import generate_clip
+from diffsparse.search.errors import BadInput
+from diffsparse.search.generate import Clip, generate_clip
 from diffsparse.search.load import sparse_backend
 from diffsparse.search.measured import plan_digest
-from diffsparse.search.workspace import Workspace
+from diffsparse.search.workspace import Validation, Workspace
 
-__all__ = ["validate"]
+__all__ = ["cases", "held_out", "validate"]
+
+#: The first seed of validation is this much more than the search's own.
+SEED_OFFSET = 1000
+
+
+def held_out(work: Workspace) -> tuple[str, ...]:
+    """The prompts that are not traced."""
+    return work.prompts[len(work.traced()) :]
+
+
+def cases(work: Workspace) -> list[tuple[str, int]]:
+    """Prompt and seed of every clip of validation.
+
+    Prompts that were not traced; where every one was, another seed is the best there is. A target is of several clips:
+    it takes further seeds where there are too few prompts.
+    """
+    config, prompts = work.config, held_out(work)
+    count = config.clips if config.goal is not None else min(config.clips, max(1, len(prompts)))
+    pool = prompts or work.prompts
+    return [(pool[i % len(pool)], config.seed + SEED_OFFSET + i // len(pool)) for i in range(count)]
 
 
 def validate(work: Workspace, candidates: list[Candidate]) -> tuple[Candidate, dict[str, Any]]:
     """The candidate that comes closest to dense on prompts that were not traced, and what was measured for it.
 
-    Predicted errors of plans with different numbers of dense steps are near each other; generations decide.
+    Predicted errors of plans with different numbers of dense steps are near each other; generations decide: by the
+    mean PSNR, or by the worst clip's SSIM where that has a target.
     """
-    config = work.config
+    config, clips = work.config, cases(work)
     settings = config.settings(config.steps)
-    cases = [(prompt, config.seed + 1000) for prompt in work.prompts[len(work.traced()) :]]
-    # Where every prompt was traced, another seed is the best there is.
-    cases = (cases or [(work.prompts[0], config.seed + 1000)])[: config.validation_prompts]
     keys = [plan_digest(candidate.plan) for candidate in candidates]
-    with work.bar(len(cases) * (1 + len(candidates)), "validate") as bar:
-        for i, (prompt, seed) in enumerate(cases):
+    with work.bar(len(clips) * (1 + len(candidates)), "validate") as bar:
+        for i, (prompt, seed) in enumerate(clips):
             if all(work.validation(i, key) is not None for key in keys):
                 bar.update(1 + len(candidates))
                 continue
             dense = work.dense_clip(i, lambda: generate_clip(work.pipe, prompt, seed, settings))  # noqa: B023
+            _check_dense(work, dense)
             bar.update()
             for key, candidate in zip(keys, candidates, strict=True):
-                if work.validation(i, key) is not None:
-                    bar.update()
-                    continue
-                with attached(work.pipe, candidate.plan, backend=sparse_backend(work.pipe, candidate.plan)):
-                    clip = generate_clip(work.pipe, prompt, seed, settings)
-                psnr = metrics.psnr(clip.frames, dense.frames)
-                work.put_validation(i, key, psnr, dense.loop_seconds / clip.loop_seconds)
+                if work.validation(i, key) is None:
+                    with attached(work.pipe, candidate.plan, backend=sparse_backend(work.pipe, candidate.plan)):
+                        clip = generate_clip(work.pipe, prompt, seed, settings)
+                    work.put_validation(i, key, _measured(work, clip, dense))
                 bar.update()
-    rows = {key: [row for i in range(len(cases)) if (row := work.validation(i, key)) is not None] for key in keys}
-    means = [float(np.mean([row["psnr"] for row in rows[key]])) for key in keys]
-    best = int(np.argmax(means))
+    rows = {key: [row for i in range(len(clips)) if (row := work.validation(i, key)) is not None] for key in keys}
+    means = [float(np.mean([row.psnr for row in rows[key]])) for key in keys]
+    worst = [min((row.ssim for row in rows[key] if row.ssim is not None), default=0.0) for key in keys]
+    best = int(np.argmax(means if config.goal is None else worst))
     tried = {str(c.plan.record["search"]["dense_steps"]): m for c, m in zip(candidates, means, strict=True)}
     chosen = rows[keys[best]]
+    similar = [row.ssim for row in chosen if row.ssim is not None]
     return candidates[best], {
-        "prompts": len(cases),
+        "prompts": len(clips),
         "steps": config.steps,
         "psnr_mean": means[best],
-        "psnr_worst": min(row["psnr"] for row in chosen),
+        "psnr_worst": min(row.psnr for row in chosen),
+        **({"ssim_mean": float(np.mean(similar)), "ssim_worst": min(similar)} if len(similar) == len(chosen) else {}),
         "psnr_by_dense_steps": tried,
-        "loop_speedup": float(np.mean([row["speedup"] for row in chosen])),
+        "loop_speedup": float(np.mean([row.speedup for row in chosen])),
     }
+
+
+def _check_dense(work: Workspace, dense: Clip) -> None:
+    """Before a plan is measured against it."""
+    about = f"the dense clip of {shorten(dense.prompt, 60)!r}"
+    if not torch.isfinite(dense.frames).all():
+        raise BadInput(f"{about} has pixels that are no numbers, so no plan can be held to it; try another --dtype")
+    if work.config.goal is not None and min(size := tuple(dense.frames.shape[2:])) < metrics.SSIM_WINDOW:
+        raise BadInput(
+            f"{about} is {size[0]}x{size[1]}: a target is of SSIM, which needs at least {metrics.SSIM_WINDOW} pixels "
+            "a side; give a larger size, or a budget or density"
+        )
+
+
+def _measured(work: Workspace, clip: Clip, dense: Clip) -> Validation:
+    speedup = dense.loop_seconds / clip.loop_seconds
+    psnr, ssim = metrics.psnr(clip.frames, dense.frames), metrics.ssim(clip.frames, dense.frames)
+    if math.isfinite(psnr):
+        return Validation(psnr, ssim, speedup)
+    # Such a plan must lose, and the record holds numbers only.
+    work.say(f"a plan's clip of {shorten(clip.prompt, 60)!r} has pixels that are no numbers: it counts as 0 dB, SSIM 0")
+    return Validation(0.0, None if ssim is None else 0.0, speedup)
