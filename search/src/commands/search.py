@@ -93,7 +93,7 @@ def search_command(
     It prints how long it will take before it starts. Killed or interrupted, the same command goes on where it was.
 
     \b
-    Examples:
+    Example:
       diffsparse search Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompts prompts.txt --out plan
       diffsparse search Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompts prompts.txt --out plan --target 0.9
       diffsparse search Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompts prompts.txt --out plan --budget 0.4
