@@ -375,6 +375,23 @@ def test_a_model_that_is_best_left_dense(monkeypatch: pytest.MonkeyPatch) -> Non
         error_curve(composer(costs=costs, **ASKED, dense_steps=2))
 
 
+@pytest.mark.slow(reason="a search with a trained model")
+def test_the_small_model_has_a_sparse_plan_that_keeps_a_target(tmp_path: Path) -> None:
+    from diffsparse.search import load
+
+    folder = Path(__file__).parents[2] / "examples" / "tiny_wan"
+    pipe = load.load_pipeline(str(folder), device=torch.device("cpu"), dtype=torch.float32)
+    prompts = load.read_prompts(folder / "prompts" / "calibration.txt")
+    asked = SearchConfig(target=0.9, height=64, width=64, num_frames=9, steps=4, trace_steps=2, samples=2)
+    plan = search_plan(pipe, prompts, asked, tmp_path, progress=False, say=lambda line: None)
+    quality, points = plan.record["quality"], plan.record["search"]["points"]
+    assert quality["reached"] is True and quality["ssim_worst"] >= 0.9 and quality["held_out"] is True
+    assert 0 < quality["density"] < 0.9 and 2 <= len(points) <= 4
+    # Less is not worth a further try, or was tried and missed: it is a frontier.
+    cheaper = [point for point in points if point["density"] < quality["density"]]
+    assert all(point["ssim_worst"] < 0.9 for point in cheaper)
+
+
 def test_images_have_targets_too(tmp_path: Path) -> None:
     pipe = flux_pipeline("FluxPipeline")
     asked = SearchConfig(
