@@ -36,8 +36,14 @@ def encode_entry(entry: HeadEntry, arrays: dict[str, np.ndarray]) -> dict[str, A
         "order": str(entry.order),
         "pattern": encode_pattern(entry.pattern, arrays),
         "selection": entry.selection,
-        "execution": {f.name: getattr(entry.execution, f.name) for f in fields(Execution)},
+        "execution": _plain_execution(entry.execution),
     }
+
+
+def _plain_execution(execution: Execution) -> dict[str, Any]:
+    # Plans without reuse stay as they were, for versions that do not know it.
+    values = {f.name: getattr(execution, f.name) for f in fields(Execution)}
+    return values if execution.reuse else {name: value for name, value in values.items() if name != "reuse"}
 
 
 def decode_entry(data: Any, arrays: dict[str, np.ndarray] | Reading, where: str = "") -> HeadEntry:

@@ -35,11 +35,14 @@ class Execution:
     ``numerics``: ``auto`` is the precision of q, k and v. ``int8`` multiplies queries and keys in int8, ``fp8`` in
     float8 (e4m3); both multiply probabilities and values in float8. On a device without products in 8 bits such a head
     runs in the precision of q, k and v. The variances of the tail ``moments`` do not exist in 8 bits.
+    ``reuse``: the head's output serves until the noise level has fallen by this much, and is then computed anew
+    (``diffsparse.reuse``), in [0, 1]; 0 computes it at every step.
     """
 
     mode: str = "exact"
     tail: str = "none"
     numerics: str = "auto"
+    reuse: float = 0.0
 
     def __post_init__(self) -> None:
         _choice("mode", self.mode, MODES)
@@ -49,6 +52,10 @@ class Execution:
             raise ValueError(
                 f"the tail 'moments' cannot run with numerics {self.numerics!r}: take 'mean' or 'centroids'"
             )
+        if isinstance(self.reuse, bool) or not isinstance(self.reuse, (int, float)) or not 0 <= self.reuse <= 1:
+            raise ValueError(f"reuse is a difference of noise levels in [0, 1], got {shown(self.reuse)}")
+        if self.reuse and self.mode == "skip":
+            raise ValueError("a head that is skipped has no output to use again: reuse must be 0")
 
 
 @dataclass(frozen=True)
@@ -68,8 +75,9 @@ class HeadEntry:
 
     @property
     def is_dense(self) -> bool:
-        """True where this entry is plain attention over everything."""
-        return isinstance(self.pattern, Full) and self.execution.mode == "exact" and self.execution.numerics == "auto"
+        """True where this entry is plain attention over everything, at every step."""
+        how = self.execution
+        return isinstance(self.pattern, Full) and how.mode == "exact" and how.numerics == "auto" and not how.reuse
 
     def __str__(self) -> str:
         if self.execution.mode == "skip":
@@ -77,4 +85,5 @@ class HeadEntry:
         tail = "" if self.execution.tail == "none" else f" +{self.execution.tail}"
         order = "" if self.order.is_raster else f" @{self.order}"
         numerics = "" if self.execution.numerics == "auto" else f" in {self.execution.numerics}"
-        return f"{self.pattern}{order}{tail}{numerics}"
+        reuse = f" reused for {self.execution.reuse:.3g}" if self.execution.reuse else ""
+        return f"{self.pattern}{order}{tail}{numerics}{reuse}"

@@ -25,6 +25,7 @@ from diffsparse.online import OnlineRepair
 from diffsparse.provenance import check_record
 from diffsparse.reader import FORMAT_VERSION, read_files, read_plan
 from diffsparse.repair import REPAIR_KEY, Repair
+from diffsparse.reuse import computed_steps
 from diffsparse.saving import ARRAYS_NAME, CARD_NAME, DIGEST_KEY, JSON_NAME, arrays_digest, write_plan
 from diffsparse.schedule import Schedule
 from diffsparse.tokens import BLOCK_SIZES
@@ -182,11 +183,17 @@ class SparsityPlan:
 
         ``layers`` and ``heads`` default to the architecture's; a plan for any model without either is one layer.
         """
+        return self._densities(grid, layers, heads, None)
+
+    def _densities(
+        self, grid: TokenGrid, layers: Sequence[str] | None, heads: int | None, reuse: float | None
+    ) -> np.ndarray:
+        """The same; ``reuse``: what heads with this reuse add to it, or None for all that there is."""
         if layers is None:
             layers = self.architecture.layers if self.architecture else self.layers
         heads = heads or (self.architecture.heads if self.architecture else self.index.shape[2])
         known: dict[HeadEntry, float] = {}
-        result = np.ones((self.schedule.num_phases, len(layers)))
+        result = np.full((self.schedule.num_phases, len(layers)), 1.0 if reuse is None else 0.0)
         for phase in range(self.schedule.num_phases):
             for i, layer in enumerate(layers):
                 entries = self.layer_entries(phase, layer, heads)
@@ -194,7 +201,10 @@ class SparsityPlan:
                     continue
                 for entry in entries:
                     if entry not in known:
-                        known[entry] = head_work(entry, grid, self.block_size, self.online_repair).density
+                        counts = reuse is None or entry.execution.reuse == reuse
+                        known[entry] = (
+                            head_work(entry, grid, self.block_size, self.online_repair).density if counts else 0.0
+                        )
                 result[phase, i] = np.mean([known[entry] for entry in entries])
         return result
 
@@ -206,8 +216,33 @@ class SparsityPlan:
         heads: int | None = None,
     ) -> float:
         """Work-weighted mean density over all self-attention calls of a generation with these noise levels."""
-        per_phase = self.call_densities(grid, layers, heads).mean(1)
-        return float(np.mean([1.0 if p is None else per_phase[p] for p in self.schedule.phases(noise_levels)]))
+        return float(np.mean(self.step_densities(grid, noise_levels, layers, heads)))
+
+    def step_densities(
+        self,
+        grid: TokenGrid,
+        noise_levels: Iterable[float],
+        layers: Sequence[str] | None = None,
+        heads: int | None = None,
+    ) -> np.ndarray:
+        """Mean density of a step's calls, float ``[steps]``, for a generation with these descending noise levels.
+
+        Steps without a phase count 1, outputs that are used again 0. Steps that follow each other at one level are one.
+        """
+        levels = np.array(list(noise_levels), np.float64)
+        phases = np.array([-1 if p is None else p for p in self.schedule.phases(levels.tolist())])
+        result = np.append(self.call_densities(grid, layers, heads).mean(1), 1.0)[phases]
+        for reuse in {entry.execution.reuse for entry in self.entries} - {0.0}:
+            saved = self._densities(grid, layers, heads, reuse).mean(1)
+            for phase in set(phases.tolist()) - {-1}:
+                distinct, of = np.unique(-levels[phases == phase], return_inverse=True)
+                result[phases == phase] -= saved[phase] * ~np.array(computed_steps((-distinct).tolist(), reuse))[of]
+        return result
+
+    @property
+    def reuses(self) -> bool:
+        """Whether any head's output is used again at later steps."""
+        return any(entry.execution.reuse for entry in self.entries)
 
     def carried(self, grid: TokenGrid) -> int:
         """How many distinct entries have a bitmap that was measured on another grid."""

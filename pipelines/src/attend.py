@@ -15,6 +15,7 @@ from diffsparse.kernels.api import run_checked
 from diffsparse.kernels.dense import dense_attention, dense_heads_
 from diffsparse.layout import BlockLayout
 from diffsparse.pipelines.call import call_of
+from diffsparse.pipelines.exchange import exchange_compiled
 from diffsparse.pipelines.policy import (
     BY_PLAN,
     OTHER_KEYS,
@@ -70,7 +71,8 @@ def attend(layer: LayerState, request: Request) -> torch.Tensor:
     state = call.state
     if state.tap is not None:
         return state.tap.run(call, layer, request, key_mask, reason)
-    layout = call.layout(index, device, seq=seq)
+    recalled = call.served(index, shape) if reason is None and call.problem is None else ()
+    layout = call.layout(index, device, seq=seq, recalled=recalled)
     by = ""
     if state.dense is not None and reason is None and not isinstance(layout, BlockLayout):
         by, dense = state.dense.run(q, k, v, key_mask, scale, dense)
@@ -87,10 +89,13 @@ def attend(layer: LayerState, request: Request) -> torch.Tensor:
     elif call.problem is not None:
         return call.run_dense(index, shape, device, call.problem, dense, issue=True, by=by)
     else:
-        return call.run_dense(index, shape, device, layout, dense, issue=False, by=by)
+        out = call.run_dense(index, shape, device, layout, dense, issue=False, by=by)
+        if reason is None:
+            call.exchange(index, out, ())  # all of it was computed, whatever an earlier step has left
+        return out
     apart = by_heads = None
     if state.dense is not None:
-        apart = call.without_dense_heads(index, device, seq=seq)
+        apart = call.without_dense_heads(index, device, seq=seq, recalled=recalled)
         if apart is not None:
             by_heads = state.dense.for_heads(q, k, v, key_mask, scale, dense)
     backend, watch = machine.kernel, call.start_watch(device)
@@ -100,6 +105,7 @@ def attend(layer: LayerState, request: Request) -> torch.Tensor:
         backend = f"{backend}, dense heads {by_heads}"
     else:
         out = run_checked(q, k, v, layout, scale=scale, kv_len=key_mask, backend=layer.backend)
+    call.exchange(index, out, recalled)
     call.ran_sparse(index, shape, layout.density, backend, watch)
     return out
 
@@ -122,13 +128,14 @@ def _compiled(layer: LayerState, request: Request) -> torch.Tensor:
         return dense()
     if layout is None:
         _leave_note(layer, BY_PLAN, kernel or "")
-        return dense() if kernel is None else dense_attention(q, k, v, kernel=kernel, scale=scale, key_mask=key_mask)
+        out = dense() if kernel is None else dense_attention(q, k, v, kernel=kernel, scale=scale, key_mask=key_mask)
+        return out if layer.reuse is None else exchange_compiled(out.clone(), layer.reuse)
     _leave_note(layer, RAN_SPARSE, kernel or "")
     out = run_checked(q, k, v, layout, scale=scale, kv_len=key_mask, backend=layer.backend)
     if layer.dense_heads is not None:
         assert kernel is not None  # or the heads would not have been taken out of the layout
         dense_heads_(out, q, k, v, layer.dense_heads, kernel=kernel, scale=scale, key_mask=key_mask)
-    return out
+    return out if layer.reuse is None else exchange_compiled(out, layer.reuse)
 
 
 def _leave_note(layer: LayerState, what: str, kernel: str) -> None:

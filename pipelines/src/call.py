@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
@@ -24,6 +25,7 @@ from diffsparse.pipelines.policy import (
     UNKNOWN,
     UNSEEN,
 )
+from diffsparse.pipelines.reuse import Group, ReuseStep
 from diffsparse.pipelines.state import LayerState, ModelState
 
 __all__ = ["Call", "call_of", "running_call"]
@@ -39,6 +41,8 @@ class Call:
     ``problem``: why nothing of this forward can run sparse (an unknown grid), or None.
     ``phase``: the plan's phase, or None where the schedule says dense.
     ``no_kernel``: why backend ``"auto"`` has no kernel for this model here, or None.
+    ``reuse``: this forward to what is kept of others; None where nothing is used again.
+    ``recalled``: of layers in compiled code, the heads whose outputs are.
     """
 
     state: ModelState
@@ -58,6 +62,10 @@ class Call:
     compiled: frozenset[int] = frozenset()
     device: torch.device | None = None
     number: int | None = None  # a tap's count of forwards
+    reuse: ReuseStep | None = None
+    recalled: dict[int, tuple[Group, ...]] = field(default_factory=dict)
+    reused_heads: Counter[int] = field(default_factory=Counter)
+    _exchanged: Counter[int] = field(default_factory=Counter)
 
     def is_running(self) -> bool:
         """Whether the forward is still on the stack.
@@ -94,24 +102,52 @@ class Call:
         return grid
 
     def layout(
-        self, index: int, device: torch.device, uniform: bool = False, seq: int | None = None
+        self,
+        index: int,
+        device: torch.device,
+        uniform: bool = False,
+        seq: int | None = None,
+        recalled: tuple[Group, ...] = (),
     ) -> BlockLayout | str:
-        """One layer's layout, or why it runs dense by the plan's word."""
+        """One layer's layout, or why it runs dense by the plan's word. ``recalled``: heads it need not compute."""
         grid = self.grid_of(index, seq)
         if self.phase is None or grid is None:
             return OUTSIDE
         if self.no_kernel is not None:
             return self.no_kernel
-        return self.state.layout(grid, self.phase, index, device, uniform)
+        return self.state.layout(grid, self.phase, index, device, uniform, _values(recalled))
 
     def without_dense_heads(
-        self, index: int, device: torch.device, uniform: bool = False, seq: int | None = None
+        self,
+        index: int,
+        device: torch.device,
+        uniform: bool = False,
+        seq: int | None = None,
+        recalled: tuple[Group, ...] = (),
     ) -> tuple[BlockLayout, torch.Tensor] | None:
         """Where dense heads may run apart: the layout that skips them, and which they are."""
         grid = self.grid_of(index, seq)
         if self.state.dense is None or self.phase is None or grid is None or self.no_kernel is not None:
             return None
-        return self.state.without_dense_heads(grid, self.phase, index, device, uniform)
+        return self.state.without_dense_heads(grid, self.phase, index, device, uniform, _values(recalled))
+
+    def served(self, index: int, shape: Sequence[int]) -> tuple[Group, ...]:
+        """The heads of a layer's next call, ``[B, S, H, D]``, that need not be computed."""
+        if self.reuse is None:
+            return ()
+        groups = self.state.groups(self.reuse.phase, index)
+        return self.state.reuse.recalled(self.reuse, index, self._exchanged[index], groups, shape) if groups else ()
+
+    def exchange(self, index: int, out: torch.Tensor, recalled: tuple[Group, ...]) -> None:
+        """Put outputs of earlier steps into a layer's ``[B, S, H, D]``, and keep those that later ones will need.
+
+        ``recalled``: what :meth:`served` said of this call, or nothing where all heads were computed.
+        """
+        if self.reuse is None or not (groups := self.state.groups(self.reuse.phase, index)):
+            return
+        self.state.reuse.exchange(out, self.reuse, index, self._exchanged[index], groups, recalled)
+        self._exchanged[index] += 1
+        self.reused_heads[index] += sum(len(group.heads) for group in recalled)
 
     def start_watch(self, device: torch.device) -> Watch | None:
         """For the call that comes next, where it can be timed."""
@@ -168,6 +204,7 @@ class Call:
                     elif layer.index in self.compiled:
                         unseen = UNKNOWN
                     counts[layer.index].unseen += 1
+                counts[layer.index].reused_heads += self.reused_heads[layer.index]
                 for density, work, reason, backend in events:
                     count = counts[layer.index]
                     count.work += work
@@ -229,6 +266,10 @@ def call_of(layer: LayerState) -> Call | None:
     while call is not None and not call.state.owns(layer):
         call = call.previous
     return call
+
+
+def _values(groups: tuple[Group, ...]) -> tuple[float, ...]:
+    return tuple(group.reuse for group in groups)
 
 
 def _work(shape: torch.Size) -> float:

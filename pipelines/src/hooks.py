@@ -23,13 +23,18 @@ from diffsparse.pipelines.family import UnknownGridError
 from diffsparse.pipelines.noise import noise_level
 from diffsparse.pipelines.patch import install_patch
 from diffsparse.pipelines.policy import compute_dtype
-from diffsparse.pipelines.state import LAYER_STATE, MODEL_STATE, ModelState
+from diffsparse.pipelines.reuse import Group
+from diffsparse.pipelines.state import LAYER_STATE, MODEL_STATE, LayerState, ModelState
 
 __all__ = ["KEY", "attach", "compiled_layers", "detach", "is_attached"]
 
 KEY = "diffsparse"
 # What Dynamo says where somebody compiles a function around an enabled model with fullgraph.
 _OPEN = "diffsparse reads the noise level before each forward: compile the model itself, not what calls it"
+NOT_TOLD = (
+    "outputs are not used again over steps: that needs a pipeline with a scheduler, whose forwards can be told apart "
+    "by their prompts"
+)
 _MODULE_FILE = torch.nn.Module.__call__.__code__.co_filename
 
 
@@ -145,14 +150,30 @@ def _before_model(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
             state.log(f"runs dense: {call.no_kernel}")
     for layer in state.layers:
         layout: BlockLayout | str | None = None
+        layer.reuse = None
         if call.problem is None and device is not None:
-            layout = call.layout(layer.index, device, uniform=bool(call.compiled))
+            recalled = _recalled(call, layer) if call.compiled else ()
+            layout = call.layout(layer.index, device, uniform=bool(call.compiled), recalled=recalled)
+            if not isinstance(layout, BlockLayout):
+                call.recalled.pop(layer.index, None)  # the layer computes all of its heads
         layer.layout = layout if isinstance(layout, BlockLayout) else None
         layer.dense_kernel = layer.masked_dense_kernel = layer.dense_heads = layer.ran = None
     if call.compiled and state.dense is not None:
         _choose_dense_kernels(module, call)
     call.frame = _caller()
     CTX.call = call
+
+
+def _recalled(call: Call, layer: LayerState) -> tuple[Group, ...]:
+    """The heads of a layer in compiled code that need not be computed, decided before it runs."""
+    state, grid = call.state, call.grid_of(layer.index)
+    # Where text is known in the call only, layers run dense in compiled code.
+    if call.reuse is None or grid is None or state.family.text_from_call:
+        return ()
+    layer.reuse = torch.tensor(layer.index)
+    shape = (call.batch, grid.seq_len, state.architecture.heads, state.architecture.head_dim)
+    call.recalled[layer.index] = call.served(layer.index, shape)
+    return call.recalled[layer.index]
 
 
 def _caller() -> FrameType | None:
@@ -201,6 +222,8 @@ def _after_model(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -
     if not call.compiled and not call.events and not call.foreign and not cached:
         call.compiled = frozenset(range(len(call.state.layers)))  # by a wrapper around the whole model
     call.finish(complete=output is not None, cached=cached)
+    if call.reuse is not None:
+        state.reuse.end(call.reuse, complete=output is not None)
     for layer in call.state.layers:
         layer.layout = None
 
@@ -219,7 +242,12 @@ def _read_call(module: torch.nn.Module, state: ModelState, args: Any, kwargs: An
         problem = f"the token grid is unknown: {type(error).__name__}: {error}"
     if level is None:
         problem = problem or "the forward was given no timestep"
-    phase = state.plan.schedule.phase(level) if state.plan is not None and level is not None else None
+    plan, reuse = state.plan, None
+    phase = plan.schedule.phase(level) if plan is not None and level is not None else None
+    if plan is not None and plan.reuses and level is not None and problem is None:
+        reuse = state.reuse.begin(state.scheduler, level, plan.schedule.phase, arguments)
+        if reuse is None and phase is not None:
+            state.log(NOT_TOLD)
     return Call(
         state=state,
         grid=grid,
@@ -228,6 +256,7 @@ def _read_call(module: torch.nn.Module, state: ModelState, args: Any, kwargs: An
         batch=_batch_of(arguments.get(state.arguments[0])),
         config=module.config,
         problem=problem,
+        reuse=reuse,
     )
 
 

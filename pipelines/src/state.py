@@ -26,6 +26,7 @@ from diffsparse.layout import BlockLayout, build_layout
 from diffsparse.pipelines.dense import DenseChoice
 from diffsparse.pipelines.family import Family, architecture_of, family_by_class, layers_of
 from diffsparse.pipelines.policy import SLOWER, Machine, entries_of, judge_layer, machine_for
+from diffsparse.pipelines.reuse import Group, ReuseStore, groups_of
 from diffsparse.pipelines.uniform import alike, mark_sizes
 from diffsparse.plan import Architecture, SparsityPlan
 
@@ -54,6 +55,11 @@ PACKED_FROM = 16 * 2**20
 MAX_PENDING = 16384
 
 
+def _left_out(entry: HeadEntry) -> HeadEntry:
+    """The same head where it computes nothing. Its order stays: compiled layers share a graph."""
+    return replace(entry, execution=replace(entry.execution, mode="skip", reuse=0.0))
+
+
 def _is_packed(device: torch.device, grid: TokenGrid, heads: int, block_size: int) -> bool:
     return device.type == "cuda" and 4 * heads * (grid.seq_len // block_size) ** 2 > PACKED_FROM
 
@@ -71,11 +77,12 @@ class LayerState:
     dense_kernel: str | None = None  # for compiled code too; None is the model's own attention
     masked_dense_kernel: str | None = None
     dense_heads: torch.Tensor | None = None  # bool [H] on the CPU: heads that ``layout`` leaves to ``dense_kernel``
+    reuse: torch.Tensor | None = None  # the index on the CPU, where outputs are used again: for compiled code
     # What compiled code did in this forward: (what it did before, what it did last, the dense kernel for such a call).
     ran: tuple[Any, str, str] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "layout": None, "dense_heads": None, "ran": None}
+        return {**self.__dict__, "layout": None, "dense_heads": None, "reuse": None, "ran": None}
 
     def notes(self) -> list[tuple[str, str]]:
         """What compiled code did in this forward, call by call: what, and the dense kernel for such a call."""
@@ -99,6 +106,7 @@ class LayerCounts:
     done: float = 0.0
     sparse_density: float = 0.0  # summed over sparse calls
     unseen: int = 0  # forwards in which the layer made no attention call
+    reused_heads: int = 0  # head calls that took an earlier step's output
     sparse_seconds: float = 0.0
     dense_seconds: float = 0.0
     timed_sparse: int = 0
@@ -183,6 +191,8 @@ class ModelState:
     def _fresh(self, pipe: Any = None, tap: Any = None) -> None:
         """What belongs to this object alone, and is made anew for a copy."""
         self.layouts = LayoutCache()
+        self.reuse = ReuseStore()
+        self._groups: dict[tuple[int, int], tuple[Group, ...]] = {}
         self.machines: dict[tuple[torch.device, torch.dtype, tuple[str, ...]], Machine] = {}
         self.lock = threading.Lock()
         self.tap = tap
@@ -196,7 +206,7 @@ class ModelState:
             self.num_train_timesteps = int(scheduler.config.get("num_train_timesteps", self.num_train_timesteps))
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("layouts", "machines", "lock", "tap", "installed", "_pipe", "schedule", "pending")
+        own = ("layouts", "reuse", "_groups", "machines", "lock", "tap", "installed", "_pipe", "schedule", "pending")
         return {k: v for k, v in self.__dict__.items() if k not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -233,26 +243,51 @@ class ModelState:
 
     # -- layouts ---------------------------------------------------------------------------------------------------
 
+    def groups(self, phase: int, index: int) -> tuple[Group, ...]:
+        """The heads of a layer whose outputs are used again in a phase."""
+        if (phase, index) not in self._groups:
+            name = self.layers[index].name
+            entries: tuple[HeadEntry, ...] | str = ""
+            if self.plan is not None and name not in self.skipped:
+                entries = entries_of(self.plan, phase, name, self.architecture.heads)
+            self._groups[phase, index] = () if isinstance(entries, str) else groups_of(entries)
+        return self._groups[phase, index]
+
     def layout(
-        self, grid: TokenGrid, phase: int, index: int, device: torch.device, uniform: bool = False
+        self,
+        grid: TokenGrid,
+        phase: int,
+        index: int,
+        device: torch.device,
+        uniform: bool = False,
+        recalled: tuple[float, ...] = (),
     ) -> BlockLayout | str:
         """One layer's block lists on a device, or why the layer runs dense here.
 
-        ``uniform``: made so that compiled layers share a graph.
+        ``uniform``: made so that compiled layers share a graph. ``recalled``: heads with these values of ``reuse`` are
+        left out, because outputs of an earlier step take their place.
         """
         return self.layouts.get(
-            (grid, phase, device, uniform), index, lambda: self._build(grid, phase, index, device, uniform)
+            (grid, phase, device, uniform),
+            (index, recalled),
+            lambda: self._build(grid, phase, index, device, uniform, recalled),
         )
 
     def without_dense_heads(
-        self, grid: TokenGrid, phase: int, index: int, device: torch.device, uniform: bool = False
+        self,
+        grid: TokenGrid,
+        phase: int,
+        index: int,
+        device: torch.device,
+        uniform: bool = False,
+        recalled: tuple[float, ...] = (),
     ) -> tuple[BlockLayout, torch.Tensor] | None:
         """One layer's layout with its dense heads skipped, and which those are: bool ``[H]`` on the CPU.
 
         None where the plan gives the layer no dense heads beside sparse ones.
         """
         assert self.plan is not None
-        layout = self.layout(grid, phase, index, device, uniform)
+        layout = self.layout(grid, phase, index, device, uniform, recalled)
         entries = entries_of(self.plan, phase, self.layers[index].name, self.architecture.heads)
         if isinstance(layout, str) or isinstance(entries, str) or not any(e.is_dense for e in entries):
             return None
@@ -263,11 +298,19 @@ class ModelState:
 
         kind = entries if self.plan.fitted_repair is None else index
         found: tuple[BlockLayout, torch.Tensor] = self.layouts.get(
-            (grid, phase, device, uniform), ("without dense heads", kind), build
+            (grid, phase, device, uniform), ("without dense heads", kind, recalled), build
         )
         return found
 
-    def _build(self, grid: TokenGrid, phase: int, index: int, device: torch.device, uniform: bool) -> BlockLayout | str:
+    def _build(
+        self,
+        grid: TokenGrid,
+        phase: int,
+        index: int,
+        device: torch.device,
+        uniform: bool,
+        recalled: tuple[float, ...],
+    ) -> BlockLayout | str:
         assert self.plan is not None
         name = self.layers[index].name
         if name in self.skipped:
@@ -275,6 +318,7 @@ class ModelState:
         entries = entries_of(self.plan, phase, name, self.architecture.heads)
         if isinstance(entries, str):
             return entries
+        entries = tuple(_left_out(e) if e.execution.reuse in recalled else e for e in entries)
         found: BlockLayout | str = self.layouts.get(
             (grid, phase, device, uniform), entries, lambda: self._expand(grid, entries, device, uniform)
         )

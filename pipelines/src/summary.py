@@ -45,8 +45,9 @@ class TransformerSummary:
     grids: forwards on each grid. carried: bitmap heads that were measured elsewhere, on each grid that has any.
     skipped: layers that plan and model do not share (``strict=False``). repaired_heads: heads whose output the plan
         corrects, of all phases and layers. online_rows: exact rows of each sparse call, where the plan's repair is
-        fitted in it. races: with ``dense_backend="fastest"``, what was measured for each shape: the kernel that is
-        fastest and the milliseconds of all that ran; race_excluded: why the others did not.
+        fitted in it. reused_heads: calls of a head that took an earlier step's output; reuse_bytes: the most memory
+        that such outputs had. races: with ``dense_backend="fastest"``, what was measured for each shape: the kernel
+        that is fastest and the milliseconds of all that ran; race_excluded: why the others did not.
     """
 
     name: str
@@ -63,6 +64,8 @@ class TransformerSummary:
     layers: tuple[LayerSummary, ...]
     repaired_heads: int = 0
     online_rows: int | None = None
+    reused_heads: int = 0
+    reuse_bytes: int = 0
     dense_backend: str | None = None
     races: dict[str, str] = field(default_factory=dict)
     race_excluded: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -172,6 +175,11 @@ class SparseSummary:
                 lines.append(f"  heads whose output the plan repairs (of all phases): {t.repaired_heads}")
             if t.online_rows is not None:
                 lines.append(f"  outputs are repaired online, by {t.online_rows} exact rows of each sparse call")
+            if t.reused_heads:
+                lines.append(
+                    f"  outputs used again over steps: {t.reused_heads} calls of heads, at most "
+                    f"{t.reuse_bytes / 1e6:.1f} MB held"
+                )
             lines += [f"  fastest dense attention for {shape}: {race}" for shape, race in t.races.items()]
             if t.seconds is not None:
                 calls = t.sparse_calls + t.dense_calls
@@ -268,6 +276,8 @@ def _summarise(name: str, state: ModelState) -> TransformerSummary:
             layers=layers,
             repaired_heads=0 if plan is None or plan.fitted_repair is None else plan.fitted_repair.num_heads,
             online_rows=None if plan is None or plan.online_repair is None else plan.online_repair.rows,
+            reused_heads=sum(c.reused_heads for c in counts),
+            reuse_bytes=state.reuse.peak,
             dense_backend="fastest" if state.dense is not None else None,
             races={str(key): str(race) for key, race in races.items()},
             race_excluded={str(key): dict(race.excluded) for key, race in races.items()},

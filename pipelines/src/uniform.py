@@ -24,6 +24,9 @@ def alike(layout: BlockLayout, plan: SparsityPlan) -> BlockLayout:
     if layout.tokens.gather.shape[0] == 1:
         # A size of 1 is a constant even where the axis may vary; no head points at the second row.
         orders = {name: getattr(layout.tokens, name).repeat(2, 1) for name in _VARYING_TOKENS}
+    index = layout.index
+    if not layout.is_packed and len(index.col_idx) < 2:  # of a layer that computes nothing: an earlier step's serves
+        index = replace(index, col_idx=torch.nn.functional.pad(index.col_idx, (0, 2 - len(index.col_idx))))
     # A registered tail decides which backend runs a layer, so layers that have one are by themselves.
     tails = set(layout.heads.tails)
     if tails <= set(TAILS):
@@ -31,6 +34,7 @@ def alike(layout: BlockLayout, plan: SparsityPlan) -> BlockLayout:
     needs_gather = any(not entry.order.is_raster for entry in plan.entries)
     return replace(
         layout,
+        index=index,
         tokens=replace(layout.tokens, needs_gather=needs_gather, **orders),
         heads=replace(
             layout.heads,
