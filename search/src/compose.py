@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -22,9 +23,20 @@ from diffsparse.schedule import Schedule
 from diffsparse.search.assign import Assignment, InfeasibleBudget, assign, lagrangian
 from diffsparse.search.candidates import orders_for
 from diffsparse.search.config import SearchConfig
+from diffsparse.search.drift import Hold, holds_for
 from diffsparse.search.errors import BadInput
 from diffsparse.search.items import Items
-from diffsparse.search.options import FamilyTable, HeadScores, head_entry, head_options, is_stable, prune
+from diffsparse.search.options import (
+    NOTHING,
+    FamilyTable,
+    HeadScores,
+    Option,
+    head_entry,
+    head_options,
+    is_stable,
+    prune,
+    reusing,
+)
 from diffsparse.search.pricing import Pricing
 
 __all__ = ["Candidate", "Composer", "distinct", "strides"]
@@ -78,6 +90,8 @@ class Measurements(Protocol):
 
     def scores(self, layer: str, head: int, weights: Mapping[int, float]) -> HeadScores: ...
 
+    def drift(self, layer: str, head: int) -> np.ndarray: ...
+
     def table(self, grid: TokenGrid, order: TokenOrder) -> FamilyTable: ...
 
 
@@ -118,6 +132,18 @@ class Candidate:
     error: np.ndarray
 
 
+class _LayerSteps(NamedTuple):
+    """Calls of a layer in a phase in which the same heads compute: how many, their options, and the policy's word.
+
+    ``items``: the layer's, one a head.
+    """
+
+    items: list[int]
+    options: list[Option]
+    calls: int
+    verdict: LayerVerdict
+
+
 class Composer:
     """Plans from a search's measurements.
 
@@ -125,7 +151,9 @@ class Composer:
     ``costs``: on each of them. ``machine``: on which the plan is to run. ``effects``: squared change of the guided
     output per squared error of a layer, ``[traced steps, layers]``. ``growth``: of a squared error from the latent
     where it is made to the final one, ``[traced steps]``. ``traced``: noise levels of the traced steps. ``switch``: the
-    level below which another expert runs, with layers of its own of the same names.
+    level below which another expert runs, with layers of its own of the same names. ``memory``: bytes that outputs may
+    take which are used again; 0 computes all of them at every step. ``items``: batch items of all calls of a step.
+    ``reuse_factor``: what an error of outputs that are used again does, over the sum that is predicted.
     """
 
     def __init__(
@@ -140,9 +168,15 @@ class Composer:
         growth: np.ndarray,
         traced: Sequence[float],
         switch: float | None = None,
+        memory: float = 0.0,
+        items: int = 2,
+        reuse_factor: float = 1.0,
     ) -> None:
         self.search, self.config, self.grids, self.orders = search, search.config, grids, orders
         self.effects, self.growth = effects, growth
+        self.memory, self.reuse_factor = memory, reuse_factor
+        row = search.architecture.head_dim + 4  # a row of a head in 8 bits, and its scale
+        self.bytes = {layer: float(grid.seq_len * row * items) for layer, grid in grids.items()}
         self.layers, self.heads = search.layers, search.architecture.heads
         self.levels, self.calls = distinct(levels)
         self.steps = len(self.levels)
@@ -197,19 +231,32 @@ class Composer:
         return done / sum(self.work.values())
 
     def trajectory_density(self, plan: SparsityPlan) -> float:
-        """The same over all steps, dense ones included."""
-        per_phase = self.densities(plan)
-        each = [1.0 if p is None else per_phase[p] for p in plan.schedule.phases(self.levels)]
-        return float(np.average(each, weights=self.calls))
+        """The same over all steps, dense ones included, and what earlier steps' outputs save."""
+        done = np.zeros(self.steps)
+        for grid in self.blocks:
+            layers = [n for n in self.layers if self.grids[n] == grid]
+            if layers:
+                done += plan.step_densities(grid, self.levels, layers) * len(layers) * self.work[layers[0]]
+        return float(np.average(done / sum(self.work.values()), weights=self.calls))
+
+    def members(self, trial: _Trial, phase: int) -> list[int]:
+        """The steps of a phase."""
+        return [trial.dense + i for i, p in enumerate(trial.phase_of) if p == phase]
+
+    def holds(self, members: list[int]) -> list[Hold]:
+        """The ways to use outputs again in a phase of these steps."""
+        return holds_for(self.levels[members].tolist()) if self.memory > 0 else []
 
     def items(self, trial: _Trial) -> Items:
-        found = Items([], [], [], [], [], set())
+        found = Items([], [], [], [], [], set(), [], [])
         push = self.push * self.push[trial.dense :].sum()
+        steps = [self.members(trial, phase) for phase in range(trial.phases)]
+        holds = [self.holds(members) for members in steps]
         for j, layer in enumerate(self.layers):
             for head in range(self.heads):
                 table = self.search.table(self.grids[layer], self.orders[layer, head])
-                for phase in range(trial.phases):
-                    members = [trial.dense + i for i, p in enumerate(trial.phase_of) if p == phase]
+                drift = self.search.drift(layer, head) if self.memory > 0 else np.zeros(0)
+                for phase, members in enumerate(steps):
                     weights: dict[int, float] = {}
                     for i in members:
                         traced = int(self.bins[i])
@@ -219,13 +266,48 @@ class Composer:
                     if not stable:
                         found.unstable.add((layer, head))
                     options = head_options(scores, table, bitmaps=stable)
-                    options, errors, prices = prune(options, partial(self.pricing.cost, layer=layer, order=table.order))
+                    cost = partial(self.pricing.cost, layer=layer, order=table.order)
+                    options, errors, prices = prune(options, cost)
+                    if holds[phase]:
+                        bins = self.bins[members]
+                        late = self.reuse_factor * push[members] * self.effects[bins, j] * drift[bins]
+                        options, errors, prices = self._reusing(options, cost, holds[phase], members, late)
                     found.options.append(options)
+                    found.per_call.append(np.array([cost(o) for o in options]))
+                    found.bytes.append(np.array([self.bytes[layer] * (o.reuse > 0) for o in options]))
                     found.errors.append(errors)
                     found.whole.append(int(self.calls[members].sum()) * self.weight[layer])
                     found.prices.append(prices * found.whole[-1])
                     found.scores.append(scores)
         return found
+
+    def _reusing(
+        self,
+        options: list[Option],
+        cost: Callable[[Option], float],
+        holds: list[Hold],
+        members: list[int],
+        late: np.ndarray,
+    ) -> tuple[list[Option], np.ndarray, np.ndarray]:
+        """Those options, and the same with outputs that are used again, with errors and prices over a phase's calls.
+
+        ``late``: squared error of an output at each step, per squared fall of the noise level since it was computed.
+        """
+        calls = self.calls[members]
+        share = {hold.reuse: float(calls[list(hold.computed)].sum() / calls.sum()) for hold in holds}
+        late = np.where(np.isfinite(late), late, 1e300)
+        errors = {hold.reuse: float(np.sum(late[hold.since > 0] * hold.since[hold.since > 0] ** 2)) for hold in holds}
+
+        def price(option: Option) -> float:
+            return cost(option) * share.get(option.reuse, 1.0)
+
+        more = reusing(options, errors)
+        if self.heads * sum(self.bytes.values()) <= self.memory:
+            return prune(options + more, price)
+        # There may be no room for all that would be best, so that no other option is left aside for it.
+        more = prune(more, price)[0]
+        both = sorted(options + more, key=lambda o: (price(o), o.error))
+        return both, np.array([o.error for o in both]), np.array([price(o) for o in both])
 
     def least(self) -> float:
         """The share of a plan in which every head attends to something, as cheaply as it can.
@@ -322,6 +404,8 @@ class Composer:
             "trajectory_density": self.trajectory_density(plan),
             "call_density": float(self.densities(plan).mean()),
             "predicted_attention_time": self._attention_time(trial, items, result),
+            "reuse_bytes": self._held(trial, items, result),
+            "reuse_factor": self.reuse_factor,
         }
         return Candidate(plan, self._head_errors(trial, items, result))
 
@@ -331,31 +415,86 @@ class Composer:
         Heads are priced one by one, and a run judges whole layers: beside heads that compute everything a few cheap
         ones need not pay. Such a layer becomes dense, or none of its heads stays so, whichever leaves less error.
         """
-        result = assign(items.errors, items.prices, room)
+        result = self._assign(trial, items, room)
         while self.config.density is None and (which := self._run_dense(trial, items, result)):
             ways: list[tuple[float, Items]] = []
             for way in (items.all_dense(which), items.none_dense(which)):
                 with suppress(InfeasibleBudget):  # of dense ones; the others hold the cheapest options
                     ways.append((lagrangian(way.errors, way.prices, room).error, way))
             items = min(ways, key=lambda way: way[0])[1]
-            result = assign(items.errors, items.prices, room)
+            result = self._assign(trial, items, room)
         return items, result
 
-    def _chosen(self, trial: _Trial, items: Items, result: Assignment) -> Iterator[tuple[int, list[int], LayerVerdict]]:
-        """Every layer in every phase: the phase, its items, and what the policy says of their chosen options."""
+    def _held(self, trial: _Trial, items: Items, result: Assignment) -> float:
+        """Bytes that the outputs of earlier steps take, in the phase where that is most."""
+        chosen = np.array([held[i] for held, i in zip(items.bytes, result.choice, strict=True)])
+        return float(chosen.reshape(-1, trial.phases).sum(0).max())
+
+    def _assign(self, trial: _Trial, items: Items, room: float) -> Assignment:
+        """The best assignment within the budget and the memory.
+
+        Memory gets a price of its own, the lowest at which what is held fits: a Lagrangian relaxation.
+        """
+        result = assign(items.errors, items.prices, room)
+        if self._held(trial, items, result) <= self.memory:
+            return result
+
+        def at(price: float, solve: Callable[..., Assignment]) -> Assignment:
+            priced = [errors + price * held for errors, held in zip(items.errors, items.bytes, strict=True)]
+            found = solve(priced, items.prices, room)
+            error = sum(float(errors[i]) for errors, i in zip(items.errors, found.choice, strict=True))
+            return replace(found, error=error, bound=result.bound)
+
+        def fits(found: Assignment) -> bool:
+            return self._held(trial, items, found) <= self.memory
+
+        high = max(result.error, 1e-300) / max(self.memory, 1.0)
+        for _ in range(60):
+            if fits(at(high, lagrangian)):
+                break
+            high *= 8
+        low = high * 1e-12
+        for _ in range(30):
+            middle = (low * high) ** 0.5
+            low, high = (low, middle) if fits(at(middle, lagrangian)) else (middle, high)
+        for _ in range(8):
+            if fits(found := at(high, assign)):
+                return found
+            high *= 1.3
+        without = items.without_reuse()
+        exact = assign(without.errors, without.prices, room)
+        places = [items.options[i].index(without.options[i][choice]) for i, choice in enumerate(exact.choice.tolist())]
+        return replace(exact, choice=np.array(places), bound=result.bound)
+
+    def _chosen(self, trial: _Trial, items: Items, result: Assignment) -> Iterator[_LayerSteps]:
+        """Every layer in every phase, by the heads that compute: what the policy says of their chosen options."""
+        members = [self.members(trial, phase) for phase in range(trial.phases)]
+        holds = [{hold.reuse: hold for hold in self.holds(steps)} for steps in members]
         for j, layer in enumerate(self.layers):
             orders = [self.orders[layer, head] for head in range(self.heads)]
-            for phase in range(trial.phases):
+            for phase, steps in enumerate(members):
                 which = [(j * self.heads + head) * trial.phases + phase for head in range(self.heads)]
                 options = [items.options[i][result.choice[i]] for i in which]
-                yield phase, which, self.pricing.layer(options, layer, orders)
+                used = sorted({option.reuse for option in options} - {0.0})
+                calls: Counter[tuple[float, ...]] = Counter()
+                for place, step in enumerate(steps):
+                    recalled = tuple(reuse for reuse in used if not holds[phase][reuse].computed[place])
+                    calls[recalled] += int(self.calls[step])
+                for recalled, count in calls.items():
+                    computed = [NOTHING if option.reuse in recalled else option for option in options]
+                    yield _LayerSteps(which, computed, count, self.pricing.layer(computed, layer, orders))
 
     def _run_dense(self, trial: _Trial, items: Items, result: Assignment) -> set[int]:
         """Items of layers that would run dense though not all of their heads are priced so."""
         found: set[int] = set()
-        for _, which, verdict in self._chosen(trial, items, result):
-            if verdict.reason is not None and any(items.prices[i][result.choice[i]] < items.whole[i] for i in which):
-                found.update(which)
+        for steps in self._chosen(trial, items, result):
+            cheap = (
+                items.per_call[i][result.choice[i]] < 1
+                for i, option in zip(steps.items, steps.options, strict=True)
+                if option is not NOTHING
+            )
+            if steps.verdict.reason is not None and any(cheap):
+                found.update(steps.items)
         return found
 
     def _entries(self, trial: _Trial, items: Items, result: Assignment) -> dict[str, list[list[HeadEntry]]]:
@@ -392,11 +531,10 @@ class Composer:
 
     def _attention_time(self, trial: _Trial, items: Items, result: Assignment) -> float:
         """Attention time of the whole trajectory over dense, by the measured costs and as it runs on the machine."""
-        calls = np.bincount(trial.phase_of, self.calls[trial.dense :], minlength=trial.phases)
         step = sum(self.time.values())
         spent = float(self.calls[: trial.dense].sum()) * step
-        for phase, which, verdict in self._chosen(trial, items, result):
-            assert verdict.time is not None  # all costs are known
-            layer = self.layers[which[0] // (self.heads * trial.phases)]
-            spent += verdict.time * self.time[layer] * float(calls[phase])
+        for steps in self._chosen(trial, items, result):
+            assert steps.verdict.time is not None  # all costs are known
+            layer = self.layers[steps.items[0] // (self.heads * trial.phases)]
+            spent += steps.verdict.time * self.time[layer] * steps.calls
         return spent / (float(self.calls.sum()) * step)

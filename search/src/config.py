@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
@@ -19,7 +20,8 @@ __all__ = ["DEFAULT_TARGET", "FREE_SETTINGS", "SearchConfig", "thoroughness"]
 
 # What may differ between two searches that share a store: nothing that is measured depends on it.
 FREE_SETTINGS = (
-    "budget", "density", "target", "points", "steps", "dense_steps", "validation_prompts", "candidates", "repair"
+    "budget", "density", "target", "points", "steps", "dense_steps", "validation_prompts", "candidates", "repair",
+    "reuse_memory",
 )  # fmt: skip
 
 #: SSIM that every clip keeps where neither a budget nor a density is given: clips that are taken for the same.
@@ -41,8 +43,10 @@ class SearchConfig:
     among the best ``candidates`` plans (0: the predicted best is taken). None is 1, and 2 for a target, which takes
     further seeds where there are too few prompts. ``candidates``: None is 3, and 1 for a target, at every budget that
     is tried. ``repair``: fit what the chosen plan's heads get wrong, on the traced prompts (``diffsparse.repair``).
-    ``points``: how many budgets are tried for a target, at most; None is 4. Sizes are in pixels. Steps, guidance and
-    sizes that are None are the pipeline's own (:meth:`resolved`).
+    ``points``: how many budgets are tried for a target, at most; None is 4. ``reuse_memory``: GB of outputs that a run
+    may keep to use them again at later steps (``diffsparse.reuse``); 0: none; None: a quarter of the most that the
+    dense model takes on a GPU, 1 GB on a CPU. Sizes are in pixels. Steps, guidance and sizes that are None are the
+    pipeline's own (:meth:`resolved`).
     """
 
     budget: float | None = None
@@ -64,6 +68,7 @@ class SearchConfig:
     repair: bool = True
     target: float | None = None
     points: int | None = None
+    reuse_memory: float | None = None
 
     def __post_init__(self) -> None:
         asked = {n: v for n in ("budget", "density", "target") if (v := getattr(self, n)) is not None}
@@ -79,6 +84,9 @@ class SearchConfig:
                 raise BadInput(f"{name} must be at least 1, got {value}")
         if not 0 <= self.seed <= MAX_SEED:
             raise BadInput(f"the seed is an integer from 0 to {MAX_SEED}, got {shorten(str(self.seed), 60)}")
+        memory = self.reuse_memory
+        if memory is not None and not (isinstance(memory, Real) and math.isfinite(memory) and memory >= 0):
+            raise BadInput(f"a reuse memory is a number of GB of at least 0, got {shorten(repr(memory), 60)}")
         if self.validation_prompts is not None and self.validation_prompts < 0:
             raise BadInput(f"validation_prompts must be at least 0, got {self.validation_prompts}")
         if self.goal is None and self.points is not None:

@@ -15,7 +15,8 @@ __all__ = ["Items"]
 class Items:
     """An item for each layer, head and phase, in that order.
 
-    ``whole``: the price of each as a dense head.
+    ``whole``: the price of each as a dense head. ``per_call``: the price of a call in which a head computes, over a
+    dense one; ``prices`` have what earlier steps' outputs save. ``bytes``: what each option keeps for later steps.
     """
 
     options: list[list[Option]]
@@ -24,20 +25,43 @@ class Items:
     whole: list[float]
     scores: list[HeadScores]
     unstable: set[tuple[str, int]]
+    per_call: list[np.ndarray]
+    bytes: list[np.ndarray]
 
     def all_dense(self, which: set[int]) -> Items:
         """With nothing but dense heads for some of them."""
-        found = replace(self, options=[*self.options], errors=[*self.errors], prices=[*self.prices])
+        found = self._copy()
         for i in which:
             found.options[i] = [Option(0.0, 1.0, "none", "dense")]
             found.errors[i], found.prices[i] = np.zeros(1), np.array([self.whole[i]])
+            found.per_call[i], found.bytes[i] = np.ones(1), np.zeros(1)
         return found
 
+    def _copy(self) -> Items:
+        return replace(
+            self,
+            options=[*self.options],
+            errors=[*self.errors],
+            prices=[*self.prices],
+            per_call=[*self.per_call],
+            bytes=[*self.bytes],
+        )
+
+    def without_reuse(self) -> Items:
+        """With no option that keeps anything for later steps."""
+        found = self._copy()
+        for i, held in enumerate(self.bytes):
+            self._keep(found, i, held == 0)
+        return found
+
+    def _keep(self, found: Items, i: int, kept: np.ndarray) -> None:
+        found.options[i] = [option for option, keep in zip(self.options[i], kept, strict=True) if keep]
+        found.errors[i], found.prices[i] = self.errors[i][kept], self.prices[i][kept]
+        found.per_call[i], found.bytes[i] = self.per_call[i][kept], self.bytes[i][kept]
+
     def none_dense(self, which: set[int]) -> Items:
-        """With no option for some of them that costs as much as a dense head. Leaving out costs less always."""
-        found = replace(self, options=[*self.options], errors=[*self.errors], prices=[*self.prices])
+        """With no option for some of them whose calls cost as much as dense ones. Leaving out costs less always."""
+        found = self._copy()
         for i in which:
-            kept = self.prices[i] < self.whole[i]
-            found.options[i] = [option for option, keep in zip(self.options[i], kept, strict=True) if keep]
-            found.errors[i], found.prices[i] = self.errors[i][kept], self.prices[i][kept]
+            self._keep(found, i, self.per_call[i] < 1)
         return found

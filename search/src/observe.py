@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,7 @@ from diffsparse.order import RasterOrder, TokenOrder
 from diffsparse.pipelines import find_transformers, tap_attention
 from diffsparse.pipelines.context import CTX
 from diffsparse.search.call import call_pipeline
+from diffsparse.search.drift import DriftMeter
 from diffsparse.search.generate import GenerationSettings
 from diffsparse.search.layers import merged_grid
 from diffsparse.search.score import BlockIndex, CallScores, projection_roots, score_call
@@ -38,6 +40,7 @@ __all__ = [
     "record",
     "replaying",
     "sparse_callback",
+    "stale_outputs",
     "step_effect",
     "watched_updates",
 ]
@@ -74,7 +77,8 @@ class Tracer:
     steps every one of the layer's ``screen_orders`` is scored as well, for choosing among them.
 
     Results: ``steps[s][layer]`` holds every head's part of :class:`CallScores` as arrays (``error0``, ``error1``, ...),
-    mean over the step's calls, each weighted by its items; ``screened[layer]`` the summed error ``[orders, H]`` with so
+    and how fast its output changes (``drift0``, ...; :class:`DriftMeter`), mean over the step's calls, each weighted by
+    its items; ``screened[layer]`` the summed error ``[orders, H]`` with so
     many block pairs kept as ``screen_density`` of the grid would be in full blocks; ``grids[layer]`` the grid of the
     layer's calls, of several the one with most text; ``parts[s]`` the components that ran at the step; ``unseen`` the
     layers of which a call was not shown, with the reason.
@@ -96,8 +100,11 @@ class Tracer:
     grids: dict[str, TokenGrid] = field(default_factory=dict)
     unseen: dict[str, str] = field(default_factory=dict)
     head_dim: int = 0
+    items: int = 1
+    drift: DriftMeter = field(default_factory=DriftMeter)
 
     def __post_init__(self) -> None:
+        self._calls: Counter[tuple[int, str, str]] = Counter()
         self._index: dict[tuple[TokenOrder, TokenGrid], BlockIndex] = {}
         self._roots: dict[tuple[str, str], torch.Tensor] = {}
         self._items: dict[tuple[int, str], int] = {}
@@ -110,19 +117,22 @@ class Tracer:
             self._index[key] = BlockIndex.build(call.grid, order, self.block_size, call.q.device)
         return self._index[key]
 
-    def _score(self, call: Any, order: TokenOrder, heads: list[int]) -> CallScores:
+    def _root(self, call: Any) -> torch.Tensor:
         # The experts of a pipeline have layers of the same names, and each its own projection.
         key = (call.transformer, call.layer)
         if key not in self._roots:
             weight = _output_projection(self._transformers[call.transformer], call.layer)
             self._roots[key] = projection_roots(weight, call.q.shape[2], call.q.shape[3], call.q.device)
+        return self._roots[key]
+
+    def _score(self, call: Any, order: TokenOrder, heads: list[int]) -> CallScores:
         return score_call(
             call.q,
             call.k,
             call.v,
             self._blocks(order, call),
             scale=call.scale,
-            roots=self._roots[key],
+            roots=self._root(call),
             samples=-(-self.samples // self.branches),
             generator=self._generator,
             key_mask=call.kv_len,
@@ -135,8 +145,9 @@ class Tracer:
         self.grids[call.layer] = merged_grid(self.grids.get(call.layer), call)
         self.parts.setdefault(step, set()).add(call.transformer)
         self.head_dim = call.q.shape[3]
+        self.items = max(self.items, call.q.shape[0])
 
-    def __call__(self, call: Any) -> None:
+    def __call__(self, call: Any) -> torch.Tensor:
         self.look(call)
         step = self.counter.step
         tried = self.screen_orders(call.grid)
@@ -153,13 +164,19 @@ class Tracer:
                 result[f"energy{head}"] = scores.energy[i].cpu().numpy()
                 result[f"summed{head}"] = scores.summed[:, i].cpu().numpy()
                 result[f"true{head}"] = scores.true[:, i].cpu().numpy()
+        out: torch.Tensor = call.dense()
         self._add(step, call.layer, result, call.q.shape[0])
+        place = (step, call.transformer, call.layer)
+        drift = self.drift.add(step, (*place[1:], self._calls[place]), call.noise_level, out, self._root(call))
+        self._calls[place] += 1
+        self.steps[step][call.layer] |= {f"drift{head}": drift[head] for head in range(heads)}
         if step in self.screen_steps:
             # The same number of block pairs in each order, for that is what takes the same time: an order whose blocks
             # are less full has more of them.
             pairs = round(self.screen_density * (call.grid.num_visual / self.block_size) ** 2)
             rows = [error_left(self._score(call, o, list(range(heads))).error, pairs).cpu().numpy() for o in tried]
             self.screened[call.layer] = self.screened.get(call.layer, 0) + np.stack(rows)
+        return out
 
     def _add(self, step: int, layer: str, result: dict[str, np.ndarray], items: int) -> None:
         """Into the mean over the items of the step's calls of this layer, in place: nothing is held twice."""
@@ -369,6 +386,39 @@ def partial_error(
         return torch.lerp(call.dense().float(), sparse.float(), share).to(sparse.dtype)
 
     return callback
+
+
+def stale_outputs(
+    layers: Collection[str], share: float, first: int
+) -> tuple[Callable[[Any], torch.Tensor | None], list[int]]:
+    """A tap that adds a share of what every second step's outputs would get wrong if they were the last step's.
+
+    Of some layers, from the step ``first`` on. Returns it, and the list of the steps that it changed, which fills.
+    """
+    counter = StepCounter()
+    changed: list[int] = []
+    kept: dict[tuple[str, str, int], torch.Tensor] = {}
+    calls: Counter[tuple[int, str, str]] = Counter()
+
+    def callback(call: Any) -> torch.Tensor | None:
+        step = counter.update(call)
+        if call.layer not in layers or step < first:
+            return None
+        place = (step, call.transformer, call.layer)
+        key = (*place[1:], calls[place])
+        calls[place] += 1
+        out: torch.Tensor = call.dense()
+        if (step - first) % 2 == 0:
+            kept[key] = out
+            return out
+        before = kept.pop(key, None)
+        if before is None or before.shape != out.shape:
+            return out
+        if step not in changed:
+            changed.append(step)
+        return torch.lerp(out.float(), before.float(), share).to(out.dtype)
+
+    return callback, changed
 
 
 class _Reached(Exception):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -14,7 +14,19 @@ from diffsparse.order import TokenOrder
 from diffsparse.patterns import Bitmap, Empty, Full, Pattern
 from diffsparse.search.candidates import BITMAP_DENSITIES, families, top_columns
 
-__all__ = ["FamilyTable", "HeadScores", "Option", "head_options", "is_stable", "prune", "ranking", "reference_mask"]
+__all__ = [
+    "NOTHING",
+    "FamilyTable",
+    "HeadScores",
+    "Option",
+    "head_entry",
+    "head_options",
+    "is_stable",
+    "prune",
+    "ranking",
+    "reference_mask",
+    "reusing",
+]
 
 COLUMN_COUNTS = (1, 2, 4, 8)
 
@@ -25,7 +37,7 @@ class Option:
 
     ``error``: predicted squared error of the final latent. ``density``: kept share of the visual block pairs' work.
     ``blocks``: kept share of the visual block pairs, short ones as a whole; None where it is as the density, as for
-    dense and skipped heads.
+    dense and skipped heads. ``reuse``: as the entry has it; the other fields are those of a call that computes.
     """
 
     error: float
@@ -34,6 +46,11 @@ class Option:
     kind: str
     pattern: Pattern | None = None
     blocks: float | None = None
+    reuse: float = 0.0
+
+
+#: A call in which a head computes nothing.
+NOTHING = Option(0.0, 0.0, "none", "skip")
 
 
 @dataclass(frozen=True)
@@ -179,6 +196,20 @@ def prune(options: list[Option], cost: Callable[[Option], float]) -> tuple[list[
     return kept, np.array([o.error for o in kept]), np.array([cost(o) for o in kept])
 
 
+def reusing(options: list[Option], late: Mapping[float, float]) -> list[Option]:
+    """Each option with every way to use its outputs again. ``late``: the error of each ``reuse`` by itself.
+
+    What a sparse call gets wrong and what changes until a later step are taken to have nothing to do with each other,
+    so that their squares add up.
+    """
+    return [
+        replace(option, error=option.error + error, reuse=reuse)
+        for option in options
+        if option.kind != "skip"
+        for reuse, error in late.items()
+    ]
+
+
 def work_density(option: Option, grid: TokenGrid, blocks: int) -> float:
     """Executed work of a head's call over all query-key pairs, text and tail counted."""
     if option.kind == "skip":
@@ -191,10 +222,10 @@ def work_density(option: Option, grid: TokenGrid, blocks: int) -> float:
 def head_entry(option: Option, scores: HeadScores, table: FamilyTable) -> HeadEntry:
     """The plan entry of a chosen option; a bitmap gets the best family of about its density as its fallback."""
     if option.kind == "dense":
-        return HeadEntry()
+        return HeadEntry(execution=Execution(reuse=option.reuse))
     if option.kind == "skip":
         return HeadEntry(pattern=Empty(), execution=Execution(mode="skip"))
-    execution = Execution(tail=option.tail)
+    execution = Execution(tail=option.tail, reuse=option.reuse)
     if option.kind == "family":
         assert option.pattern is not None
         return HeadEntry(table.order, option.pattern, execution=execution)

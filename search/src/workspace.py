@@ -27,8 +27,8 @@ from diffsparse.search.store import SearchStore
 __all__ = ["Probe", "Stage", "Validation", "Workspace"]
 
 #: The arrays that are kept of every head at every traced step, by the start of their names, with their number of axes:
-#: ``HeadScores`` says what they hold, and ``mass`` is the attention of each block pair.
-HEAD_ARRAYS = {"error": 3, "mass": 2, "energy": 0, "summed": 2, "true": 2}
+#: ``HeadScores`` says what they hold, ``mass`` is the attention of each block pair, ``drift`` that of ``DriftMeter``.
+HEAD_ARRAYS = {"error": 3, "mass": 2, "energy": 0, "summed": 2, "true": 2, "drift": 0}
 
 #: Host memory for dense clips of validation: two of 81 frames of 720p. More are generated again for every comparison.
 MAX_CLIP_BYTES = 2**31
@@ -59,8 +59,9 @@ class Probe:
     """What the first few steps of one generation tell.
 
     ``grids``, ``orders``: of the layers that are searched, in the model's order; a layer's orders by head.
-    ``branches``: model calls of a step. ``forward_seconds``: of one of them. ``size``: height and width in pixels that
-    the pipeline prepared latents for, or None. ``dense``: the other layers, with the reason why they stay dense.
+    ``branches``: model calls of a step; ``items``: in the batch of one. ``forward_seconds``: of one of them. ``size``:
+    height and width in pixels that the pipeline prepared latents for, or None. ``dense``: the other layers, with the
+    reason why they stay dense. ``peak_bytes``: the most GPU memory that the dense generation took, 0 on a CPU.
     """
 
     grids: dict[str, TokenGrid]
@@ -70,6 +71,8 @@ class Probe:
     head_dim: int
     size: tuple[int, int] | None
     dense: dict[str, str]
+    items: int = 1
+    peak_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -80,6 +83,8 @@ class Probe:
             "head_dim": self.head_dim,
             "size": None if self.size is None else list(self.size),
             "dense": self.dense,
+            "items": self.items,
+            "peak_bytes": self.peak_bytes,
         }
 
     @classmethod
@@ -92,6 +97,8 @@ class Probe:
             head_dim=data["head_dim"],
             size=None if data["size"] is None else (data["size"][0], data["size"][1]),
             dense=data["dense"],
+            items=data["items"],
+            peak_bytes=data["peak_bytes"],
         )
 
 
@@ -234,6 +241,15 @@ class Workspace:
     def put_injected(self, step: int, change: float) -> None:
         self.store.put_json(f"inject/{step}", change)
 
+    @property
+    def reuse_factor(self) -> float | None:
+        """What ``stages.sensitivity.reuse_factor`` measured, or None."""
+        return float(self.store.get_json("reuse_factor")) if "reuse_factor" in self.store else None
+
+    def put_reuse_factor(self, factor: float) -> float:
+        self.store.put_json("reuse_factor", factor)
+        return factor
+
     def validation(self, case: int, plan: str) -> Validation | None:
         """A plan (by its digest) on a validation clip; None where it has not run, or not for what is asked now."""
         name = f"validation/{case}/{self.config.steps}/{plan}"
@@ -295,6 +311,24 @@ class Workspace:
             return np.stack([sum(w * a[f"{name}{head}"].astype(np.float64) for w, a in part) for part in parts])
 
         return HeadScores(total("error"), float(total("energy").mean()), total("summed").mean(0), total("true").mean(0))
+
+    def drift(self, layer: str, head: int) -> np.ndarray:
+        """How fast a head's output changes at each traced step, float ``[steps]``, mean over prompts.
+
+        Squared, per squared change of the noise level, in the units of the output's squared norm
+        (:class:`~diffsparse.search.drift.DriftMeter`). The first step, which follows on none, gets its successor's.
+        """
+        rows = [
+            [float(self._arrays(p, step, layer)[f"drift{head}"]) for step in range(self.trace_length)]
+            for p in self.traced()
+        ]
+        found = np.array(rows, np.float64)
+        known = np.isfinite(found)
+        # A step that no prompt tells about is not to be skipped over: it counts as changing without limit.
+        mean = np.where(known.any(0), np.where(known, found, 0.0).sum(0) / np.maximum(known.sum(0), 1), np.nan)
+        for step in range(len(mean) - 2, -1, -1):
+            mean[step] = mean[step + 1] if np.isnan(mean[step]) else mean[step]
+        return np.where(np.isnan(mean), np.inf, mean)
 
     def mass(self, prompt: int, layer: str, head: int, steps: Sequence[int]) -> np.ndarray:
         """Attention mass of a head's visual blocks, per query, mean over traced steps: float ``[NB, NB]``."""

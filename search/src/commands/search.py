@@ -82,6 +82,15 @@ def search_command(
         bool,
         typer.Option("--repair/--no-repair", help="Fit what the plan's heads get wrong, so that a run corrects it."),
     ] = True,
+    reuse_memory: Annotated[
+        float | None,
+        typer.Option(
+            "--reuse-memory",
+            metavar="GB",
+            help="Outputs that a run may keep to use them again at later steps; 0: none.  "
+            "[default: a quarter of the dense run's memory on a GPU, else 1]",
+        ),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -141,6 +150,7 @@ def search_command(
             validation_prompts=validate,
             repair=repair,
             points=points,
+            reuse_memory=reuse_memory,
             **thoroughness(place, trace_prompts, samples),
         )
         plan = search_plan(pipe, found, config, folder, say=say)

@@ -7,13 +7,20 @@ from functools import partial
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels.costs import CostTable
 from diffsparse.pipelines.policy import Machine, compute_dtype, machine_for
-from diffsparse.search.compose import Candidate, Composer
+from diffsparse.search.compose import Candidate, Composer, distinct
 from diffsparse.search.cost import measure_costs
+from diffsparse.search.errors import BadInput
 from diffsparse.search.layers import switch_level
-from diffsparse.search.stages.sensitivity import amplification, effects, reference
+from diffsparse.search.stages.sensitivity import amplification, effects, reference, reuse_factor
 from diffsparse.search.workspace import Workspace
 
-__all__ = ["compose_plans", "composer_of", "layer_costs"]
+__all__ = ["compose_plans", "composer_of", "layer_costs", "reuse_memory"]
+
+#: Outputs that are kept on a CPU where nothing else is asked for.
+CPU_BYTES = 1e9
+#: In generations of fewer steps too much changes from one to the next. (With 8 steps of the trained model in examples/
+#: outputs of every second step were 7 dB worse than sparser ones at every step.)
+LEAST_STEPS = 12
 
 
 def layer_costs(work: Workspace) -> dict[TokenGrid, CostTable]:
@@ -34,6 +41,21 @@ def run_machine(work: Workspace) -> Machine:
     return work.machine(lambda: machine_for("auto", work.device, dtype, work.architecture.head_dim))
 
 
+def reuse_memory(work: Workspace) -> float:
+    """Bytes of outputs that a run may keep. Raises :class:`BadInput` where what is asked for holds no layer's."""
+    asked, probe = work.config.reuse_memory, work.probe
+    if asked is None:
+        return probe.peak_bytes / 4 if probe.peak_bytes else CPU_BYTES
+    largest = max(grid.seq_len for grid in work.grids.values())
+    layer = work.architecture.heads * largest * (probe.head_dim + 4) * probe.branches * probe.items
+    if 0 < asked * 1e9 < layer:
+        raise BadInput(
+            f"a reuse memory of {asked:g} GB holds less than one layer's outputs, which are {layer / 1e9:.3g} GB here; "
+            "ask for more, or for 0 to compute all outputs at every step"
+        )
+    return asked * 1e9
+
+
 def composer_of(work: Workspace, costs: dict[TokenGrid, CostTable]) -> Composer:
     """What makes plans of everything that was measured. What the sensitivity stage lacks is measured here."""
     entries, predicted = reference(work)
@@ -42,7 +64,25 @@ def composer_of(work: Workspace, costs: dict[TokenGrid, CostTable]) -> Composer:
     traced = work.trace_levels
     switch = switch_level(work.pipe, traced, work.trace_parts)
     machine = run_machine(work)
-    return Composer(work, work.call_levels(), work.grids, work.orders, costs, machine, layers, growth, traced, switch)
+    memory = reuse_memory(work)
+    if len(distinct(work.call_levels())[0]) < LEAST_STEPS:
+        memory = 0.0
+    factor = reuse_factor(work, layers, growth, memory) if memory else 1.0
+    return Composer(
+        work,
+        work.call_levels(),
+        work.grids,
+        work.orders,
+        costs,
+        machine,
+        layers,
+        growth,
+        traced,
+        switch,
+        memory=memory,
+        items=work.probe.branches * work.probe.items,
+        reuse_factor=factor,
+    )
 
 
 def compose_plans(work: Workspace, composer: Composer) -> list[Candidate]:

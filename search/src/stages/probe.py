@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 
 import numpy as np
+import torch
 
 from diffsparse.order import TokenOrder
 from diffsparse.search.call import sizes_seen
@@ -26,11 +27,15 @@ def run_probe(work: Workspace) -> Probe:
     """Three steps of one generation: every layer's grid, the time of a model call, and every head's best order."""
     if not work.has_probe:
         settings, first = work.config.settings(3), Tracer(work.pipe, work.config.block_size, work.config.seed)
+        on_gpu = work.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(work.device)
         start = time.perf_counter()
         sizes: list[tuple[int, int]] = []
         with sizes_seen(work.pipe, lambda height, width: sizes.append((height, width))):
             unseen = first_step(work.pipe, work.prompts[0], work.config.seed, settings, first.look)
         seconds = time.perf_counter() - start
+        peak = torch.cuda.max_memory_allocated(work.device) if on_gpu else 0
         if not first.grids:
             raise BadInput(f"no layer can be searched: {why_unseen(unseen)}")
         tracer = Tracer(
@@ -65,6 +70,8 @@ def run_probe(work: Workspace) -> Probe:
                 forward_seconds=seconds / first.counter.calls,
                 head_dim=tracer.head_dim,
                 size=sizes[0] if sizes else None,
+                items=first.items,
+                peak_bytes=peak,
                 dense={n: why_unseen(tracer.unseen, n) for n in work.architecture.layers if n not in seen},
             )
         )

@@ -12,11 +12,11 @@ from diffsparse.patterns import Bitmap
 from diffsparse.pipelines import tap_attention
 from diffsparse.search.compose import strides
 from diffsparse.search.layers import layouts_by_call
-from diffsparse.search.observe import final_latents, partial_error, replaying, step_effect
+from diffsparse.search.observe import final_latents, partial_error, replaying, stale_outputs, step_effect
 from diffsparse.search.options import reference_mask
 from diffsparse.search.workspace import Workspace
 
-__all__ = ["amplification", "effects", "reference"]
+__all__ = ["amplification", "effects", "reference", "reuse_factor"]
 
 REFERENCE_DENSITY = 0.06
 INJECTED_SHARE = 0.25
@@ -114,3 +114,44 @@ def amplification(work: Workspace, entries: dict[str, list[HeadEntry]], output_e
     stride = strides(np.array(work.trace_levels))
     found = [work.injected(s) / max(INJECTED_SHARE**2 * float(output_error[s]) * stride[s] ** 2, 1e-30) for s in steps]
     return np.exp(np.interp(np.arange(work.trace_length), steps, np.log(np.maximum(found, 1e-30))))
+
+
+def reuse_factor(work: Workspace, layers: np.ndarray, growth: np.ndarray, memory: float) -> float:
+    """What an error of outputs that are used again really does to the clip, over what the sum of errors predicts.
+
+    What changes from step to step changes alike in all layers, so that much of it does not add up; how much depends on
+    the model. So it is measured, in one generation: the error of outputs of every second step, from a quarter of the
+    generation on, made as small as it is where the steps are as long as in the generation that the plan is for.
+
+    ``layers``: :func:`effects`. ``growth``: :func:`amplification`. ``memory``: bytes that may be kept meanwhile; of a
+    large model some layers have to do.
+    """
+    if (known := work.reuse_factor) is not None:
+        return known
+    first = work.trace_length // 4
+    share = min(1.0, work.trace_length / len(set(work.call_levels())))
+    chosen, recording = _layers_within(work, memory), work.dense_recording()
+    stale, changed = stale_outputs(chosen, share, first)
+    with work.bar(1, "reuse") as bar, tap_attention(work.pipe, stale):
+        settings = work.config.settings(work.config.trace_steps)
+        latents = final_latents(work.pipe, work.prompts[0], work.config.seed, settings)
+        bar.update()
+    if not changed:  # too few steps to use anything again
+        return work.put_reuse_factor(1.0)
+    measured = float((latents - recording.latents).double().square().sum())
+    heads = range(work.architecture.heads)
+    drift = np.array([sum(work.drift(layer, head) for head in heads) for layer in chosen]).T
+    gap = -np.diff(work.trace_levels, prepend=work.trace_levels[0])
+    push = strides(np.array(work.trace_levels)) * np.sqrt(growth)
+    effect = layers[:, [work.layers.index(layer) for layer in chosen]]
+    each = push * ((share * gap[:, None]) ** 2 * drift * effect).sum(1)
+    return work.put_reuse_factor(measured / max(float(push[first:].sum() * each[changed].sum()), 1e-30))
+
+
+def _layers_within(work: Workspace, memory: float) -> list[str]:
+    """Layers all over the model whose outputs fit into so many bytes; at least one."""
+    size = next(work.transformer.parameters()).element_size()
+    largest = max(grid.seq_len for grid in work.grids.values())
+    bytes_each = work.architecture.heads * largest * work.probe.head_dim * size * work.probe.branches * work.probe.items
+    count = min(len(work.layers), max(1, int(memory // bytes_each)))
+    return [work.layers[int(i)] for i in np.linspace(0, len(work.layers) - 1, count).round()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from diffsparse.search.drift import DriftMeter
 from diffsparse.search.errors import BadInput
 from diffsparse.search.observe import Tracer, record
 from diffsparse.search.stages.probe import why_unseen
@@ -25,6 +26,7 @@ def run_trace(work: Workspace) -> None:
                 work.probe.branches,
                 work.orders,
                 grids=dict(work.grids),  # a prompt must not bring another size
+                drift=DriftMeter(work.config.true_cfg_scale or work.config.guidance_scale or 1.0),
             )
             recording = record(
                 work.pipe,
