@@ -74,10 +74,15 @@ class HeadEntry:
         self.pattern.check_order(self.order)
 
     @property
+    def is_whole(self) -> bool:
+        """True where a call that computes this head is plain attention over everything."""
+        how = self.execution
+        return isinstance(self.pattern, Full) and how.mode == "exact" and how.numerics == "auto"
+
+    @property
     def is_dense(self) -> bool:
         """True where this entry is plain attention over everything, at every step."""
-        how = self.execution
-        return isinstance(self.pattern, Full) and how.mode == "exact" and how.numerics == "auto" and not how.reuse
+        return self.is_whole and not self.execution.reuse
 
     def __str__(self) -> str:
         if self.execution.mode == "skip":

@@ -52,6 +52,8 @@ STABILITY_BOUND = 3.0
 DENSITY_MARGIN = 0.002
 # What is over all the same is taken off the budget, and the assignment made again, this many times at most.
 _TRIES = 4
+# Plans with one phase only tell about how good others with the same dense steps will be, so that a few are made.
+LEAST_TRIED = 3
 # Numbers of dense steps whose predicted error is at most this many times the least are worth a generation.
 WORTH_TRYING = 4.0
 
@@ -359,8 +361,23 @@ class Composer:
         return found
 
     def candidates(self, count: int) -> list[Candidate]:
-        """The predicted best plan, and up to ``count - 1`` others with other numbers of dense steps worth trying."""
+        """The predicted best plan, and up to ``count - 1`` others with other numbers of dense steps worth trying.
+
+        Where outputs are used again, one of them is the best plan without that: how much that costs is the least
+        certain of what is predicted.
+        """
         self.check_share()
+        found = sorted(
+            self._by_dense_steps(max(count, LEAST_TRIED)), key=lambda c: c.plan.record["search"]["predicted_error"]
+        )
+        if count > 1 and any(c.plan.reuses for c in found[:count]):
+            without = copy(self)
+            without.memory = 0.0
+            return [*found[: count - 1], *without.candidates(1)]
+        return found[:count]
+
+    def _by_dense_steps(self, count: int) -> list[Candidate]:
+        """Plans with numbers of dense steps that are worth trying, the best of one phase first."""
         scan = self.scan()
         least = min(scan, key=lambda k: scan[k])
         near = [k for k in sorted(scan) if scan[k] <= WORTH_TRYING * scan[least]]

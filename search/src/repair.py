@@ -154,7 +154,7 @@ def fit_repair(
         for head in range(len(left)):
             wrong = float(found.ee[:, head].sum())
             before += wrong
-            if plan.entries[plan.index[phase, place, head]].is_dense or not left[head] <= 1 - LEAST_GAIN:
+            if plan.entries[plan.index[phase, place, head]].is_whole or not left[head] <= 1 - LEAST_GAIN:
                 after += wrong
                 continue
             after += wrong * float(left[head])

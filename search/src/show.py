@@ -55,12 +55,12 @@ def family(entry: HeadEntry) -> str:
     """What kind of entry this is, in a word or two."""
     if entry.execution.mode == "skip":
         return "skip"
-    return "dense" if entry.is_dense else entry.pattern.family
+    return "dense" if entry.is_whole else entry.pattern.family
 
 
 def tail_of(entry: HeadEntry) -> str:
     """The tail that runs: ``none`` where nothing is dropped."""
-    return "none" if entry.is_dense or entry.execution.mode == "skip" else entry.execution.tail
+    return "none" if entry.is_whole or entry.execution.mode == "skip" else entry.execution.tail
 
 
 def grid_of(plan: SparsityPlan, folder: str | Path | None = None) -> TokenGrid | None:

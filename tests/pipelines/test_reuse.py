@@ -27,6 +27,7 @@ from diffsparse.plan import SparsityPlan
 from diffsparse.reuse import computed_steps
 from diffsparse.schedule import Schedule
 from tests.pipelines.models import generate, mixed_plan, run, wan, wan_inputs, wan_pipeline
+from tests.tolerance import GENERATION, assert_near
 
 SCHEDULE = Schedule(sparse_below=0.95, phase_bounds=(0.5,))
 STEPS = 10
@@ -88,7 +89,7 @@ def test_a_generation_is_what_the_plan_means(values: tuple[float, ...]) -> None:
     with pipe.sparse_attention(mixed_plan(pipe.transformer, SCHEDULE)):
         without = generate(pipe, STEPS)
     pipe.enable_sparse_attention(plan)
-    torch.testing.assert_close(generate(pipe, STEPS), expected, rtol=0, atol=1e-5)
+    assert_near(generate(pipe, STEPS), expected, GENERATION)
     assert (without - expected).abs().max() > 1e-3
     assert torch.equal(generate(pipe, STEPS), generate(pipe, STEPS))
 

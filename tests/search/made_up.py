@@ -71,6 +71,7 @@ def composer(
     levels: Sequence[float] = LEVELS,
     costs: CostTable | None = None,
     machine: Machine = ANY_MACHINE,
+    memory: float = 0.0,
     **changes: Any,
 ) -> Composer:
     """Of a search for a density of 0.5, but for ``changes`` of its settings."""
@@ -82,7 +83,7 @@ def composer(
     effects, growth = np.full((len(TRACED), 2), 1.0), np.array([4.0, 2.0, 1.0, 1.0])
     search = Scores(SearchConfig(**asked))
     grids = dict.fromkeys(LAYERS, GRID)
-    return Composer(search, levels, grids, orders, {GRID: costs}, machine, effects, growth, TRACED)
+    return Composer(search, levels, grids, orders, {GRID: costs}, machine, effects, growth, TRACED, memory=memory)
 
 
 def found(count: int = 1, **settings: Any) -> tuple[Scores, list[Candidate]]:

@@ -130,7 +130,9 @@ def check_numbers(**values: int | float | None) -> None:
     """``steps``, ``seed`` and the like, before anything is loaded."""
     for name, value in values.items():
         option = "--" + name.replace("_", "-")
-        least = 0 if name in ("seed", "first_seed", "guidance_scale", "true_cfg_scale", "validate") else 1
+        least = (
+            0 if name in ("seed", "first_seed", "guidance_scale", "true_cfg_scale", "validate", "reuse_memory") else 1
+        )
         if value is not None and not value >= least:
             raise BadInput(f"{option} {value}: it must be at least {least}")
         if value is not None and name in ("seed", "first_seed") and value > MAX_OPTION_SEED:

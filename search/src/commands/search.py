@@ -121,7 +121,7 @@ def search_command(
             raise BadInput("--validate 0: a target is measured on whole generations; give 1 or more, or --budget")
         check_numbers(height=height, width=width, num_frames=num_frames, steps=steps, seed=seed, validate=validate)
         check_numbers(guidance_scale=guidance_scale, true_cfg_scale=true_cfg_scale)
-        check_numbers(trace_prompts=trace_prompts, samples=samples, points=points)
+        check_numbers(trace_prompts=trace_prompts, samples=samples, points=points, reuse_memory=reuse_memory)
         from diffsparse.search import load
 
         found = load.read_prompts(prompts)

@@ -95,8 +95,8 @@ def measured(work: Workspace, chosen: Candidate) -> PooledAttention:
 
 def _kept_mass(entry: HeadEntry, mass: np.ndarray, table: FamilyTable) -> float:
     """Share of the attention that an entry computes exactly, by the ``mass [NB, NB]`` of the blocks of its order."""
-    if entry.is_dense or entry.execution.mode == "skip":  # in no order of their own
-        return float(entry.is_dense)
+    if entry.is_whole or entry.execution.mode == "skip":  # in no order of their own
+        return float(entry.is_whole)
     dropped = ~entry.pattern.block_mask(table.grid, entry.order, table.block_size)
     share = table.weight.sum(1)  # of the queries, by block
     return float(np.clip(1 - share @ (mass * dropped).sum(1), 0, 1))

@@ -68,7 +68,7 @@ def validate(work: Workspace, candidates: list[Candidate]) -> tuple[Candidate, d
     means = [float(np.mean([row.psnr for row in rows[key]])) for key in keys]
     worst = [min((row.ssim for row in rows[key] if row.ssim is not None), default=0.0) for key in keys]
     best = int(np.argmax(means if config.goal is None else worst))
-    tried = {str(c.plan.record["search"]["dense_steps"]): m for c, m in zip(candidates, means, strict=True)}
+    tried = {_named(c, candidates): m for c, m in zip(candidates, means, strict=True)}
     chosen = rows[keys[best]]
     similar = [row.ssim for row in chosen if row.ssim is not None]
     return candidates[best], {
@@ -102,3 +102,10 @@ def _measured(work: Workspace, clip: Clip, dense: Clip) -> Validation:
     # Such a plan must lose, and the record holds numbers only.
     work.say(f"a plan's clip of {shorten(clip.prompt, 60)!r} has pixels that are no numbers: it counts as 0 dB, SSIM 0")
     return Validation(0.0, None if ssim is None else 0.0, speedup)
+
+
+def _named(candidate: Candidate, candidates: list[Candidate]) -> str:
+    """A plan by its dense steps, and that it uses no outputs again where others do."""
+    dense = str(candidate.plan.record["search"]["dense_steps"])
+    alone = not candidate.plan.reuses and any(other.plan.reuses for other in candidates)
+    return f"{dense}, without reuse" if alone else dense
