@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from diffsparse.provenance import quality_line
+from diffsparse.quality import quality_line
 
 if TYPE_CHECKING:
     from diffsparse.plan import SparsityPlan

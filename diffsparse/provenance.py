@@ -5,7 +5,6 @@ Nothing in it changes an output, but commands take their defaults from it and pr
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +14,7 @@ from diffsparse.limits import MAX_GRID_TOKENS, MAX_INTEGER, MAX_ITEMS, MAX_TEXT
 from diffsparse.messages import shown
 from diffsparse.typed import PlanError, Reading, shape_of
 
-__all__ = ["check_record", "quality_line", "recorded_grid"]
+__all__ = ["check_record", "recorded_grid"]
 
 Check = Callable[[Any, str], None]
 _READING = Reading()
@@ -139,23 +138,6 @@ _RECORD = _object_of(
 def check_record(record: Any) -> None:
     """Raise :class:`PlanError` where a key that code reads has another type than it relies on."""
     _RECORD(record, "record")
-
-
-def quality_line(record: dict[str, Any]) -> str | None:
-    """One sentence on the target that a plan was searched for; None where it had none."""
-    about = record.get("quality")
-    names = ("prompts", "target", "ssim_worst", "density", "loop_speedup", "reached")
-    if not isinstance(about, dict) or any(about.get(name) is None for name in names):
-        return None
-    clips, target = about["prompts"], about["target"]
-    kind = "held-out clips" if about.get("held_out") else "clips of new seeds"
-    # Rounded down, and with the target's digits: what misses by a hair must not look as if it kept it.
-    digits = min(max(3, len(f"{target:g}") - 2), 6)
-    least = math.floor(about["ssim_worst"] * 10**digits + 1e-9) / 10**digits
-    found = f"SSIM {least:.{digits}f} at density {about['density']:.3f}, loop {about['loop_speedup']:.3g}x"
-    if about["reached"]:
-        return f"worst of {clips} {kind}: {found} (target {target:g})"
-    return f"the target of {target:g} is not reached; worst of {clips} {kind}: {found}"
 
 
 def recorded_grid(value: Any) -> TokenGrid | None:

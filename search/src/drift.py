@@ -43,7 +43,7 @@ class DriftMeter:
 
         Of all of a step's calls so far; summed over all tokens, in the units of ``CallScores.energy``; NaN where there
         is no earlier step to compare with. ``key``: the transformer, the layer, and which of its calls in the step.
-        ``out``: ``[B, S, H, D]``. ``roots``: ``[H, D, D]``, see ``score.projection_roots``.
+        ``out``: of visual tokens, ``[B, S, H, D]``. ``roots``: ``[H, D, D]``, see ``score.projection_roots``.
         """
         heads = out.shape[2]
         tokens = torch.linspace(0, out.shape[1] - 1, min(out.shape[1], TOKENS), device=out.device).round().long()

@@ -167,7 +167,9 @@ class Tracer:
         out: torch.Tensor = call.dense()
         self._add(step, call.layer, result, call.q.shape[0])
         place = (step, call.transformer, call.layer)
-        drift = self.drift.add(step, (*place[1:], self._calls[place]), call.noise_level, out, self._root(call))
+        # Branches differ in text; the visual tokens of both are the same.
+        visual = out.narrow(1, call.grid.text_before, call.grid.num_visual)
+        drift = self.drift.add(step, (*place[1:], self._calls[place]), call.noise_level, visual, self._root(call))
         self._calls[place] += 1
         self.steps[step][call.layer] |= {f"drift{head}": drift[head] for head in range(heads)}
         if step in self.screen_steps:

@@ -13,7 +13,8 @@ from diffsparse.grid import TokenGrid
 from diffsparse.limits import MAX_GRID_TOKENS
 from diffsparse.patterns import Bitmap
 from diffsparse.plan import SparsityPlan
-from diffsparse.provenance import quality_line, recorded_grid
+from diffsparse.provenance import recorded_grid
+from diffsparse.quality import quality_line
 from diffsparse.search.columns import GLUE, text_table
 from diffsparse.search.density import call_density
 from diffsparse.search.errors import BadInput

@@ -16,7 +16,7 @@ from diffsparse.card import plan_card
 from diffsparse.entry import TAILS
 from diffsparse.kernels.costs import CostTable
 from diffsparse.plan import SparsityPlan
-from diffsparse.provenance import quality_line
+from diffsparse.quality import quality_line
 from diffsparse.search import metrics
 from diffsparse.search.errors import BadInput
 from diffsparse.search.generate import Clip, generate_clip

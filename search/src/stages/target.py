@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from diffsparse.provenance import quality_line
+from diffsparse.quality import quality_line
 from diffsparse.search.assign import InfeasibleBudget, lagrangian
 from diffsparse.search.compose import WORTH_TRYING, Candidate, Composer
 from diffsparse.search.errors import BadInput
