@@ -99,6 +99,8 @@ def plan_card(plan: SparsityPlan) -> str:
     if plan.online_repair is not None:
         rows = plan.online_repair.rows
         lines += ["", f"The outputs of all sparse calls are repaired online, by {rows} exact rows of each."]
+    if plan.reuses:
+        lines += ["", f"The outputs of {plan.reused_heads} of {plan.index.size} heads serve several steps."]
     if line := quality_line(record):
         lines += ["", f"Searched for quality: {line}."]
     for title in ("quality", "speed", "calibration", "environment"):

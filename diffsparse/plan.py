@@ -244,6 +244,12 @@ class SparsityPlan:
         """Whether any head's output is used again at later steps."""
         return any(entry.execution.reuse for entry in self.entries)
 
+    @property
+    def reused_heads(self) -> int:
+        """How many heads' outputs are, over all phases and layers."""
+        reused = np.array([entry.execution.reuse > 0 for entry in self.entries])
+        return int(reused[self.index].sum())
+
     def carried(self, grid: TokenGrid) -> int:
         """How many distinct entries have a bitmap that was measured on another grid."""
         return sum(e.pattern.is_carried(grid, e.order, self.block_size) for e in self.entries)

@@ -316,6 +316,11 @@ def explain(
         sparse = any(phase.dense_because is None for phase in phases)
         rows.append(LayerForecast(layer, machine.kernel if sparse else None, own.seq_len, phases))
     notes = [*shape.notes]
+    if plan.reuses:
+        notes.append(
+            f"{plan.reused_heads} of {plan.index.size} heads serve several steps: densities and times are of calls in "
+            "which all heads compute"
+        )
     if architecture is None and plan.is_uniform:
         notes.append("one rule for all layers and heads of any model")
     if family is not None and family.layer_grid is not None:

@@ -137,6 +137,7 @@ def describe(plan: SparsityPlan, grid: TokenGrid | None = None, figures: HeadFig
         "grid": None if grid is None else str(grid),
         "call_density": float(np.mean(call)) if call else None,
         "repaired_heads": 0 if plan.fitted_repair is None else plan.fitted_repair.num_heads,
+        "reused_heads": plan.reused_heads,
         "online_rows": None if plan.online_repair is None else plan.online_repair.rows,
         "entries": len(plan.entries),
         "layers": rows,
@@ -170,6 +171,8 @@ def plan_table(
         head.append(["call density", f"{data['call_density']:.3f} (mean of sparse calls, tails counted)"])
     if data["repaired_heads"]:
         head.append(["repair", f"{data['repaired_heads']} of {plan.index.size} heads (of all phases)"])
+    if data["reused_heads"]:
+        head.append(["reuse", f"{data['reused_heads']} of {plan.index.size} heads (of all phases) serve several steps"])
     if data["online_rows"] is not None:
         head.append(["repair", f"online, by {data['online_rows']} exact rows of each sparse call"])
     if line := quality_line(plan.record):

@@ -18,8 +18,7 @@ __all__ = ["compose_plans", "composer_of", "layer_costs", "reuse_memory"]
 
 #: Outputs that are kept on a CPU where nothing else is asked for.
 CPU_BYTES = 1e9
-#: In generations of fewer steps too much changes from one to the next. (With 8 steps of the trained model in examples/
-#: outputs of every second step were 7 dB worse than sparser ones at every step.)
+#: In generations of fewer steps too much changes from one to the next: there sparser outputs of every step are better.
 LEAST_STEPS = 12
 
 
