@@ -6,6 +6,7 @@ Each limit leaves room above what models need today. What is above it is refused
 from __future__ import annotations
 
 __all__ = [
+    "LEAST_ROWS",
     "MAX_ARRAY_BYTES",
     "MAX_BITMAP_BITS",
     "MAX_ENTRIES",
@@ -19,6 +20,7 @@ __all__ = [
     "MAX_NESTING",
     "MAX_PATTERN_PARTS",
     "MAX_TEXT",
+    "MOST_ROWS",
 ]
 
 #: Bytes of a ``sparse_plan.json``. A plan of 9,600 distinct bitmaps has about 8 MiB.
@@ -47,3 +49,5 @@ MAX_NESTING = 16
 #: Characters of a name (a layer's path, a class) and of a text that the code reads (a device, a version).
 MAX_NAME = 256
 MAX_TEXT = 4096
+#: Exact rows of an online repair: fewer say too little of a head; more are dear.
+LEAST_ROWS, MOST_ROWS = 16, 4096

@@ -14,14 +14,13 @@ from typing import Any
 import torch
 
 from diffsparse.grid import TokenGrid
+from diffsparse.limits import LEAST_ROWS, MOST_ROWS
 from diffsparse.messages import shown
 from diffsparse.tokens import HeadSelection
 from diffsparse.typed import PlanError
 
 __all__ = ["OnlineRepair"]
 
-#: Fewer rows say too little of a head; more are dear.
-LEAST_ROWS, MOST_ROWS = 16, 4096
 # What the fit and the product cost beside the rows, in rows of dense attention: a product with a matrix is as much
 # arithmetic for a token as half of head_dim keys, and kernels take heads of up to 256.
 _PRODUCT = 128

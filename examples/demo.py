@@ -51,7 +51,9 @@ def run(
 
     print(f"1. Search a plan on {place} (budget: {budget:g} of the dense attention time)", flush=True)
     thorough = thoroughness(place)
-    config = SearchConfig(budget=budget, steps=steps, trace_steps=min(4, steps), candidates=2, **thorough, **size)
+    config = SearchConfig(
+        budget=budget, steps=steps, trace_steps=min(4, steps), candidates=2, repair_rows=64, **thorough, **size
+    )
     plan = search_plan(pipe, calibration, config, folder, say=lambda line: print(f"   {line}", flush=True))
     draw(plan, grid_of(plan, folder), out / "plan.png", folder=folder)
 

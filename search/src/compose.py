@@ -404,6 +404,7 @@ class Composer:
                 schedule=self._schedule(trial),
                 block_size=self.config.block_size,
                 architecture=self.search.architecture,
+                repair=self.config.online,
             )
             excess = self.trajectory_density(plan) - (self.config.density or 1.0)
             if excess <= 0:

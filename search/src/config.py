@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from diffsparse.online import OnlineRepair
+from diffsparse.plan import PlanError
 from diffsparse.search.columns import shorten
 from diffsparse.search.errors import BadInput
 from diffsparse.search.generate import MAX_SEED, GenerationSettings
@@ -21,7 +23,7 @@ __all__ = ["DEFAULT_TARGET", "FREE_SETTINGS", "SearchConfig", "thoroughness"]
 # What may differ between two searches that share a store: nothing that is measured depends on it.
 FREE_SETTINGS = (
     "budget", "density", "target", "points", "steps", "dense_steps", "validation_prompts", "candidates", "repair",
-    "reuse_memory",
+    "reuse_memory", "repair_rows",
 )  # fmt: skip
 
 #: SSIM that every clip keeps where neither a budget nor a density is given: clips that are taken for the same.
@@ -42,7 +44,8 @@ class SearchConfig:
     search chooses otherwise. ``validation_prompts``: on how many prompts that were not traced whole generations choose
     among the best ``candidates`` plans (0: the predicted best is taken). None is 1, and 2 for a target, which takes
     further seeds where there are too few prompts. ``candidates``: None is 3, and 1 for a target, at every budget that
-    is tried. ``repair``: fit what the chosen plan's heads get wrong, on the traced prompts (``diffsparse.repair``).
+    is tried. ``repair``: fit what the chosen plan's heads get wrong, on the traced prompts (``diffsparse.repair``), or,
+    where ``repair_rows`` is not 0, have each call fit it by so many exact rows (``diffsparse.online``).
     ``points``: how many budgets are tried for a target, at most; None is 4. ``reuse_memory``: GB of outputs that a run
     may keep to use them again at later steps (``diffsparse.reuse``); 0: none; None: a quarter of the most that the
     dense model takes on a GPU, 1 GB on a CPU. Sizes are in pixels. Steps, guidance and sizes that are None are the
@@ -66,6 +69,7 @@ class SearchConfig:
     validation_prompts: int | None = None
     candidates: int | None = None
     repair: bool = True
+    repair_rows: int = 0
     target: float | None = None
     points: int | None = None
     reuse_memory: float | None = None
@@ -87,6 +91,13 @@ class SearchConfig:
         memory = self.reuse_memory
         if memory is not None and not (isinstance(memory, Real) and math.isfinite(memory) and memory >= 0):
             raise BadInput(f"a reuse memory is a number of GB of at least 0, got {shorten(repr(memory), 60)}")
+        if self.repair_rows:
+            try:
+                OnlineRepair(self.repair_rows)
+            except PlanError as error:
+                raise BadInput(f"{error}, or 0 for maps that the search fits") from None
+            if not self.repair:
+                raise BadInput(f"repair_rows is {self.repair_rows}, and repair is switched off; give one of the two")
         if self.validation_prompts is not None and self.validation_prompts < 0:
             raise BadInput(f"validation_prompts must be at least 0, got {self.validation_prompts}")
         if self.goal is None and self.points is not None:
@@ -119,6 +130,16 @@ class SearchConfig:
         if self.validation_prompts is not None:
             return self.validation_prompts
         return 1 if self.goal is None else 2
+
+    @property
+    def online(self) -> OnlineRepair | None:
+        """The repair that each call fits, where that is asked for."""
+        return OnlineRepair(self.repair_rows) if self.repair_rows else None
+
+    @property
+    def fits_repair(self) -> bool:
+        """Whether the search fits what the chosen plan gets wrong."""
+        return self.repair and not self.repair_rows
 
     @property
     def tried_plans(self) -> int:

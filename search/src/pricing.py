@@ -43,8 +43,11 @@ class Pricing:
         inside = order.partition(grid.visual_only(), size).num_blocks
         text = sum(-(-tokens // size) for tokens in (grid.text_before, grid.text_after))
         share = option.density if option.blocks is None else option.blocks
+        online = self.config.online if option.kind != "dense" else None
+        density = work_density(option, grid, self.blocks[grid])
         return HeadWork(
-            density=work_density(option, grid, self.blocks[grid]),
+            density=density if online is None else min(1.0, density + online.density(grid)),
+            extra=0.0 if online is None else online.time(grid),
             blocks=1.0 - (1.0 - share) * (inside / (inside + text)) ** 2,
             tail=option.tail,
             gathered=option.kind != "dense" and not order.is_raster,

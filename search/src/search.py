@@ -112,9 +112,9 @@ def _best(work: Workspace, candidates: list[Candidate]) -> tuple[Candidate, dict
     """The best of the plans for one budget or density, with its repair, and what validation says of it."""
     if work.config.clips:
         chosen, quality = validate(work, candidates)
-        return mended(work, chosen, quality) if work.config.repair else (chosen, quality)
+        return mended(work, chosen, quality) if work.config.fits_repair else (chosen, quality)
     chosen = candidates[0]
-    return (replace(chosen, plan=repaired(work, chosen.plan)) if work.config.repair else chosen), None
+    return (replace(chosen, plan=repaired(work, chosen.plan)) if work.config.fits_repair else chosen), None
 
 
 def _announce(work: Workspace) -> None:
@@ -139,7 +139,7 @@ def _estimate(work: Workspace) -> float:
     forward, branches, steps = work.probe.forward_seconds, work.probe.branches, work.config.trace_steps
     rest = sum(steps - s for s in {0, 3 * steps // 4})
     prompts, layers = len(work.traced()), len(work.layers)
-    fit = max(2, prompts) * branches * steps if work.config.repair else 0
+    fit = max(2, prompts) * branches * steps if work.config.fits_repair else 0
     repair = fit * work.config.tries
     return float(forward * (1.3 * prompts * branches * steps + 2 * branches * layers + branches * rest + repair) + 15)
 
@@ -157,7 +157,7 @@ def _validation(work: Workspace) -> _Validation:
     config, clips = work.config, len(cases(work))
     steps = config.steps
     assert steps is not None  # the settings are resolved
-    first = config.tried_plans + config.repair
+    first = config.tried_plans + config.fits_repair
     later = first if config.tried_plans > 1 else 1
     plans = first + (config.tries - 1) * later
     generations = clips * (1 + plans)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from diffsparse.limits import LEAST_ROWS, MOST_ROWS
 from diffsparse.search.errors import BadInput
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "answers",
     "asked_settings",
     "check_numbers",
+    "check_rows",
     "check_share",
     "check_target",
     "interruptible",
@@ -131,12 +133,23 @@ def check_numbers(**values: int | float | None) -> None:
     for name, value in values.items():
         option = "--" + name.replace("_", "-")
         least = (
-            0 if name in ("seed", "first_seed", "guidance_scale", "true_cfg_scale", "validate", "reuse_memory") else 1
+            0
+            if name
+            in ("seed", "first_seed", "guidance_scale", "true_cfg_scale", "validate", "reuse_memory", "repair_rows")
+            else 1
         )
         if value is not None and not value >= least:
             raise BadInput(f"{option} {value}: it must be at least {least}")
         if value is not None and name in ("seed", "first_seed") and value > MAX_OPTION_SEED:
             raise BadInput(f"{option} {str(value)[:40]}: it must be at most {MAX_OPTION_SEED}")
+
+
+def check_rows(rows: int, repair: bool) -> None:
+    """``--repair-rows``, before anything is loaded."""
+    if rows and not repair:
+        raise BadInput(f"--repair-rows {rows} and --no-repair: give one of the two")
+    if rows and not LEAST_ROWS <= rows <= MOST_ROWS:
+        raise BadInput(f"--repair-rows {rows}: it must be 0, or {LEAST_ROWS} to {MOST_ROWS:,}")
 
 
 def check_share(option: str, value: float | None) -> None:

@@ -21,6 +21,7 @@ from diffsparse.search.commands.common import (
     answers,
     asked_settings,
     check_numbers,
+    check_rows,
     check_share,
     check_target,
     interruptible,
@@ -82,6 +83,14 @@ def search_command(
         bool,
         typer.Option("--repair/--no-repair", help="Fit what the plan's heads get wrong, so that a run corrects it."),
     ] = True,
+    repair_rows: Annotated[
+        int,
+        typer.Option(
+            "--repair-rows",
+            metavar="N",
+            help="Have every call fit its repair, by N queries that it attends exactly; 0: the search fits it.",
+        ),
+    ] = 0,
     reuse_memory: Annotated[
         float | None,
         typer.Option(
@@ -122,6 +131,8 @@ def search_command(
         check_numbers(height=height, width=width, num_frames=num_frames, steps=steps, seed=seed, validate=validate)
         check_numbers(guidance_scale=guidance_scale, true_cfg_scale=true_cfg_scale)
         check_numbers(trace_prompts=trace_prompts, samples=samples, points=points, reuse_memory=reuse_memory)
+        check_numbers(repair_rows=repair_rows)
+        check_rows(repair_rows, repair)
         from diffsparse.search import load
 
         found = load.read_prompts(prompts)
@@ -149,6 +160,7 @@ def search_command(
             seed=seed,
             validation_prompts=validate,
             repair=repair,
+            repair_rows=repair_rows,
             points=points,
             reuse_memory=reuse_memory,
             **thoroughness(place, trace_prompts, samples),

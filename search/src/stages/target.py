@@ -56,7 +56,7 @@ def search_target(work: Workspace, composer: Composer) -> tuple[Candidate, dict[
     points: list[_Point] = []
     while (budget := next_budget([p.tried for p in points], goal, curve, work.config.tries)) is not None:
         # Where the first plan does not gain by its repair, the others get none.
-        fit = work.config.repair if not points else points[0].candidate.plan.repair is not None
+        fit = work.config.fits_repair if not points else points[0].candidate.plan.repair is not None
         points.append(_validated(work, composer, budget, fit, compare=not points))
         work.say(f"point {len(points)}: {_told(points[-1], goal)}")
     chosen = points[best_of([p.tried for p in points], goal)]
