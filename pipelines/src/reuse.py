@@ -103,6 +103,7 @@ class ReuseStore:
         self._branches: dict[tuple[Any, ...], int] = {}
         self._seen: Counter[tuple[Any, ...]] = Counter()
         self._prompts: dict[int, tuple[weakref.ref[torch.Tensor], tuple[Any, ...]]] = {}
+        self._places: dict[tuple[Group, torch.device], torch.Tensor] = {}
         self._count = 0
 
     @property
@@ -212,7 +213,7 @@ class ReuseStore:
         """Put the outputs that are recalled into ``out``, ``[B, S, H, D]``, and keep those that a later step needs."""
         for group in groups:
             key = (step.branch, layer, number, group.reuse)
-            heads = group.heads.to(out.device, non_blocking=True)
+            heads = self._heads_on(out.device, group)
             if group in recalled:
                 out.index_copy_(2, heads, self._held[key].read(out.dtype))
                 continue
@@ -220,6 +221,13 @@ class ReuseStore:
             if step.ahead is None or serves(step.level, step.ahead, group.reuse):
                 self._held[key] = _Held.of(out.index_select(2, heads), step.level, step.phase)
         self.peak = max(self.peak, self.nbytes)
+
+    def _heads_on(self, device: torch.device, group: Group) -> torch.Tensor:
+        """A group's heads on a device, copied there once."""
+        key = (group, device)
+        if key not in self._places:
+            self._places[key] = group.heads.to(device)
+        return self._places[key]
 
     def end(self, step: ReuseStep, complete: bool) -> None:
         """Drop what no later step can use; all of it where the forward raised."""
