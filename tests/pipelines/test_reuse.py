@@ -23,6 +23,7 @@ from diffsparse.pipelines import (
     tap_attention,
 )
 from diffsparse.pipelines.hooks import NOT_TOLD
+from diffsparse.pipelines.reuse import Group, ReuseStep, ReuseStore
 from diffsparse.plan import SparsityPlan
 from diffsparse.reuse import computed_steps
 from diffsparse.schedule import Schedule
@@ -354,3 +355,16 @@ def test_compiled_blocks_keep_one_graph(backend: str) -> None:
     compiled = pipe.sparse_attention_summary().transformers["transformer"]
     assert (compiled.reused_heads, compiled.density) == (eager.reused_heads, pytest.approx(eager.density))
     assert torch.equal(generate(pipe, STEPS), found)
+
+
+def test_keeping_and_taking_outputs_waits_for_no_device() -> None:
+    """Tensors without values raise an error where one is asked for."""
+    store, group = ReuseStore(), Group(0.2, torch.tensor([0, 2]))
+    out = torch.empty(1, 8, 3, 4, device="meta")
+    store.exchange(out, ReuseStep(0, 0.9, 0, 0.8), 0, 0, (group,), ())
+    assert store.nbytes == 8 * 2 * (4 + 4)
+    later = ReuseStep(0, 0.8, 0, -1.0)
+    assert store.recalled(later, 0, 0, (group,), out.shape) == (group,)
+    store.exchange(out, later, 0, 0, (group,), (group,))
+    store.end(later, complete=True)
+    assert store.nbytes == 0
