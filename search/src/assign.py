@@ -5,15 +5,15 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import LinearConstraint, milp
 from scipy.sparse import coo_matrix
 
-__all__ = ["Assignment", "InfeasibleBudget", "assign", "lagrangian"]
+__all__ = ["Assignment", "InfeasibleBudget", "assign", "assign_within", "lagrangian", "most_held"]
 
 
 class InfeasibleBudget(ValueError):
@@ -136,3 +136,51 @@ def assign(errors: list[np.ndarray], costs: list[np.ndarray], budget: float, tim
     if cost > budget * (1 + 1e-9) or error > quick.error:
         choice, error, cost = quick.choice, quick.error, quick.cost
     return Assignment(choice, error, cost, min(bound, error))
+
+
+def most_held(sizes: list[np.ndarray], choice: np.ndarray, groups: int) -> float:
+    """Bytes of the chosen options in the group that has most. Items go through the groups in turn."""
+    held = np.array([size[i] for size, i in zip(sizes, choice, strict=True)])
+    return float(held.reshape(-1, groups).sum(0).max())
+
+
+def assign_within(
+    errors: list[np.ndarray],
+    costs: list[np.ndarray],
+    budget: float,
+    sizes: list[np.ndarray],
+    groups: int,
+    memory: float,
+) -> Assignment | None:
+    """:func:`assign` where the options of no group hold more than ``memory`` bytes; None where none was found.
+
+    ``sizes``: bytes of each option, as :func:`most_held` counts them. Memory gets a price of its own, the lowest at
+    which what is held fits: a Lagrangian relaxation.
+    """
+    free = assign(errors, costs, budget)
+
+    def fits(found: Assignment) -> bool:
+        return most_held(sizes, found.choice, groups) <= memory
+
+    if fits(free):
+        return free
+
+    def at(price: float, solve: Callable[..., Assignment]) -> Assignment:
+        found = solve([e + price * size for e, size in zip(errors, sizes, strict=True)], costs, budget)
+        error = sum(float(e[i]) for e, i in zip(errors, found.choice, strict=True))
+        return replace(found, error=error, bound=free.bound)
+
+    high = max(free.error, 1e-300) / max(memory, 1.0)
+    for _ in range(60):
+        if fits(at(high, lagrangian)):
+            break
+        high *= 8
+    low = high * 1e-12
+    for _ in range(30):
+        middle = (low * high) ** 0.5
+        low, high = (low, middle) if fits(at(middle, lagrangian)) else (middle, high)
+    for _ in range(8):
+        if fits(found := at(high, assign)):
+            return found
+        high *= 1.3
+    return None

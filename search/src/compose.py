@@ -9,7 +9,6 @@ from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -17,19 +16,15 @@ from diffsparse.entry import HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels.costs import CostTable
 from diffsparse.order import TokenOrder
-from diffsparse.pipelines.policy import LayerVerdict, Machine
-from diffsparse.plan import Architecture, SparsityPlan
-from diffsparse.schedule import Schedule
-from diffsparse.search.assign import Assignment, InfeasibleBudget, assign, lagrangian
+from diffsparse.pipelines.policy import Machine
+from diffsparse.plan import SparsityPlan
+from diffsparse.search.assign import Assignment, InfeasibleBudget, assign, assign_within, lagrangian, most_held
 from diffsparse.search.candidates import orders_for
-from diffsparse.search.config import SearchConfig
 from diffsparse.search.drift import Hold, holds_for
 from diffsparse.search.errors import BadInput
-from diffsparse.search.items import Items
+from diffsparse.search.items import Items, LayerSteps, Measurements
 from diffsparse.search.options import (
     NOTHING,
-    FamilyTable,
-    HeadScores,
     Option,
     head_entry,
     head_options,
@@ -38,8 +33,9 @@ from diffsparse.search.options import (
     reusing,
 )
 from diffsparse.search.pricing import Pricing
+from diffsparse.search.trial import Trial, distinct, strides
 
-__all__ = ["Candidate", "Composer", "distinct", "strides"]
+__all__ = ["Candidate", "Composer"]
 
 # On the small model the search stopped at four: a fifth no longer lowered the predicted error by PHASE_GAIN.
 MAX_PHASES = 6
@@ -58,71 +54,6 @@ LEAST_TRIED = 3
 WORTH_TRYING = 4.0
 
 
-def strides(levels: np.ndarray) -> np.ndarray:
-    """How far each step of a generation moves: the difference to the next noise level, the last one being zero."""
-    return -np.diff(levels, append=0.0)
-
-
-def distinct(levels: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Steps of a generation from the noise levels of its model calls: each step's level, and its number of calls.
-
-    Calls that follow each other at one level are a step. A scheduler may call the model twice in most steps (Heun), and
-    guidance may do so in some. The sections of a long clip go through the same levels again: more calls of the same
-    steps.
-    """
-    found: list[float] = []
-    calls: list[int] = []
-    for level in levels:
-        if not found or level < found[-1] - 1e-6:
-            found.append(float(level))
-            calls.append(1)
-        else:
-            calls[int(np.abs(np.array(found) - level).argmin())] += 1
-    return np.array(found), np.array(calls)
-
-
-class Measurements(Protocol):
-    """What a composer reads of a search."""
-
-    config: SearchConfig
-    architecture: Architecture
-
-    @property
-    def layers(self) -> Sequence[str]: ...
-
-    def scores(self, layer: str, head: int, weights: Mapping[int, float]) -> HeadScores: ...
-
-    def drift(self, layer: str, head: int) -> np.ndarray: ...
-
-    def table(self, grid: TokenGrid, order: TokenOrder) -> FamilyTable: ...
-
-
-@dataclass(frozen=True)
-class _Trial:
-    """A schedule to try: how many first steps are dense, and the phase of each of the others."""
-
-    dense: int
-    phase_of: tuple[int, ...]
-
-    @classmethod
-    def even(cls, steps: int, dense: int, phases: int, second: int = 0) -> _Trial:
-        """Phases of about as many steps each. ``second``: the step at which another expert takes over, or 0.
-
-        Its layers are other ones of the same names, so that no phase holds steps of both where there are several.
-        """
-        sparse, first = steps - dense, second - dense
-        if phases == 1 or first <= 0 or first >= sparse:
-            return cls(dense, tuple(i * phases // sparse for i in range(sparse)))
-        before = min(max(1, round(phases * first / sparse)), phases - 1, first)
-        after = min(phases - before, sparse - first)
-        early = tuple(i * before // first for i in range(first))
-        return cls(dense, early + tuple(before + i * after // (sparse - first) for i in range(sparse - first)))
-
-    @property
-    def phases(self) -> int:
-        return max(self.phase_of) + 1
-
-
 @dataclass(frozen=True, eq=False)
 class Candidate:
     """A plan, and the error of every head's entry, float ``[phases, layers, heads]``.
@@ -132,18 +63,6 @@ class Candidate:
 
     plan: SparsityPlan
     error: np.ndarray
-
-
-class _LayerSteps(NamedTuple):
-    """Calls of a layer in a phase in which the same heads compute: how many, their options, and the policy's word.
-
-    ``items``: the layer's, one a head.
-    """
-
-    items: list[int]
-    options: list[Option]
-    calls: int
-    verdict: LayerVerdict
 
 
 class Composer:
@@ -220,8 +139,8 @@ class Composer:
         """What is left of the budget, in dense head calls, after the dense steps."""
         return self.wanted * self.attention() - self.attention(slice(dense))
 
-    def trial(self, dense: int, phases: int) -> _Trial:
-        return _Trial.even(self.steps, dense, phases, self.second)
+    def trial(self, dense: int, phases: int) -> Trial:
+        return Trial.even(self.steps, dense, phases, self.second)
 
     def densities(self, plan: SparsityPlan) -> np.ndarray:
         """Work-weighted density of a step's calls, float ``[phases]``."""
@@ -241,7 +160,7 @@ class Composer:
                 done += plan.step_densities(grid, self.levels, layers) * len(layers) * self.work[layers[0]]
         return float(np.average(done / sum(self.work.values()), weights=self.calls))
 
-    def members(self, trial: _Trial, phase: int) -> list[int]:
+    def members(self, trial: Trial, phase: int) -> list[int]:
         """The steps of a phase."""
         return [trial.dense + i for i, p in enumerate(trial.phase_of) if p == phase]
 
@@ -249,7 +168,7 @@ class Composer:
         """The ways to use outputs again in a phase of these steps."""
         return holds_for(self.levels[members].tolist()) if self.memory > 0 else []
 
-    def items(self, trial: _Trial) -> Items:
+    def items(self, trial: Trial) -> Items:
         found = Items([], [], [], [], [], set(), [], [])
         push = self.push * self.push[trial.dense :].sum()
         steps = [self.members(trial, phase) for phase in range(trial.phases)]
@@ -401,7 +320,7 @@ class Composer:
             items, result = self._settled(trial, items, room)
             plan = SparsityPlan.from_table(
                 self._entries(trial, items, result),
-                schedule=self._schedule(trial),
+                schedule=trial.schedule(self.levels, self.switch, self.second),
                 block_size=self.config.block_size,
                 architecture=self.search.architecture,
                 repair=self.config.online,
@@ -422,12 +341,12 @@ class Composer:
             "trajectory_density": self.trajectory_density(plan),
             "call_density": float(self.densities(plan).mean()),
             "predicted_attention_time": self._attention_time(trial, items, result),
-            "reuse_bytes": self._held(trial, items, result),
+            "reuse_bytes": most_held(items.bytes, result.choice, trial.phases),
             "reuse_factor": self.reuse_factor,
         }
         return Candidate(plan, self._head_errors(trial, items, result))
 
-    def _settled(self, trial: _Trial, items: Items, room: float) -> tuple[Items, Assignment]:
+    def _settled(self, trial: Trial, items: Items, room: float) -> tuple[Items, Assignment]:
         """The best assignment in which every layer runs as its heads are priced, and the options that it chose from.
 
         Heads are priced one by one, and a run judges whole layers: beside heads that compute everything a few cheap
@@ -443,48 +362,17 @@ class Composer:
             result = self._assign(trial, items, room)
         return items, result
 
-    def _held(self, trial: _Trial, items: Items, result: Assignment) -> float:
-        """Bytes that the outputs of earlier steps take, in the phase where that is most."""
-        chosen = np.array([held[i] for held, i in zip(items.bytes, result.choice, strict=True)])
-        return float(chosen.reshape(-1, trial.phases).sum(0).max())
-
-    def _assign(self, trial: _Trial, items: Items, room: float) -> Assignment:
-        """The best assignment within the budget and the memory.
-
-        Memory gets a price of its own, the lowest at which what is held fits: a Lagrangian relaxation.
-        """
-        result = assign(items.errors, items.prices, room)
-        if self._held(trial, items, result) <= self.memory:
-            return result
-
-        def at(price: float, solve: Callable[..., Assignment]) -> Assignment:
-            priced = [errors + price * held for errors, held in zip(items.errors, items.bytes, strict=True)]
-            found = solve(priced, items.prices, room)
-            error = sum(float(errors[i]) for errors, i in zip(items.errors, found.choice, strict=True))
-            return replace(found, error=error, bound=result.bound)
-
-        def fits(found: Assignment) -> bool:
-            return self._held(trial, items, found) <= self.memory
-
-        high = max(result.error, 1e-300) / max(self.memory, 1.0)
-        for _ in range(60):
-            if fits(at(high, lagrangian)):
-                break
-            high *= 8
-        low = high * 1e-12
-        for _ in range(30):
-            middle = (low * high) ** 0.5
-            low, high = (low, middle) if fits(at(middle, lagrangian)) else (middle, high)
-        for _ in range(8):
-            if fits(found := at(high, assign)):
-                return found
-            high *= 1.3
+    def _assign(self, trial: Trial, items: Items, room: float) -> Assignment:
+        """The best assignment within the budget and the memory."""
+        found = assign_within(items.errors, items.prices, room, items.bytes, trial.phases, self.memory)
+        if found is not None:
+            return found
         without = items.without_reuse()
         exact = assign(without.errors, without.prices, room)
-        places = [items.options[i].index(without.options[i][choice]) for i, choice in enumerate(exact.choice.tolist())]
-        return replace(exact, choice=np.array(places), bound=result.bound)
+        chosen = zip(items.options, without.options, exact.choice.tolist(), strict=True)
+        return replace(exact, choice=np.array([every.index(some[i]) for every, some, i in chosen]))
 
-    def _chosen(self, trial: _Trial, items: Items, result: Assignment) -> Iterator[_LayerSteps]:
+    def _chosen(self, trial: Trial, items: Items, result: Assignment) -> Iterator[LayerSteps]:
         """Every layer in every phase, by the heads that compute: what the policy says of their chosen options."""
         members = [self.members(trial, phase) for phase in range(trial.phases)]
         holds = [{hold.reuse: hold for hold in self.holds(steps)} for steps in members]
@@ -500,9 +388,9 @@ class Composer:
                     calls[recalled] += int(self.calls[step])
                 for recalled, count in calls.items():
                     computed = [NOTHING if option.reuse in recalled else option for option in options]
-                    yield _LayerSteps(which, computed, count, self.pricing.layer(computed, layer, orders))
+                    yield LayerSteps(which, computed, count, self.pricing.layer(computed, layer, orders))
 
-    def _run_dense(self, trial: _Trial, items: Items, result: Assignment) -> set[int]:
+    def _run_dense(self, trial: Trial, items: Items, result: Assignment) -> set[int]:
         """Items of layers that would run dense though not all of their heads are priced so."""
         found: set[int] = set()
         for steps in self._chosen(trial, items, result):
@@ -515,7 +403,7 @@ class Composer:
                 found.update(steps.items)
         return found
 
-    def _entries(self, trial: _Trial, items: Items, result: Assignment) -> dict[str, list[list[HeadEntry]]]:
+    def _entries(self, trial: Trial, items: Items, result: Assignment) -> dict[str, list[list[HeadEntry]]]:
         rows: dict[str, list[list[HeadEntry]]] = {}
         chosen = zip(items.options, items.scores, result.choice, strict=True)
         for layer in self.layers:
@@ -527,27 +415,14 @@ class Composer:
                     rows[layer][phase].append(head_entry(options[choice], scores, table))
         return rows
 
-    def _head_errors(self, trial: _Trial, items: Items, result: Assignment) -> np.ndarray:
+    def _head_errors(self, trial: Trial, items: Items, result: Assignment) -> np.ndarray:
         """Of each chosen option, over what leaving the head out would cost: ``[phases, layers, heads]``."""
         chosen = zip(items.errors, items.scores, result.choice, strict=True)
         # A head without any output loses nothing.
         relative = [errors[i] / scores.energy if scores.energy > 0 else 0.0 for errors, scores, i in chosen]
         return np.array(relative).reshape(len(self.layers), self.heads, trial.phases).transpose(2, 0, 1)
 
-    def _schedule(self, trial: _Trial) -> Schedule:
-        def before(step: int) -> float:
-            if self.switch is not None and step == self.second:
-                # Just below it, where the first expert still runs: ranges take in their upper end.
-                return max(self.switch - 1e-6, float(self.levels[step]))
-            return float((self.levels[step - 1] + self.levels[step]) / 2)
-
-        starts = [i for i in range(1, len(trial.phase_of)) if trial.phase_of[i] != trial.phase_of[i - 1]]
-        return Schedule(
-            sparse_below=before(trial.dense) if trial.dense else 1.0,
-            phase_bounds=tuple(before(trial.dense + i) for i in starts),
-        )
-
-    def _attention_time(self, trial: _Trial, items: Items, result: Assignment) -> float:
+    def _attention_time(self, trial: Trial, items: Items, result: Assignment) -> float:
         """Attention time of the whole trajectory over dense, by the measured costs and as it runs on the machine."""
         step = sum(self.time.values())
         spent = float(self.calls[: trial.dense].sum()) * step

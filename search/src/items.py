@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from diffsparse.search.options import HeadScores, Option
+from diffsparse.grid import TokenGrid
+from diffsparse.order import TokenOrder
+from diffsparse.pipelines.policy import LayerVerdict
+from diffsparse.plan import Architecture
+from diffsparse.search.config import SearchConfig
+from diffsparse.search.options import FamilyTable, HeadScores, Option
 
-__all__ = ["Items"]
+__all__ = ["Items", "LayerSteps", "Measurements"]
 
 
 @dataclass
@@ -65,3 +72,31 @@ class Items:
         for i in which:
             self._keep(found, i, self.per_call[i] < 1)
         return found
+
+
+class LayerSteps(NamedTuple):
+    """Calls of a layer in a phase in which the same heads compute: how many, their options, and the policy's word.
+
+    ``items``: the layer's, one a head.
+    """
+
+    items: list[int]
+    options: list[Option]
+    calls: int
+    verdict: LayerVerdict
+
+
+class Measurements(Protocol):
+    """What a composer reads of a search."""
+
+    config: SearchConfig
+    architecture: Architecture
+
+    @property
+    def layers(self) -> Sequence[str]: ...
+
+    def scores(self, layer: str, head: int, weights: Mapping[int, float]) -> HeadScores: ...
+
+    def drift(self, layer: str, head: int) -> np.ndarray: ...
+
+    def table(self, grid: TokenGrid, order: TokenOrder) -> FamilyTable: ...

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from diffsparse.grid import TokenGrid
-from diffsparse.kernels import sparse_attention
 from diffsparse.layout import BlockLayout
 from diffsparse.order import RasterOrder, TokenOrder
 from diffsparse.pipelines import find_transformers, tap_attention
@@ -27,6 +26,7 @@ from diffsparse.search.call import call_pipeline
 from diffsparse.search.drift import DriftMeter
 from diffsparse.search.generate import GenerationSettings
 from diffsparse.search.layers import merged_grid
+from diffsparse.search.perturb import sparse_callback
 from diffsparse.search.score import BlockIndex, CallScores, projection_roots, score_call
 from diffsparse.search.steps import StepCounter
 
@@ -36,11 +36,8 @@ __all__ = [
     "call_levels",
     "final_latents",
     "first_step",
-    "partial_error",
     "record",
     "replaying",
-    "sparse_callback",
-    "stale_outputs",
     "step_effect",
     "watched_updates",
 ]
@@ -359,68 +356,6 @@ def _put_back(originals: list[tuple[torch.nn.Module, Any, Any]]) -> None:
             del module.forward
         else:
             module.forward = own
-
-
-def sparse_callback(layouts: Callable[[Any], BlockLayout | None]) -> Callable[[Any], torch.Tensor | None]:
-    """A tap that runs each call with the layout that ``layouts(call)`` gives, dense where it gives None."""
-
-    def callback(call: Any) -> torch.Tensor | None:
-        layout = layouts(call)
-        if layout is None:
-            return None
-        return sparse_attention(call.q, call.k, call.v, layout, scale=call.scale, kv_len=call.kv_len)
-
-    return callback
-
-
-def partial_error(
-    layouts: Callable[[Any], BlockLayout | None], share: float, steps: int
-) -> Callable[[Any], torch.Tensor | None]:
-    """A tap that adds a share of the sparse error to every call of the first ``steps`` steps it sees."""
-    counter = StepCounter()
-
-    def callback(call: Any) -> torch.Tensor | None:
-        counter.update(call)
-        layout = layouts(call) if counter.changes < steps else None
-        if layout is None:
-            return None
-        sparse = sparse_attention(call.q, call.k, call.v, layout, scale=call.scale, kv_len=call.kv_len)
-        return torch.lerp(call.dense().float(), sparse.float(), share).to(sparse.dtype)
-
-    return callback
-
-
-def stale_outputs(
-    layers: Collection[str], share: float, first: int
-) -> tuple[Callable[[Any], torch.Tensor | None], list[int]]:
-    """A tap that adds a share of what every second step's outputs would get wrong if they were the last step's.
-
-    Of some layers, from the step ``first`` on. Returns it, and the list of the steps that it changed, which fills.
-    """
-    counter = StepCounter()
-    changed: list[int] = []
-    kept: dict[tuple[str, str, int], torch.Tensor] = {}
-    calls: Counter[tuple[int, str, str]] = Counter()
-
-    def callback(call: Any) -> torch.Tensor | None:
-        step = counter.update(call)
-        if call.layer not in layers or step < first:
-            return None
-        place = (step, call.transformer, call.layer)
-        key = (*place[1:], calls[place])
-        calls[place] += 1
-        out: torch.Tensor = call.dense()
-        if (step - first) % 2 == 0:
-            kept[key] = out
-            return out
-        before = kept.pop(key, None)
-        if before is None or before.shape != out.shape:
-            return out
-        if step not in changed:
-            changed.append(step)
-        return torch.lerp(out.float(), before.float(), share).to(out.dtype)
-
-    return callback, changed
 
 
 class _Reached(Exception):

@@ -14,10 +14,11 @@ from diffsparse.kernels.costs import CostTable
 from diffsparse.order import RasterOrder
 from diffsparse.patterns import Band
 from diffsparse.pipelines.policy import ANY_MACHINE
-from diffsparse.search.compose import Composer, _Trial, distinct
+from diffsparse.search.compose import Composer
 from diffsparse.search.errors import BadInput
 from diffsparse.search.options import Option, head_entry, head_options
 from diffsparse.search.search import SearchConfig
+from diffsparse.search.trial import Trial, distinct
 from diffsparse.work import block_fill
 from tests.search.made_up import GRID, LAYERS, LEVELS, TILE, TRACED, Scores, found
 
@@ -174,7 +175,7 @@ def test_no_phase_spans_two_experts_where_there_are_several(phases: int) -> None
     for steps, dense, second in ((6, 0, 2), (6, 1, 2), (6, 0, 5), (12, 3, 7), (6, 2, 2), (6, 3, 2), (6, 0, 0)):
         if phases > steps - dense:
             continue
-        trial = _Trial.even(steps, dense, phases, second)
+        trial = Trial.even(steps, dense, phases, second)
         assert len(trial.phase_of) == steps - dense and trial.phases <= phases
         changes = np.diff(trial.phase_of)
         assert trial.phase_of[0] == 0 and ((changes == 0) | (changes == 1)).all()

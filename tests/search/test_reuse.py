@@ -17,7 +17,8 @@ from diffsparse.reuse import computed_steps
 from diffsparse.search.compose import Candidate
 from diffsparse.search.drift import TOKENS, DriftMeter, holds_for
 from diffsparse.search.errors import BadInput
-from diffsparse.search.observe import final_latents, stale_outputs
+from diffsparse.search.observe import final_latents
+from diffsparse.search.perturb import stale_outputs
 from diffsparse.search.search import SearchConfig, search_plan
 from tests.search.made_up import GRID, LAYERS, found
 from tests.search.tiny import PROMPTS, SHAPE, Cli, build_pipeline

@@ -20,7 +20,6 @@ from diffsparse.patterns import Empty
 from diffsparse.pipelines import architecture_of, sparse_attention_summary, tap_attention
 from diffsparse.pipelines import sparse_attention as attached
 from diffsparse.plan import SparsityPlan
-from diffsparse.search.compose import strides
 from diffsparse.search.errors import BadInput
 from diffsparse.search.generate import GenerationSettings, generate_clip
 from diffsparse.search.load import sparse_backend
@@ -30,6 +29,7 @@ from diffsparse.search.options import HeadScores, is_stable
 from diffsparse.search.score import projection_roots
 from diffsparse.search.search import search_plan
 from diffsparse.search.store import SearchStore, StoreMismatch
+from diffsparse.search.trial import strides
 from tests.helpers.break_even import table
 from tests.search.tiny import PROMPTS, SHAPE, config, fix_costs
 from tests.tolerance import ATTENTION, assert_near

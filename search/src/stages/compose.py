@@ -7,11 +7,12 @@ from functools import partial
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels.costs import CostTable
 from diffsparse.pipelines.policy import Machine, compute_dtype, machine_for
-from diffsparse.search.compose import Candidate, Composer, distinct
+from diffsparse.search.compose import Candidate, Composer
 from diffsparse.search.cost import measure_costs
 from diffsparse.search.errors import BadInput
 from diffsparse.search.layers import switch_level
 from diffsparse.search.stages.sensitivity import amplification, effects, reference, reuse_factor
+from diffsparse.search.trial import distinct
 from diffsparse.search.workspace import Workspace
 
 __all__ = ["compose_plans", "composer_of", "layer_costs", "reuse_memory"]

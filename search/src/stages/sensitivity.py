@@ -10,10 +10,11 @@ from diffsparse.entry import TAILS, Execution, HeadEntry
 from diffsparse.layout import BlockLayout
 from diffsparse.patterns import Bitmap
 from diffsparse.pipelines import tap_attention
-from diffsparse.search.compose import strides
 from diffsparse.search.layers import layouts_by_call
-from diffsparse.search.observe import final_latents, partial_error, replaying, stale_outputs, step_effect
+from diffsparse.search.observe import final_latents, replaying, step_effect
 from diffsparse.search.options import reference_mask
+from diffsparse.search.perturb import partial_error, stale_outputs
+from diffsparse.search.trial import strides
 from diffsparse.search.workspace import Workspace
 
 __all__ = ["amplification", "effects", "reference", "reuse_factor"]

@@ -1,0 +1,77 @@
+"""The steps of a generation, and schedules of them that a search tries: dense first steps, and phases."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from diffsparse.schedule import Schedule
+
+__all__ = ["Trial", "distinct", "strides"]
+
+
+def strides(levels: np.ndarray) -> np.ndarray:
+    """How far each step of a generation moves: the difference to the next noise level, the last one being zero."""
+    return -np.diff(levels, append=0.0)
+
+
+def distinct(levels: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Steps of a generation from the noise levels of its model calls: each step's level, and its number of calls.
+
+    Calls that follow each other at one level are a step. A scheduler may call the model twice in most steps (Heun), and
+    guidance may do so in some. The sections of a long clip go through the same levels again: more calls of the same
+    steps.
+    """
+    found: list[float] = []
+    calls: list[int] = []
+    for level in levels:
+        if not found or level < found[-1] - 1e-6:
+            found.append(float(level))
+            calls.append(1)
+        else:
+            calls[int(np.abs(np.array(found) - level).argmin())] += 1
+    return np.array(found), np.array(calls)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A schedule to try: how many first steps are dense, and the phase of each of the others."""
+
+    dense: int
+    phase_of: tuple[int, ...]
+
+    @classmethod
+    def even(cls, steps: int, dense: int, phases: int, second: int = 0) -> Trial:
+        """Phases of about as many steps each. ``second``: the step at which another expert takes over, or 0.
+
+        Its layers are other ones of the same names, so that no phase holds steps of both where there are several.
+        """
+        sparse, first = steps - dense, second - dense
+        if phases == 1 or first <= 0 or first >= sparse:
+            return cls(dense, tuple(i * phases // sparse for i in range(sparse)))
+        before = min(max(1, round(phases * first / sparse)), phases - 1, first)
+        after = min(phases - before, sparse - first)
+        early = tuple(i * before // first for i in range(first))
+        return cls(dense, early + tuple(before + i * after // (sparse - first) for i in range(sparse - first)))
+
+    @property
+    def phases(self) -> int:
+        return max(self.phase_of) + 1
+
+    def schedule(self, levels: np.ndarray, switch: float | None, second: int) -> Schedule:
+        """The same by noise level. ``levels``: of all steps. ``switch``, ``second``: the level and the step at which
+        another expert takes over, or None and 0."""
+
+        def before(step: int) -> float:
+            if switch is not None and step == second:
+                # Just below it, where the first expert still runs: ranges take in their upper end.
+                return max(switch - 1e-6, float(levels[step]))
+            return float((levels[step - 1] + levels[step]) / 2)
+
+        starts = [i for i in range(1, len(self.phase_of)) if self.phase_of[i] != self.phase_of[i - 1]]
+        return Schedule(
+            sparse_below=before(self.dense) if self.dense else 1.0,
+            phase_bounds=tuple(before(self.dense + i) for i in starts),
+        )
