@@ -95,6 +95,19 @@ def test_a_generation_is_what_the_plan_means(values: tuple[float, ...]) -> None:
     assert torch.equal(generate(pipe, STEPS), generate(pipe, STEPS))
 
 
+def test_thirty_layers_on_another_grid() -> None:
+    """Bitmaps aside, a plan has no grid of its own; 4 x 6 x 10 tokens here."""
+    pipe = wan_pipeline(layers=30)
+    plan = reusing(pipe.transformer, 0.25, 0.0)
+    shape = {"height": 96, "width": 160, "frames": 13}
+    with tap_attention(pipe, remembering(plan)):
+        expected = generate(pipe, 6, **shape)
+    pipe.enable_sparse_attention(plan)
+    found = generate(pipe, 6, **shape)
+    assert pipe.sparse_attention_summary().transformers["transformer"].reused_heads > 0
+    assert_near(found, expected, replace(GENERATION, sums=10 * GENERATION.sums))  # ten times the layers
+
+
 def test_guidance_in_one_batch_and_a_list_of_shapes() -> None:
     """The items of a batch each get their own output again."""
     pipe = wan_pipeline()

@@ -22,7 +22,7 @@ __all__ = ["amplification", "effects", "reference", "reuse_factor"]
 REFERENCE_DENSITY = 0.06
 INJECTED_SHARE = 0.25
 # Errors of outputs that are used again may add up with those of the blocks that are left out: (a + b)^2 is at most
-# 2 (a^2 + b^2). (On the trained model in examples/, 20 steps, this gave better plans than none, and than more.)
+# 2 (a^2 + b^2).
 MARGIN = 2.0
 
 
