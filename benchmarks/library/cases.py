@@ -11,6 +11,7 @@ from diffsparse.entry import Execution, HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels.random_rows import random_rows
 from diffsparse.layout import BlockLayout, build_layout
+from diffsparse.online import OnlineRepair
 from diffsparse.order import AxisOrder, CurveOrder, PhaseOrder, RasterOrder, TileOrder, TokenOrder
 from diffsparse.patterns import Band, Columns, Diagonals, Full, Radial, Window
 from diffsparse.repair import HeadRepair
@@ -25,7 +26,8 @@ class Setting:
     entries: of one call's heads. density: draws every row's kept blocks at random, as many in each; None takes the
     entries' own patterns. like: draw at the share of blocks that this other setting keeps. shared: the same lists for
     all heads. baseline: the setting whose time is the yardstick. masked_text: text tokens at the end that are padding.
-    repaired: every head's output is corrected by a map that is drawn at random; :meth:`Case.layout` has them.
+    repair: how the output is corrected in the layouts of :meth:`Case.layout`. 0: by maps that are drawn at random;
+    above 0: online, by so many exact rows.
     """
 
     label: str
@@ -35,7 +37,7 @@ class Setting:
     shared: bool = False
     baseline: str | None = None
     masked_text: int = 0
-    repaired: bool = False
+    repair: int | None = None
 
     def layout(self, grid: TokenGrid, block_size: int, density: float | None = None) -> BlockLayout:
         """On the CPU. ``density``: of a setting that is drawn ``like`` another."""
@@ -66,8 +68,10 @@ class Case:
     def layout(self, setting: Setting, density: float | None = None) -> BlockLayout:
         """That of a setting, with its repair, on the CPU. ``density``: as in :meth:`Setting.layout`."""
         found = setting.layout(self.grid, self.block_size, density)
-        if not setting.repaired:
+        if setting.repair is None:
             return found
+        if setting.repair:
+            return found.repaired(OnlineRepair(setting.repair))
         return replace(found, heads=replace(found.heads, repair=_random_maps(self.heads, self.head_dim)))
 
 
@@ -177,7 +181,11 @@ def _tails(grid: TokenGrid, heads: int) -> tuple[Setting, ...]:
 def _repaired(grid: TokenGrid, heads: int) -> tuple[Setting, ...]:
     return (
         Setting("no repair", _heads(heads), 0.25),
-        Setting("repaired", _heads(heads), 0.25, baseline="no repair", repaired=True),
+        Setting("repaired", _heads(heads), 0.25, baseline="no repair", repair=0),
+        *(
+            Setting(f"online, {rows} rows", _heads(heads), 0.25, baseline="no repair", repair=rows)
+            for rows in (64, 256)
+        ),
     )
 
 

@@ -10,7 +10,6 @@ from diffsparse.entry import TAILS
 from diffsparse.heads import SKIP, TAIL
 from diffsparse.kernels.call import key_mask_of
 from diffsparse.layout import BlockLayout
-from diffsparse.online import OnlineRepair
 from diffsparse.repair import HeadRepair
 
 __all__ = ["sampled_error", "tolerance"]
@@ -44,10 +43,8 @@ def sampled_error(
     ``heads`` heads (all where there are no more, else spread evenly) and ``rows`` tokens of each, in the first item;
     the first and the last token are always among them, since that is where short blocks are. Skipped heads must be
     zero: anything else there makes the error infinite. Raises ValueError for the ``centroids`` tail, whose halves are
-    defined by :func:`diffsparse.kernels.reference_attention` alone, and for an online repair, which is so too.
+    defined by :func:`diffsparse.kernels.reference_attention` alone.
     """
-    if isinstance(layout.heads.repair, OnlineRepair):
-        raise ValueError("the sampled check knows no online repair: use reference_attention on a small case")
     total, seq = q.shape[2], q.shape[1]
     scale = q.shape[-1] ** -0.5
     mask = key_mask_of(kv_len, seq)
@@ -63,9 +60,16 @@ def sampled_error(
         if tail == "centroids":
             raise ValueError("the sampled check knows no centroids tail: use reference_attention on a small case")
         tokens = torch.cat([torch.randint(seq, (max(0, rows - 2),), generator=draw), torch.tensor([0, seq - 1])])
-        want = _rows(q, k, v, layout, h, tail, tokens.to(q.device), scale, mask)
-        if isinstance(layout.heads.repair, HeadRepair):
-            want = _repaired(want, layout, layout.heads.repair, h, tokens.to(q.device))
+        tokens = tokens.to(q.device)
+        want = _rows(q, k, v, layout, h, tail, tokens, scale, mask)
+        repair = layout.heads.repair
+        if isinstance(repair, HeadRepair):
+            want = _repaired(want, layout, repair, h, tokens)
+        elif repair is not None:
+            places = repair.places(layout.tokens.text_before, layout.tokens.num_visual, q.device)
+            known = _rows(q, k, v, layout, h, tail, places, scale, mask)
+            exact = _dense(q, k, v, h, places, scale, mask)
+            want = _repaired_online(want, layout, tokens, places, known, exact)
         got = out[0, tokens.to(out.device), h].double()
         off += float((got - want).square().sum())
         size += float(want.square().sum())
@@ -80,6 +84,43 @@ def _repaired(
     visual = (tokens >= cut.text_before) & (tokens < cut.text_before + cut.num_visual) & repair.used[head]
     change = rows @ repair.weight[head].double() + repair.bias[head].double()
     return torch.where(visual[:, None], rows + change, rows)
+
+
+def _repaired_online(
+    rows: torch.Tensor,
+    layout: BlockLayout,
+    tokens: torch.Tensor,
+    places: torch.Tensor,
+    known: torch.Tensor,
+    exact: torch.Tensor,
+) -> torch.Tensor:
+    """The same, by the ridge regression of ``exact`` on ``known``, the two outputs of the tokens ``places``."""
+    cut = layout.tokens
+    mean, error = known.mean(0), exact - known
+    centred = known - mean
+    products = centred.T @ centred
+    ridge = products.diagonal().mean() * torch.eye(len(products), dtype=rows.dtype, device=rows.device)
+    weight = torch.linalg.solve(products + ridge, centred.T @ (error - error.mean(0)))
+    visual = (tokens >= cut.text_before) & (tokens < cut.text_before + cut.num_visual)
+    found = torch.where(visual[:, None], rows + (rows - mean) @ weight + error.mean(0), rows)
+    which = tokens[:, None] == places
+    return torch.where(which.any(1)[:, None], exact[which.int().argmax(1)], found)
+
+
+def _dense(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    head: int,
+    tokens: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """Dense attention fp64 ``[len(tokens), D]`` of one head of the first item."""
+    logits = q[0, tokens, head].double() * scale @ k[0, :, head].double().T
+    if mask is not None:
+        logits.masked_fill_(~mask[0], -math.inf)
+    return logits.softmax(1) @ v[0, :, head].double()
 
 
 def _rows(
