@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from check_colours import clip_matches, colours_found, psnr, score, shuffled_score, to_uint8
+from check_clips import psnr, to_uint8
+from check_colours import clip_matches, colours_found, score, shuffled_score
 from PIL import Image
 from tiny_wan_data import Scene, render, sample_scenes
 

@@ -3,12 +3,13 @@
 A :class:`Scene` is what a caption says ("a red circle and a blue square over yellow stripes, panning left");
 everything else (positions, speeds, sizes, the texture's period) is drawn from a seed. :func:`render` turns scenes into
 clips in one batch on any device. Sprites are saturated (or white) and textures muted, so that the colours of the
-sprites can be read back from the pixels: ``check_colours.py`` does so.
+sprites and their shapes can be read back from the pixels: ``check_colours.py`` and ``check_shapes.py`` do so.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import random
 from dataclasses import dataclass
@@ -104,6 +105,12 @@ def captioned_colours(caption: str) -> frozenset[str]:
     return frozenset(caption.lower().replace(",", " ").split()) & SPRITE_COLOURS.keys()
 
 
+def captioned_sprites(caption: str) -> list[Sprite]:
+    """The sprites that a caption names, in its order."""
+    words = caption.lower().replace(",", " ").split()
+    return [Sprite(*pair) for pair in itertools.pairwise(words) if pair[0] in SPRITE_COLOURS and pair[1] in SHAPES]
+
+
 def sample_scenes(count: int, seed: int | str, *, heldout: bool = False, still: bool = False) -> list[Scene]:
     """Draw ``count`` scenes of one split of the caption space, the same ones for the same seed.
 
@@ -159,7 +166,7 @@ def render(
             x, y = _local_coordinates(centres[index, slot], angles[index, slot], height, width, device)
             radius = radii[index, slot].to(device).view(-1, 1, 1, 1)
             # One pixel of antialiasing around the border.
-            alpha = (0.5 - _signed_distance(shape, x, y, radius)).clamp(0, 1).unsqueeze(1)
+            alpha = (0.5 - signed_distance(shape, x, y, radius)).clamp(0, 1).unsqueeze(1)
             colour = torch.tensor([SPRITE_COLOURS[scenes[i].sprites[slot].colour] for i in chosen], device=device)
             index = index.to(device)
             clips[index] = torch.lerp(clips[index], colour.view(-1, 3, 1, 1, 1), alpha)
@@ -272,7 +279,7 @@ def _local_coordinates(
     return x * cos + y * sin, y * cos - x * sin
 
 
-def _signed_distance(shape: str, x: torch.Tensor, y: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
+def signed_distance(shape: str, x: torch.Tensor, y: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
     """About how many pixels a point lies outside a shape of the given radius (negative inside)."""
     if shape == "circle":
         return torch.hypot(x, y) - 0.92 * radius

@@ -22,7 +22,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from check_colours import generate, reconstruct, score
+from check_clips import generate, reconstruct
+from check_colours import score
+from check_shapes import shape_score
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
 from tiny_wan_data import render, sample_scenes
@@ -366,7 +368,12 @@ class WanTrainer(Trainer):
                 pipe = self.pipeline(averaged)
                 pipe.set_progress_bar_config(disable=True)
                 clips = generate(pipe, captions, steps=20, frames=frames, height=height, width=width)
-            self.log(stage="denoiser", step=step, heldout_colours=self.agreed(score(clips, captions)))
+            self.log(
+                stage="denoiser",
+                step=step,
+                heldout_colours=self.agreed(score(clips, captions)),
+                heldout_shapes=self.agreed(shape_score(clips, captions)),
+            )
             return False
 
         step = self.fit(

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from check_colours import psnr
+from check_clips import psnr
 from diffusers.utils import logging
 from tiny_wan_data import BACKGROUND_COLOURS, PANS, SHAPES, SPRITE_COLOURS, TEXTURES
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors

@@ -66,7 +66,7 @@ EXCUSED = {
     "examples/tiny_wan/prompts/heldout.txt --count 12 --seeds 2": MANY_CLIPS,
     "python benchmarks/quality.py examples/tiny_wan examples/tiny_wan/sparse_plan --prompts "
     "examples/tiny_wan/prompts/heldout.txt --count 3 --seeds 2": MANY_CLIPS,
-    "python examples/check_colours.py examples/tiny_wan --out out/tiny_wan_check": (
+    "python examples/check_clips.py examples/tiny_wan --out out/tiny_wan_check": (
         "minutes on a CPU however few its captions; tests/examples/test_tiny_wan.py tests what it measures with"
     ),
     "python examples/check_pictures.py examples/tiny_flux --out out/tiny_flux_check": (

@@ -1,4 +1,4 @@
-"""The small trained model: its data, the colour check, the training script, and the finished folder."""
+"""The small trained model: its data, the checks of colours and shapes, the training script, and the finished folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ import torch
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
+import check_clips  # noqa: E402
 import check_colours  # noqa: E402
+import check_shapes  # noqa: E402
 import tiny_wan_data as data  # noqa: E402
 
 MODEL = EXAMPLES / "tiny_wan"
@@ -91,9 +93,49 @@ def test_the_check_wants_every_colour_and_no_other() -> None:
     assert not check_colours.clip_matches(torch.full_like(clip, 0.5), scene.caption)
 
 
+def test_a_caption_names_its_sprites_in_order() -> None:
+    for scene in data.sample_scenes(50, "names"):
+        assert tuple(data.captioned_sprites(scene.caption)) == scene.sprites
+
+
+@pytest.mark.parametrize("size", [(5, 64, 64), (9, 72, 104), (1, 112, 80)])
+def test_the_shape_check_reads_real_clips(size: tuple[int, int, int]) -> None:
+    frames, height, width = size
+    scenes = data.sample_scenes(48, f"shapes {size}", heldout=True)
+    clips = data.render(scenes, height, frames=frames, height=height, width=width)
+    captions = [scene.caption for scene in scenes]
+    assert check_shapes.shape_score(clips, captions) >= 0.97
+    # Of six shapes a wrong caption names the right one by chance, and it must name the colour as well.
+    assert check_shapes.shape_score(clips, captions[1:] + captions[:1]) <= 0.2
+
+
+@pytest.mark.parametrize("shape", data.SHAPES)
+@pytest.mark.parametrize("over", data.SHAPES)
+def test_the_shape_check_looks_past_a_sprite_that_covers_another(shape: str, over: str) -> None:
+    height, width, radius = 70, 90, torch.tensor(13.0)
+    clip = torch.full((3, 7, height, width), 0.5)
+    y, x = torch.arange(height)[:, None] + 0.5, torch.arange(width)[None] + 0.5
+    # The one on top passes across the other, which it hides in part in most frames.
+    for frame in range(clip.shape[1]):
+        for name, colour, at in ((shape, "red", 45.0), (over, "cyan", 15.0 + 10 * frame)):
+            inside = data.signed_distance(name, x - at, y - 35.0, radius) < 0
+            clip[:, frame, inside] = torch.tensor(data.SPRITE_COLOURS[colour])[:, None]
+    assert check_shapes.read_shape(clip, "red") == shape
+    assert check_shapes.read_shape(clip, "cyan") == over
+
+
+def test_the_shape_check_reads_nothing_where_nothing_is() -> None:
+    clip = torch.full((3, 3, 48, 64), 0.5)
+    assert check_shapes.read_shape(clip, "red") is None
+    dust = torch.rand(3, 48, 64, generator=torch.Generator().manual_seed(0)) < 0.1
+    clip[:, dust] = torch.tensor(data.SPRITE_COLOURS["red"])[:, None]
+    assert check_shapes.read_shape(clip, "red") is None  # one part of it is a few pixels of no shape
+    assert check_shapes.shape_score(clip[None], ["a red star over grey dots, panning up"]) == 0.0
+
+
 def test_psnr_of_a_known_error() -> None:
     clip = torch.full((1, 3, 2, 8, 8), 0.5)
-    assert check_colours.psnr(clip + 0.1, clip).item() == pytest.approx(20.0, abs=1e-3)
+    assert check_clips.psnr(clip + 0.1, clip).item() == pytest.approx(20.0, abs=1e-3)
 
 
 def train(out: Path, *options: str) -> str:
@@ -112,7 +154,7 @@ def test_training_runs_saves_and_resumes(tmp_path: Path) -> None:
     whole = train(tmp_path / "whole")
     pipe = WanPipeline.from_pretrained(tmp_path / "whole" / "model")
     pipe.set_progress_bar_config(disable=True)
-    clips = check_colours.generate(
+    clips = check_clips.generate(
         pipe, ["a red ring over teal dots, panning up"], steps=2, frames=5, height=32, width=32
     )
     assert clips.shape == (1, 3, 5, 32, 32) and clips.isfinite().all()
@@ -131,6 +173,46 @@ needs_model = pytest.mark.skipif(not (MODEL / "model_index.json").exists(), reas
 
 
 @needs_model
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--steps", "4", "8"], "need --generation-only"),
+        (["--steps", "0"], "--steps: at least 1"),
+        (["--generation-only", "--shift", "-1"], "--shift: at least 0.001"),
+    ],
+)
+def test_the_check_script_refuses_in_one_line(
+    options: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["check_clips.py", str(MODEL), *options])
+    with pytest.raises(SystemExit):
+        check_clips.main()
+    assert says in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_sweep_generates_with_every_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    class Pipe:
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
+
+    ran = []
+
+    def generate(pipe: Pipe, captions: list[str], *, steps: int, guidance: float, **_: int) -> torch.Tensor:
+        ran.append((steps, pipe.scheduler.config.shift, guidance))
+        scenes = data.sample_scenes(len(captions), "check 3", heldout=True)
+        return data.render(scenes, 0, frames=3, height=64, width=64)
+
+    monkeypatch.setattr(check_clips, "generate", generate)
+    pipe = Pipe()
+    rows = check_clips.sweep(pipe, captions=6, steps=(4, 8), shifts=(None, 3.0), guidances=(5.0,), seed=3)
+    assert ran == [(4, 2.0, 5.0), (4, 3.0, 5.0), (8, 2.0, 5.0), (8, 3.0, 5.0)]
+    assert [(row["steps"], row["shift"], row["guidance"]) for row in rows] == ran
+    assert all(row["colours_generated"] == row["shapes_generated"] == 1.0 for row in rows)
+    assert pipe.scheduler.config.shift == 2.0
+
+
+@needs_model
 def test_the_model_folder_is_small() -> None:
     assert sum(path.stat().st_size for path in MODEL.rglob("*") if path.is_file()) <= 28_000_000
 
@@ -145,7 +227,7 @@ def test_the_model_loads_and_runs_at_other_sizes() -> None:
     assert ((17 - 1) // 4 + 1) * (128 // 4) ** 2 >= 5000  # tokens at the native shape
     pipe.set_progress_bar_config(disable=True)
     caption = (MODEL / "prompts" / "heldout.txt").read_text().splitlines()[0]
-    clips = check_colours.generate(pipe, [caption], steps=2, frames=5, height=48, width=64)
+    clips = check_clips.generate(pipe, [caption], steps=2, frames=5, height=48, width=64)
     assert clips.shape == (1, 3, 5, 48, 64) and clips.isfinite().all() and clips.std() > 0.02
 
 
@@ -155,7 +237,7 @@ def test_the_model_reconstructs_held_out_clips() -> None:
 
     vae = AutoencoderKLWan.from_pretrained(MODEL / "vae")
     clips = data.render(data.sample_scenes(2, "reconstruction", heldout=True), 0, frames=5)
-    assert check_colours.psnr(check_colours.reconstruct(vae, clips), clips).mean() >= 29
+    assert check_clips.psnr(check_clips.reconstruct(vae, clips), clips).mean() >= 29
 
 
 @needs_model
@@ -196,6 +278,6 @@ def test_the_model_ships_a_plan_that_auto_takes() -> None:
     caption = (MODEL / "prompts" / "heldout.txt").read_text().splitlines()[0]
     # Another size than the one that the plan was searched at: bitmaps are carried over.
     with diffsparse.sparse_attention(pipe):
-        clips = check_colours.generate(pipe, [caption], steps=2, frames=5, height=64, width=64)
+        clips = check_clips.generate(pipe, [caption], steps=2, frames=5, height=64, width=64)
         text = str(pipe.sparse_attention_summary())
     assert clips.isfinite().all() and "shipped with the model" in text
