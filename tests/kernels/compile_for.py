@@ -96,6 +96,8 @@ def compile_gluon(slow: bool) -> None:
                 "shared": kernel.metadata.shared,
                 "wgmma": kernel.asm["ptx"].count("wgmma.mma_async"),
                 "bulk": kernel.asm["ptx"].count("cp.async.bulk.tensor"),
+                "barriers": kernel.asm["ptx"].count("mbarrier.init"),
+                "given_up": kernel.asm["ptx"].count("mbarrier.inval"),
                 **assembled(kernel.asm["ptx"]),
             }
             print(json.dumps(found), flush=True)

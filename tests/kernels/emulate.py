@@ -73,12 +73,14 @@ _FREE_MEANS = "mbarrier.arrive(k_empty.index(means), count=1)"
 _VARIANCES = "\n" + " " * 12 + "var = k_ring"
 _LOST = "  mark(work, t, total_tiles)"
 _COUNT = "mbarrier.init(k_empty.index(s), count=CONSUMERS)"
+_GIVE_UP = "mbarrier.invalidate(second_turn)"
 FAULTS = (
     ("auto", "none", "blocks are read early", _KEYS + "if TAKE_TURNS", "if TAKE_TURNS"),
     ("auto", "none", "blocks are given back early", _TAKE + _TOGETHER + _FREE_KEYS,
      _FREE_KEYS + _LINE + _TAKE + _TOGETHER + "pass"),
     ("auto", "none", "a turn is never passed on", "mbarrier.arrive(turn[1 - WHICH], count=1)", "pass"),
     ("auto", "none", "one consumer frees a slot for both", _COUNT, _COUNT.replace("CONSUMERS", "1")),
+    ("auto", "none", "a barrier is never given up", _GIVE_UP, "pass"),
     ("auto", "mean", "keys are read early", _KEYS + "if TAKE_TURNS", "if TAKE_TURNS"),
     ("auto", "mean", "values are read early", _VALUES, "values"),
     ("auto", "mean", "values are given back early", _TAKE + _APART + _FREE_VALUES,

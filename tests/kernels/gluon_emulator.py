@@ -47,13 +47,15 @@ class Pointer:
 
 
 class Barrier:
-    """An mbarrier: a phase ends once all arrivals and all bytes have come in."""
+    """An mbarrier: a phase ends once all arrivals and all bytes have come in. One from ``init`` to ``invalidate``."""
 
     def __init__(self) -> None:
         self.count = self.pending = self.bytes = self.phase = 0
+        self.valid = False
         self.changed = threading.Condition()
 
     def _settle(self) -> None:
+        assert self.valid, "a signal to what is no barrier"
         assert self.pending >= 0, "more arrivals than the barrier counts"
         if self.pending == 0 and self.bytes == 0:
             self.pending = self.count
@@ -61,7 +63,13 @@ class Barrier:
             self.changed.notify_all()
 
     def init(self, count: int) -> None:
+        assert not self.valid, "a barrier was initialised twice"
         self.count = self.pending = count
+        self.valid = True
+
+    def invalidate(self) -> None:
+        assert self.valid and self.bytes == 0, "a barrier was given up before its bytes had come in"
+        self.valid = False
 
     def arrive(self, count: int) -> None:
         with self.changed:
@@ -81,6 +89,7 @@ class Barrier:
 
     def wait(self, parity: int) -> None:
         with self.changed:
+            assert self.valid, "waited for what is no barrier"
             if not self.changed.wait_for(lambda: self.phase % 2 != parity, DEADLOCK_SECONDS):
                 raise Deadlock("waited in vain for a barrier")
 
@@ -189,6 +198,10 @@ class _Mbarrier:
         bar.value[0].init(int(count))
 
     @staticmethod
+    def invalidate(bar: Shared) -> None:
+        bar.value[0].invalidate()
+
+    @staticmethod
     def wait(bar: Shared, phase: Any, pred: Any = True) -> None:
         if bool(pred):
             bar.value[0].wait(int(phase))
@@ -234,7 +247,9 @@ def _atomic(change: Callable[[torch.Tensor, Any], Any]) -> Callable[[Pointer, An
 
 def _allocate(dtype: torch.dtype, shape: list[int], layout: Any) -> Shared:
     if dtype == torch.int64:
-        return Shared([Barrier()] if len(shape) == 1 else [[Barrier()] for _ in range(shape[0])])
+        made = [Barrier() for _ in range(shape[0])]
+        _local.barriers += made
+        return Shared(made if len(shape) == 1 else [[barrier] for barrier in made])
     return Shared(torch.full(shape, 77 if dtype == torch.int8 else float("nan")).to(dtype), layout)
 
 
@@ -282,8 +297,10 @@ class Kernel:
             # Tensors go in as addresses; what is written is seen through them.
             given = [Pointer(x.view(-1)) if isinstance(x, torch.Tensor) else x for x in arguments]
             for program in range(grid[0]):
-                _local.program, _local.programs = program, grid[0]
+                _local.program, _local.programs, _local.barriers = program, grid[0], []
                 self.function(*given, **constants)
+                # Else the compiler takes the barrier for dead where it is no longer used, and puts values in its place.
+                assert not any(barrier.valid for barrier in _local.barriers), "a barrier was never invalidated"
             _local.program = None
 
         return launch

@@ -32,9 +32,9 @@ def test_emulated_in_eight_bits(repo_root: Path) -> None:
     check_cases(repo_root, 12, "tests.kernels.emulate", "--eight")
 
 
-@pytest.mark.slow(reason="emulates twelve faults until each shows; some end in a signal that never comes")
+@pytest.mark.slow(reason="emulates thirteen faults until each shows; some end in a signal that never comes")
 def test_emulation_notices_faults(repo_root: Path) -> None:
-    check_cases(repo_root, 12, "tests.kernels.emulate", "--faults")
+    check_cases(repo_root, 13, "tests.kernels.emulate", "--faults")
 
 
 def compiled(root: Path, *flags: str, **environment: str) -> list[dict]:
@@ -46,6 +46,8 @@ def compiled(root: Path, *flags: str, **environment: str) -> list[dict]:
         assert kernel["wgmma"] and kernel["bulk"], f"Hopper's own units are not used: {kernel}"
         assert kernel["spill_bytes"] <= 128, kernel  # some addresses at most
         assert not kernel["serialized"], kernel
+        # Memory that is still a barrier must not be used for anything else; one that is given up at the end never is.
+        assert kernel["barriers"] == kernel["given_up"] > 0, kernel
     return kernels
 
 

@@ -614,3 +614,15 @@ def forward_kernel(
             [1],
             [PRODUCER_REGS],
         )  # fmt: skip
+    # Barriers that a variant never waits for would end at their init, and the compiler would put other values in their
+    # place. Memory that still is a barrier must hold nothing else (PTX ISA, mbarrier.init and mbarrier.inval): where
+    # processes take turns on a GPU, such values came back as NaN.
+    mbarrier.invalidate(q_full.index(0))
+    mbarrier.invalidate(q_empty.index(0))
+    mbarrier.invalidate(first_turn)
+    mbarrier.invalidate(second_turn)
+    for s in gl.static_range(STAGES):
+        mbarrier.invalidate(k_full.index(s))
+        mbarrier.invalidate(k_empty.index(s))
+        mbarrier.invalidate(v_full.index(s))
+        mbarrier.invalidate(v_empty.index(s))
