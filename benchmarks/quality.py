@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def uniform(pattern: Pattern, order: TokenOrder, block_size: int, schedule: Sche
 def windows(plan: SparsityPlan, grid: TokenGrid, levels: np.ndarray) -> Iterator[tuple[str, SparsityPlan]]:
     """For each extent in time the smallest window that is at least as dense as ``plan``."""
     wanted = plan.trajectory_density(grid, levels)
-    schedule = Schedule(sparse_below=plan.schedule.sparse_below)
+    schedule = replace(plan.schedule, phase_bounds=(), dense_layers=())
     order = TileOrder(1, 8, 8) if plan.block_size == 64 else TileOrder(1, 8, 16)
     for extent in TIME_EXTENTS if grid.frames > 1 else (None,):
         for side in np.linspace(0.02, 1.0, 50):
@@ -123,7 +124,7 @@ def main() -> None:
     prompts = load.read_prompts(a.prompts)[: a.count]
     dense = generate_dense(pipe, prompts, range(1000, 1000 + a.seeds), settings)
     levels = np.array(dense.noise_levels)
-    dense_steps = int((levels > plan.schedule.sparse_below).sum())
+    dense_steps = plan.schedule.phases(levels).count(None)
     floor = dense.noise_floor.psnr if dense.noise_floor else float("nan")
     print(f"PSNR of another seed {dense.other_seed_psnr:.2f} dB, of another dense kernel {floor:.2f} dB", flush=True)
 

@@ -74,9 +74,8 @@ def plan_card(plan: SparsityPlan) -> str:
     s = plan.schedule
     lines += [
         "",
-        f"Steps at a noise level above {s.sparse_below:g}"
-        + (f", or at {s.dense_below:g} and below," if s.dense_below else "")
-        + f" run dense. {s.num_phases} phase(s)"
+        (f"Steps {' and '.join(dense)} run dense." if (dense := s.dense_steps()) else "No step runs dense.")
+        + f" {s.num_phases} phase(s)"
         + (f", parted at {', '.join(f'{b:g}' for b in s.phase_bounds)}." if s.phase_bounds else ".")
         + (f" Dense layers: {', '.join(s.dense_layers)}." if s.dense_layers else ""),
         "",

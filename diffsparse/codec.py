@@ -55,7 +55,10 @@ def decode_entry(data: Any, arrays: dict[str, np.ndarray] | Reading, where: str 
 
 def encode_schedule(schedule: Schedule) -> dict[str, Any]:
     """A schedule as JSON values."""
-    return {f.name: plain(getattr(schedule, f.name), {}, encode_pattern) for f in fields(Schedule)}
+    values = {f.name: plain(getattr(schedule, f.name), {}, encode_pattern) for f in fields(Schedule)}
+    if not schedule.dense_between:
+        del values["dense_between"]  # such plans stay as they were, for versions that do not know it
+    return values
 
 
 def decode_schedule(data: Any) -> Schedule:

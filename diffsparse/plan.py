@@ -25,7 +25,7 @@ from diffsparse.online import OnlineRepair
 from diffsparse.provenance import check_record
 from diffsparse.reader import FORMAT_VERSION, read_files, read_plan
 from diffsparse.repair import REPAIR_KEY, Repair
-from diffsparse.reuse import computed_steps
+from diffsparse.reuse import computed_steps, stretches
 from diffsparse.saving import ARRAYS_NAME, CARD_NAME, DIGEST_KEY, JSON_NAME, arrays_digest, write_plan
 from diffsparse.schedule import Schedule
 from diffsparse.tokens import BLOCK_SIZES
@@ -229,14 +229,16 @@ class SparsityPlan:
 
         Steps without a phase count 1, outputs that are used again 0. Steps that follow each other at one level are one.
         """
-        levels = np.array(list(noise_levels), np.float64)
-        phases = np.array([-1 if p is None else p for p in self.schedule.phases(levels.tolist())])
-        result = np.append(self.call_densities(grid, layers, heads).mean(1), 1.0)[phases]
+        levels = list(noise_levels)
+        phases = self.schedule.phases(levels)
+        calls = np.append(self.call_densities(grid, layers, heads).mean(1), 1.0)
+        result = calls[[-1 if phase is None else phase for phase in phases]]
         for reuse in {entry.execution.reuse for entry in self.entries} - {0.0}:
             saved = self._densities(grid, layers, heads, reuse).mean(1)
-            for phase in set(phases.tolist()) - {-1}:
-                distinct, of = np.unique(-levels[phases == phase], return_inverse=True)
-                result[phases == phase] -= saved[phase] * ~np.array(computed_steps((-distinct).tolist(), reuse))[of]
+            for phase, steps in stretches(phases):
+                distinct, of = np.unique([-levels[i] for i in steps], return_inverse=True)
+                computed = np.array(computed_steps((-distinct).tolist(), reuse))[of]
+                result[steps] -= saved[phase] * ~computed
         return result
 
     @property

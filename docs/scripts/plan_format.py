@@ -65,6 +65,7 @@ JSON_FORM = {
     "tuple[Pattern, ...]": "list of patterns",
     "tuple[float, ...]": "list of numbers",
     "tuple[str, ...]": "list of strings",
+    "tuple[tuple[float, float], ...]": "list of `[high, low]`",
     "tuple[int, int, int]": "`[t, h, w]`, integers",
     "tuple[Extent, Extent, Extent]": "`[t, h, w]`: integers, fractions or null",
     "tuple[tuple[int, int, int], ...]": "list of `[f, h, w]`",

@@ -243,9 +243,10 @@ def _read_call(module: torch.nn.Module, state: ModelState, args: Any, kwargs: An
     if level is None:
         problem = problem or "the forward was given no timestep"
     plan, reuse = state.plan, None
-    phase = plan.schedule.phase(level) if plan is not None and level is not None else None
-    if plan is not None and plan.reuses and level is not None and problem is None:
-        reuse = state.reuse.begin(state.scheduler, level, plan.schedule.phase, arguments)
+    phase_of = None if plan is None else state.phases.of(plan.schedule, state.scheduler)
+    phase = phase_of(level) if phase_of is not None and level is not None else None
+    if plan is not None and plan.reuses and phase_of is not None and level is not None and problem is None:
+        reuse = state.reuse.begin(state.scheduler, level, phase_of, arguments)
         if reuse is None and phase is not None:
             state.log(NOT_TOLD)
     return Call(

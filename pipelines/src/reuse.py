@@ -145,6 +145,8 @@ class ReuseStore:
             self._seen.clear()
             self._drop_dead()
         phase, prompt = phase_of(level), self._prompt(arguments)
+        if phase is None:
+            self._held.clear()  # a dense step ends what serves
         if prompt is None or phase is None:
             return None
         key = (prompt, *(f"{n}={v!r}" for n, v in sorted(arguments.items()) if _is_switch(v)))

@@ -25,6 +25,7 @@ from diffsparse.kernels.clock import Watch
 from diffsparse.layout import BlockLayout, build_layout
 from diffsparse.pipelines.dense import DenseChoice
 from diffsparse.pipelines.family import Family, architecture_of, family_by_class, layers_of
+from diffsparse.pipelines.phases import PhaseFinder
 from diffsparse.pipelines.policy import SLOWER, Machine, entries_of, judge_layer, machine_for
 from diffsparse.pipelines.reuse import Group, ReuseStore, groups_of
 from diffsparse.pipelines.uniform import alike, mark_sizes
@@ -192,6 +193,7 @@ class ModelState:
         """What belongs to this object alone, and is made anew for a copy."""
         self.layouts = LayoutCache()
         self.reuse = ReuseStore()
+        self.phases = PhaseFinder()
         self._groups: dict[tuple[int, int], tuple[Group, ...]] = {}
         self.machines: dict[tuple[torch.device, torch.dtype, tuple[str, ...]], Machine] = {}
         self.lock = threading.Lock()
@@ -206,7 +208,19 @@ class ModelState:
             self.num_train_timesteps = int(scheduler.config.get("num_train_timesteps", self.num_train_timesteps))
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("layouts", "reuse", "_groups", "machines", "lock", "tap", "installed", "_pipe", "schedule", "pending")
+        own = (
+            "layouts",
+            "reuse",
+            "phases",
+            "_groups",
+            "machines",
+            "lock",
+            "tap",
+            "installed",
+            "_pipe",
+            "schedule",
+            "pending",
+        )
         return {k: v for k, v in self.__dict__.items() if k not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

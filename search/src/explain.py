@@ -15,6 +15,7 @@ from diffsparse.kernels.costs import CostTable
 from diffsparse.pipelines.family import Family, UnsupportedModelError, family_by_class
 from diffsparse.pipelines.policy import Machine, entries_of, judge_layer, machine_for
 from diffsparse.plan import Architecture, SparsityPlan
+from diffsparse.schedule import Schedule
 from diffsparse.search.environment import environment
 from diffsparse.search.errors import BadInput
 from diffsparse.search.recorded import recorded as searched_with
@@ -73,8 +74,7 @@ class Explanation:
     shape: Shape
     device: str
     backend: str
-    sparse_below: float
-    dense_below: float
+    schedule: Schedule
     phases: tuple[str, ...]
     layers: tuple[LayerForecast, ...]
     costs: CostTable | None
@@ -91,8 +91,9 @@ class Explanation:
             "device": self.device,
             "backend": self.backend,
             "schedule": {
-                "sparse_below": self.sparse_below,
-                "dense_below": self.dense_below,
+                "sparse_below": self.schedule.sparse_below,
+                "dense_below": self.schedule.dense_below,
+                "dense_between": [list(pair) for pair in self.schedule.dense_between],
                 "phases": list(self.phases),
             },
             "call_density": self.call_density,
@@ -335,8 +336,7 @@ def explain(
         shape=shape,
         device=str(environment(device)["device"]),
         backend=machine.kernel,
-        sparse_below=plan.schedule.sparse_below,
-        dense_below=plan.schedule.dense_below,
+        schedule=plan.schedule,
         phases=tuple(phase_names(plan)),
         layers=tuple(rows),
         costs=costs,

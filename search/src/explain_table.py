@@ -55,14 +55,12 @@ def _cells(layer: LayerForecast) -> tuple[str, ...]:
 def explain_table(found: Explanation, name: str = "") -> str:
     """:class:`Explanation` for readers: layers that agree are one line."""
     a, grid = found.shape.architecture, found.shape.grid
-    levels = [f"above noise level {found.sparse_below:g}"] if found.sparse_below < 1 else []
-    levels += [f"at noise level {found.dense_below:g} and below"] if found.dense_below else []
     head = [["plan", name]] if name else []
     head += [
         ["model", "any" if a is None else f"{a.model_class}, {len(a.layers)} layers, {a.heads} heads"],
         ["tokens", f"{grid.seq_len:,} ({grid})"],
         ["machine", f"{found.device}; backend {found.backend}"],
-        ["dense steps", " and ".join(levels) or "none"],
+        ["dense steps", " and ".join(found.schedule.dense_steps()) or "none"],
         ["phases", ", ".join(name.replace(" ", GLUE) for name in found.phases)],
         ["density", " ".join(f"{d:.3f}" for d in found.call_density) + " (a sparse step, by phase, tails counted)"],
     ]

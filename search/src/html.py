@@ -24,7 +24,6 @@ from diffsparse.grid import TokenGrid
 from diffsparse.order import TokenOrder
 from diffsparse.plan import SparsityPlan
 from diffsparse.saving import write_whole
-from diffsparse.schedule import Schedule
 from diffsparse.search.errors import BadInput, writing
 from diffsparse.search.explain import HeadForecaster, recorded_costs
 from diffsparse.search.measured import PooledAttention, fitting_attention
@@ -122,7 +121,7 @@ def _data(plan: SparsityPlan, grid: TokenGrid, attention: PooledAttention | None
             f"{a.model_class}, {len(a.layers)} layers, {a.heads} heads of {a.head_dim}" if a else "any model",
             f"{grid.seq_len:,} tokens ({grid})",
             f"blocks of {plan.block_size}",
-            _dense_steps(schedule),
+            f"dense steps: {' and '.join(schedule.dense_steps('.3g')) or 'none'}",
             "density by phase " + ", ".join(f"{d:.3f}" for d in densities),
         ],
         "start": phase,
@@ -144,12 +143,6 @@ def _data(plan: SparsityPlan, grid: TokenGrid, attention: PooledAttention | None
         "error": None if figures is None else _base64(figures.error.astype("<f4")),
         "record": plan.record,
     }
-
-
-def _dense_steps(schedule: Schedule) -> str:
-    levels = [f"above noise level {schedule.sparse_below:.3g}"] if schedule.sparse_below < 1 else []
-    levels += [f"at noise level {schedule.dense_below:.3g} and below"] if schedule.dense_below else []
-    return f"dense steps: {' and '.join(levels) or 'none'}"
 
 
 def _base64(values: np.ndarray) -> str:

@@ -217,7 +217,8 @@ def plan_sheet(
     pen = ImageDraw.Draw(sheet)
     name = plan.architecture.model_class if plan.architecture else "any model"
     pen.text((24, 16), _fit(pen, f"Sparsity plan for {name}", width - 48, 20), INK, _font(20))
-    line = f"{grid} tokens, blocks of {plan.block_size}, dense above noise level {plan.schedule.sparse_below:g}"
+    steps = plan.schedule.dense_steps()
+    line = f"{grid} tokens, blocks of {plan.block_size}, dense {' and '.join(steps) or 'at no step'}"
     pen.text((24, 42), _fit(pen, line, width - 48, 13), FAINT, _font(13))
     for column, phase in enumerate(phases):
         x0 = left + column * (block + between)

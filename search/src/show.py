@@ -131,6 +131,7 @@ def describe(plan: SparsityPlan, grid: TokenGrid | None = None, figures: HeadFig
         "schedule": {
             "sparse_below": schedule.sparse_below,
             "dense_below": schedule.dense_below,
+            "dense_between": [list(pair) for pair in schedule.dense_between],
             "phase_bounds": list(schedule.phase_bounds),
             "dense_layers": list(schedule.dense_layers),
         },
@@ -161,8 +162,7 @@ def plan_table(
         ["model", "any" if a is None else f"{a['model_class']}, {a['layers']} layers, {a['heads']} heads of "
          f"{a['head_dim']} ({a['fingerprint']})"],
         ["blocks", f"{plan.block_size} tokens"],
-        ["dense", f"above noise level {s.sparse_below:g}"
-         + (f", at {s.dense_below:g} and below" if s.dense_below else "")
+        ["dense", ", ".join(s.dense_steps() or ["no step"])
          + (f", layers {', '.join(s.dense_layers)}" if s.dense_layers else "")],
         ["phases", ", ".join(name.replace(" ", GLUE) for name in phase_names(plan))],
         ["grid", str(grid) if grid is not None else "not known; --grid T,H,W gives densities"],

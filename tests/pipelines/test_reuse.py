@@ -23,6 +23,7 @@ from diffsparse.pipelines import (
     tap_attention,
 )
 from diffsparse.pipelines.hooks import NOT_TOLD
+from diffsparse.pipelines.phases import PhaseFinder
 from diffsparse.pipelines.reuse import Group, ReuseStep, ReuseStore
 from diffsparse.plan import SparsityPlan
 from diffsparse.reuse import computed_steps
@@ -381,3 +382,36 @@ def test_keeping_and_taking_outputs_waits_for_no_device() -> None:
     store.exchange(out, later, 0, 0, (group,), (group,))
     store.end(later, complete=True)
     assert store.nbytes == 0
+
+
+@pytest.mark.parametrize("steps", [3, 10, 37])
+@pytest.mark.parametrize("reuse", [0.0, 0.3])
+def test_dense_steps_in_the_middle_run_at_any_number_of_steps(steps: int, reuse: float) -> None:
+    """The last interval holds no step of the shorter generations; the step that passes through it is dense."""
+    pipe = wan_pipeline(layers=1)
+    entry = HeadEntry(pattern=Window((1, None, None)), execution=Execution(reuse=reuse))
+    schedule = Schedule(phase_bounds=(0.5,), dense_between=((0.8, 0.6), (0.02, 0.0)))
+    plan = SparsityPlan.uniform(entry, schedule=schedule)
+    pipe.enable_sparse_attention(plan)
+    generate(pipe, steps)
+    levels = [float(t) / 1000 for t in pipe.scheduler.timesteps]
+    phases = schedule.phases(levels)
+    found = pipe.sparse_attention_summary().transformers["transformer"]
+    assert phases[-1] is None and min(level for level in levels) > 0.02
+    dense = sum(layer.dense_calls for layer in found.layers)
+    assert dense == 2 * phases.count(None)
+    (grid,) = pipe.transformer._diffsparse_root.grids
+    assert found.density == pytest.approx(plan.trajectory_density(grid, levels))
+
+
+def test_levels_that_a_model_gets_rounded_are_told_apart() -> None:
+    from types import SimpleNamespace
+
+    levels = [1.0, 0.954, 0.9, 0.831, 0.5]
+    scheduler = SimpleNamespace(timesteps=torch.tensor(levels) * 1000, config={"num_train_timesteps": 1000})
+    schedule = Schedule(dense_between=((0.82, 0.81),))
+    phase = PhaseFinder().of(schedule, scheduler)
+    rounded = [float(torch.tensor(level * 1000, dtype=torch.bfloat16)) / 1000 for level in levels]
+    assert rounded != levels
+    assert [phase(level) for level in rounded] == schedule.phases(levels) == [0, 0, 0, None, 0]
+    assert [PhaseFinder().of(schedule, None)(level) for level in levels] == [0] * 5

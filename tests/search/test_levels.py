@@ -62,6 +62,7 @@ def test_what_a_plan_is_said_to_run_is_what_it_runs(scheduler: str) -> None:
     for schedule in (
         Schedule(sparse_below=0.9, phase_bounds=(middle,)),  # down to the last step
         Schedule(sparse_below=0.95, dense_below=middle / 2, phase_bounds=(0.6,)),
+        Schedule(dense_between=((middle, middle - 1e-4), (1e-5, 0.0)), phase_bounds=(0.6,)),  # the second holds no step
     ):
         plan = SparsityPlan.uniform(near, far, schedule=schedule)
         layers = ["blocks.0.attn1", "blocks.1.attn1"]

@@ -1,5 +1,6 @@
 import json
 import warnings
+from dataclasses import fields, make_dataclass
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffsparse.codec import decode_entry, decode_schedule, encode_entry
+from diffsparse.card import plan_card
+from diffsparse.codec import decode_entry, decode_schedule, encode_entry, encode_schedule
 from diffsparse.entry import Execution, HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.order import AxisOrder, RasterOrder, TileOrder
@@ -15,6 +17,7 @@ from diffsparse.patterns import Bitmap, Full, Sink, Window
 from diffsparse.plan import Architecture, PlanError, SparsityPlan
 from diffsparse.presets import PRESETS, preset
 from diffsparse.schedule import Schedule
+from diffsparse.typed import Reading, read_object
 from tests.vocabulary.strategies import orders, token_rules
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -383,6 +386,65 @@ def test_a_last_step_at_level_zero_is_dense_only_where_the_schedule_says_so():
 def test_bad_schedules_are_refused(values):
     with pytest.raises(ValueError, match=r"noise levels|descend"):
         Schedule(**values)
+
+
+def test_dense_steps_in_the_middle_and_at_the_end():
+    schedule = Schedule(sparse_below=0.9, phase_bounds=(0.5,), dense_between=((0.7, 0.4), (0.1, 0.0)))
+    assert schedule.phases([1.0, 0.9, 0.71, 0.7, 0.5, 0.41, 0.4, 0.11, 0.1, 0.0]) == [
+        None, 0, 0, None, None, None, 1, 1, None, None,
+    ]  # fmt: skip
+    assert schedule.dense_steps() == ["above noise level 0.9", "at noise level 0.7 to 0.4", "at noise level 0.1 to 0"]
+    # With three steps none lies in the first interval, nor in the second: those that pass through them are dense.
+    assert schedule.phases([0.85, 0.8, 0.3]) == [0, None, None]
+    assert Schedule(dense_between=((0.7, 0.4),)).phases([0.4, 0.3]) == [0, 0]  # begins below it
+
+
+@given(
+    st.lists(st.integers(0, 100), min_size=1, max_size=12, unique=True),
+    st.lists(st.integers(0, 100), min_size=2, max_size=6, unique=True),
+)
+def test_every_dense_interval_that_a_generation_passes_has_a_dense_step(levels, edges):
+    levels, edges = (sorted((n / 100 for n in some), reverse=True) for some in (levels, edges[: len(edges) // 2 * 2]))
+    pairs = tuple(zip(edges[::2], edges[1::2], strict=True))
+    phases = Schedule(dense_between=pairs).phases(levels)
+    needed = set()
+    for high, low in pairs:
+        inside = {i for i, level in enumerate(levels) if low < level <= high or low == level == 0}
+        above = [i for i, level in enumerate(levels) if level > high]
+        needed |= inside or set(above[-1:])
+    assert {i for i, phase in enumerate(phases) if phase is None} == needed
+
+
+def test_a_schedule_with_dense_intervals_reads_back_and_older_versions_refuse_it():
+    plan = SparsityPlan.uniform(HeadEntry(), schedule=Schedule(dense_between=((0.7, 0.4), (0.1, 0.0))))
+    content = plan.to_files()["sparse_plan.json"]
+    assert SparsityPlan.from_json(content).schedule == plan.schedule
+    assert "at noise level 0.7 to 0.4" in plan_card(plan)
+    data = json.loads(content)["schedule"]
+    before = make_dataclass("Before", [(f.name, f.type, f) for f in fields(Schedule) if f.name != "dense_between"])
+    with pytest.raises(PlanError, match="the schedule has keys this version does not know: dense_between; update"):
+        read_object(before, data, "the schedule", "schedule", Reading())
+    # Plans without any are written as before, for versions that do not know the key.
+    assert "dense_between" not in encode_schedule(Schedule())
+
+
+@pytest.mark.parametrize(
+    "value", [[[0.7]], [[0.4, 0.7]], [[0.7, 0.7]], [[0.7, 0.4], [0.5, 0.2]], [[1.2, 0.4]], [0.7, 0.4], "0.7"]
+)
+def test_dense_intervals_that_are_none_are_refused_in_one_line(value):
+    data = json.loads(preset("window").to_files()["sparse_plan.json"])
+    data["schedule"]["dense_between"] = value
+    with pytest.raises(PlanError, match=r"dense_between|noise levels lie in") as caught:
+        SparsityPlan.from_json(json.dumps(data).encode())
+    assert "\n" not in str(caught.value)
+
+
+def test_outputs_do_not_serve_over_a_dense_step():
+    entry = HeadEntry(pattern=Window((None, 0.4, 0.4)), execution=Execution(reuse=1.0))
+    plan = SparsityPlan.uniform(entry, schedule=Schedule(dense_between=((0.7, 0.4),)))
+    call = float(plan.call_densities(GRID, ["a"], 2)[0, 0])
+    found = plan.step_densities(GRID, [1.0, 0.9, 0.8, 0.6, 0.3, 0.2], ["a"], 2)
+    assert found == pytest.approx([call, 0, 0, 1, call, 0], abs=1e-12)
 
 
 def test_numerics_of_a_whole_plan():

@@ -261,7 +261,7 @@ class PlanView:
         if not 1 <= step <= len(levels):
             raise BadInput(f"no step {step}: there are steps 1 to {len(levels)}")
         level = levels[step - 1]
-        phase = self.plan.schedule.phase(level)
+        phase = self.plan.schedule.phases(levels)[step - 1]
         what = "dense" if phase is None else f"phase {phase}"
         return phase, f"step {step} of {len(levels)}: noise level {level:.3f}, {what}"
 
