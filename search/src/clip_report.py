@@ -16,7 +16,7 @@ class ClipReport:
     """One sparse clip beside its dense twin. Times in seconds; the lists of defects are mostly empty.
 
     ``border_error``, ``last_frame_error``: squared error along the edges over that of the middle, and of the last frame
-    over the others (``metrics``).
+    over the others; ``frame_errors``: mean squared error of every frame (``metrics``).
     """
 
     prompt: str
@@ -34,6 +34,7 @@ class ClipReport:
     sparse_defects: list[str]
     border_error: float | None = None
     last_frame_error: float | None = None
+    frame_errors: list[float] | None = None
 
     @property
     def loop_speedup(self) -> float | None:
@@ -59,4 +60,5 @@ def clip_report(dense: Clip, sparse: Clip, other_seed: float | None = None, mode
         sparse_defects=metrics.find_defects(sparse.frames, dense.frames),
         border_error=metrics.border_error(sparse.frames, dense.frames),
         last_frame_error=metrics.last_frame_error(sparse.frames, dense.frames),
+        frame_errors=metrics.frame_errors(sparse.frames, dense.frames),
     )

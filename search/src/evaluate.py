@@ -152,6 +152,15 @@ class EvalReport:
         """Mean over the clips; None where no clip has one."""
         return _mean_known([c.last_frame_error for c in self.clips])
 
+    @property
+    def frame_errors(self) -> list[float] | None:
+        """Mean squared error of every frame over the clips; None where it is of no number, or was not measured."""
+        found = [c.frame_errors for c in self.clips if c.frame_errors is not None]
+        if not found or len({len(errors) for errors in found}) > 1:
+            return None
+        means = [math.fsum(errors) / len(found) for errors in zip(*found, strict=True)]
+        return means if all(math.isfinite(mean) for mean in means) else None
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON values: no NaN and no infinity (None instead)."""
         means = {
@@ -172,6 +181,7 @@ class EvalReport:
                 "verdict": self.verdict,
                 "border_error": self.border_error,
                 "last_frame_error": self.last_frame_error,
+                "frame_errors": self.frame_errors,
                 "worst": {"prompt": self.worst.prompt, "seed": self.worst.seed, "psnr": self.worst.psnr},
                 "other_seed_psnr": self.other_seed_psnr,
                 "noise_floor": vars(self.noise_floor) if self.noise_floor else None,

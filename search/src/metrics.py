@@ -16,6 +16,7 @@ __all__ = [
     "SSIM_WINDOW",
     "border_error",
     "find_defects",
+    "frame_errors",
     "frame_psnr",
     "last_frame_error",
     "load_lpips",
@@ -83,10 +84,15 @@ def _over(part: torch.Tensor, rest: torch.Tensor) -> float | None:
     return float(part.mean() / rest.mean())
 
 
+def frame_errors(clip: torch.Tensor, reference: torch.Tensor) -> list[float]:
+    """Mean squared error of every frame, of pixels in [0, 1]."""
+    _check(clip, reference)
+    return [float(m) for m in (clip.double() - reference.double()).square().mean((1, 2, 3))]
+
+
 def frame_psnr(clip: torch.Tensor, reference: torch.Tensor) -> list[float]:
     """:func:`psnr` of every frame."""
-    _check(clip, reference)
-    return [_decibel(float(m)) for m in (clip.double() - reference.double()).square().mean((1, 2, 3))]
+    return [_decibel(error) for error in frame_errors(clip, reference)]
 
 
 def ssim(clip: torch.Tensor, reference: torch.Tensor) -> float | None:

@@ -79,6 +79,8 @@ def eval_table(report: EvalReport, clips: bool = True, width: int | None = None)
     ]
     if uneven:
         rows.append(["squared error", ", ".join(uneven)])
+    if by_frame := _by_frame(report.frame_errors):
+        rows.append(["  by frame", by_frame])
     device = report.environment.get("device", "")
     rows.append(["machine", f"{device}, {report.environment.get('threads')} threads"])
     listing = text_table(
@@ -107,6 +109,16 @@ def eval_table(report: EvalReport, clips: bool = True, width: int | None = None)
         parts.append("\n".join(fold(f"note: {line}", width, "  ") for line in report.notes))
     parts.append(fold(report.verdict, width))
     return "\n\n".join(parts)
+
+
+def _by_frame(errors: list[float] | None) -> str | None:
+    """How errors are spread over frames, in words; None for an image and for equal clips."""
+    if errors is None or len(errors) < 2 or not sum(errors):
+        return None
+    shares = [error * len(errors) / sum(errors) for error in errors]
+    most, least = (shares.index(pick(shares)) for pick in (max, min))
+    lowest, highest = f"{shares[least]:.2f} (frame {least + 1})", f"{shares[most]:.2f} (frame {most + 1})"
+    return f"{lowest} to {highest} times the mean of all {len(shares)}"
 
 
 def environment_table(found: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -281,3 +282,25 @@ def test_the_model_ships_a_plan_that_auto_takes() -> None:
         clips = check_clips.generate(pipe, [caption], steps=2, frames=5, height=64, width=64)
         text = str(pipe.sparse_attention_summary())
     assert clips.isfinite().all() and "shipped with the model" in text
+
+
+@needs_model
+@pytest.mark.slow(reason="sixteen clips of the small model")
+@pytest.mark.parametrize("plan", ["sparse_plan", "conservative"])
+def test_edges_and_the_last_frame_are_no_worse_than_the_rest(plan: str) -> None:
+    """Of the searched plan, and of a rule that treats all places alike: what a clip does at its end is in both."""
+    from diffusers import WanPipeline
+
+    from diffsparse.search import evaluate_plan
+
+    pipe = WanPipeline.from_pretrained(MODEL)
+    pipe.set_progress_bar_config(disable=True)
+    captions = (MODEL / "prompts" / "heldout.txt").read_text().splitlines()[:4]
+    found = evaluate_plan(
+        pipe, str(MODEL / plan) if plan == "sparse_plan" else plan, captions, seeds=(7,), num_inference_steps=6,
+        height=96, width=96, num_frames=9, backend="cpu", noise_floor=False, progress=False,
+    )  # fmt: skip
+    edges, last = ([getattr(c, name) for c in found.clips] for name in ("border_error", "last_frame_error"))
+    assert max(edges) <= 1.5
+    assert math.prod(last) ** (1 / len(last)) <= 1.5  # one clip may end with the motion that is hardest
+    assert found.frame_errors is not None and len(found.frame_errors) == 9

@@ -58,6 +58,19 @@ def test_where_the_error_lies() -> None:
     assert metrics.border_error(edges, dense) == pytest.approx(1 + 3 * share, rel=1e-4)
     assert metrics.last_frame_error(last, dense) == pytest.approx(4, rel=1e-4)
     assert metrics.border_error(dense, dense) is None and metrics.last_frame_error(dense[:1], even[:1]) is None
+    assert metrics.frame_errors(last, dense) == pytest.approx([0.01, 0.01, 0.01, 0.04], rel=1e-4)
     found = report([replace(clip(0, 20.0), border_error=2.0, last_frame_error=None)])
     assert "2.00 times the middle's along the edges" in eval_table(found, width=120)
     assert found.to_dict()["border_error"] == 2.0 and found.to_dict()["last_frame_error"] is None
+
+
+def test_errors_are_told_frame_by_frame() -> None:
+    some = [replace(clip(i, 20.0), frame_errors=errors) for i, errors in enumerate(([0.1, 0.2, 0.6], [0.1, 0.0, 0.2]))]
+    found = report(some)
+    assert found.frame_errors == pytest.approx([0.1, 0.1, 0.4])
+    assert found.to_dict()["frame_errors"] == found.frame_errors
+    assert found.to_dict()["clips"][1]["frame_errors"] == [0.1, 0.0, 0.2]
+    assert "0.50 (frame 1) to 2.00 (frame 3) times the mean of all 3" in eval_table(found, width=120)
+    for nothing in ([[0.0, 0.0]], [[0.1]], [[float("nan"), 0.1]], [[0.1, 0.2], [0.1]], []):
+        quiet = report([replace(clip(i, 20.0), frame_errors=errors) for i, errors in enumerate(nothing)] or clips(0.99))
+        assert "by frame" not in eval_table(quiet, width=120)
