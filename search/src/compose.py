@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from diffsparse.pipelines.policy import Machine
 from diffsparse.plan import SparsityPlan
 from diffsparse.search.assign import Assignment, InfeasibleBudget, assign, assign_within, lagrangian, most_held
 from diffsparse.search.candidates import orders_for
+from diffsparse.search.curves import head_curves
 from diffsparse.search.drift import Hold, holds_for
 from diffsparse.search.errors import BadInput
 from diffsparse.search.items import Items, LayerSteps, Measurements
@@ -33,17 +34,15 @@ from diffsparse.search.options import (
     reusing,
 )
 from diffsparse.search.pricing import Pricing
+from diffsparse.search.schedules import Outlook
 from diffsparse.search.trial import Trial, distinct, strides
 
 __all__ = ["Candidate", "Composer"]
 
-# On the small model the search stopped at four: a fifth no longer lowered the predicted error by PHASE_GAIN.
-MAX_PHASES = 6
+# Numbers of phases that are tried.
+PHASES = (2, 3, 4, 6)
 # A further phase must lower the predicted error by this share, or the plan stays simpler.
 PHASE_GAIN = 0.05
-# Masks made from other prompts may leave this many times the error of a prompt's own. What they leave is in the
-# predicted error already; this only keeps out heads whose masks say nothing about another prompt.
-STABILITY_BOUND = 3.0
 # Whole-trajectory densities are kept this far below the wanted one: borders of blocks and short ones round up.
 DENSITY_MARGIN = 0.002
 # What is over all the same is taken off the budget, and the assignment made again, this many times at most.
@@ -131,13 +130,13 @@ class Composer:
         other.config, other.wanted = replace(self.config, budget=budget, target=None, points=None), budget
         return other
 
-    def attention(self, steps: slice = slice(None)) -> float:
+    def attention(self, steps: slice | list[int] = slice(None)) -> float:
         """All attention of some of the steps, in dense head calls on the largest grid."""
         return float(self.calls[steps].sum()) * self.heads * sum(self.weight.values())
 
-    def room(self, dense: int) -> float:
+    def room(self, dense: list[int]) -> float:
         """What is left of the budget, in dense head calls, after the dense steps."""
-        return self.wanted * self.attention() - self.attention(slice(dense))
+        return self.wanted * self.attention() - self.attention(dense)
 
     def trial(self, dense: int, phases: int) -> Trial:
         return Trial.even(self.steps, dense, phases, self.second)
@@ -160,19 +159,15 @@ class Composer:
                 done += plan.step_densities(grid, self.levels, layers) * len(layers) * self.work[layers[0]]
         return float(np.average(done / sum(self.work.values()), weights=self.calls))
 
-    def members(self, trial: Trial, phase: int) -> list[int]:
-        """The steps of a phase."""
-        return [trial.dense + i for i, p in enumerate(trial.phase_of) if p == phase]
-
-    def holds(self, members: list[int]) -> list[Hold]:
+    def holds_at(self, members: list[int]) -> list[Hold]:
         """The ways to use outputs again in a phase of these steps."""
         return holds_for(self.levels[members].tolist()) if self.memory > 0 else []
 
     def items(self, trial: Trial) -> Items:
         found = Items([], [], [], [], [], set(), [], [])
-        push = self.push * self.push[trial.dense :].sum()
-        steps = [self.members(trial, phase) for phase in range(trial.phases)]
-        holds = [self.holds(members) for members in steps]
+        push = self.push * self.push[trial.sparse].sum()
+        steps = [trial.members(phase) for phase in range(trial.phases)]
+        holds = [self.holds_at(members) for members in steps]
         for j, layer in enumerate(self.layers):
             for head in range(self.heads):
                 table = self.search.table(self.grids[layer], self.orders[layer, head])
@@ -183,7 +178,7 @@ class Composer:
                         traced = int(self.bins[i])
                         weights[traced] = weights.get(traced, 0.0) + float(push[i] * self.effects[traced, j])
                     scores = self.search.scores(layer, head, weights)
-                    stable = is_stable(scores, table.weight, STABILITY_BOUND)
+                    stable = is_stable(scores, table.weight)
                     if not stable:
                         found.unstable.add((layer, head))
                     options = head_options(scores, table, bitmaps=stable)
@@ -267,13 +262,13 @@ class Composer:
         counts = range(self.steps) if self.config.dense_steps is None else [self.config.dense_steps]
         found: dict[int, float] = {}
         for dense in counts:
-            if self.room(dense) <= 0:
+            if self.room(list(range(dense))) <= 0:
                 break
-            items = self.items(self.trial(dense, 1))
-            try:
-                found[dense] = lagrangian(items.errors, items.prices, self.room(dense)).error
-            except InfeasibleBudget:
+            trial = self.trial(dense, 1)
+            error = self._least_error(trial, self.items(trial))
+            if not math.isfinite(error):
                 break
+            found[dense] = error
             # With ever less left for the others, the error only rises from here on.
             if found[dense] > 4 * WORTH_TRYING * min(found.values()):
                 break
@@ -292,6 +287,7 @@ class Composer:
         if count > 1 and any(c.plan.reuses for c in found[:count]):
             without = copy(self)
             without.memory = 0.0
+            without.__dict__.pop("outlook", None)
             return [*found[: count - 1], *without.candidates(1)]
         return found[:count]
 
@@ -307,15 +303,8 @@ class Composer:
 
     def plan(self, dense: int, scan: Mapping[int, float]) -> Candidate:
         """The best plan with this number of dense steps."""
-        trial = self.trial(dense, 1)
-        items, least = self.items(trial), scan[dense]
-        for phases in range(2, min(MAX_PHASES, self.steps - dense) + 1):
-            another = self.trial(dense, phases)
-            their = self.items(another)
-            error = lagrangian(their.errors, their.prices, self.room(dense)).error
-            if error < (1 - PHASE_GAIN) * least:
-                trial, items, least = another, their, error
-        room = self.room(dense)
+        trial, items = self._scheduled(dense, scan[dense])
+        room = self.room(trial.dense)
         for _ in range(_TRIES):
             items, result = self._settled(trial, items, room)
             plan = SparsityPlan.from_table(
@@ -330,7 +319,8 @@ class Composer:
                 break
             room = max(room - 1.5 * excess * self.attention(), sum(float(p.min()) for p in items.prices))
         plan.record["search"] = {
-            "dense_steps": dense,
+            "dense_steps": len(trial.dense),
+            "dense_at": trial.dense,
             "of_steps": self.steps,
             "phases": trial.phases,
             "predicted_error": result.error,
@@ -344,7 +334,39 @@ class Composer:
             "reuse_bytes": most_held(items.bytes, result.choice, trial.phases),
             "reuse_factor": self.reuse_factor,
         }
-        return Candidate(plan, self._head_errors(trial, items, result))
+        return Candidate(plan, items.head_errors(result.choice, len(self.layers), trial.phases))
+
+    def _scheduled(self, dense: int, least: float) -> tuple[Trial, Items]:
+        """The best schedule with this many dense first steps, where the one with one phase leaves ``least``.
+
+        A further dense step costs as much as it does at the start, so it has to gain as much as a further phase.
+        """
+        one = self.trial(dense, 1)
+        best = one, self.items(one)
+        foreseen = self.outlook.cut(one.dense, max(PHASES), self.wanted)
+        tried = [weighed.trial for weighed in foreseen if weighed.trial.phases in PHASES]
+        if self.config.dense_steps is None:
+            tried += self.outlook.further(one.dense, foreseen, self.wanted)
+        for trial in tried:
+            items = self.items(trial)
+            error = self._least_error(trial, items)
+            if error < (1 - PHASE_GAIN) * least:
+                best, least = (trial, items), error
+        return best
+
+    def _least_error(self, trial: Trial, items: Items) -> float:
+        """Predicted of the best plan with a schedule; infinite where none fits."""
+        try:
+            return lagrangian(items.errors, items.prices, self.room(trial.dense)).error
+        except InfeasibleBudget:  # options of a step by itself may be cheaper than those of a whole phase
+            return math.inf
+
+    @cached_property
+    def outlook(self) -> Outlook:
+        """Of every schedule; the same for all budgets."""
+        factor = self.reuse_factor if self.memory > 0 else None
+        curves = head_curves(self.search, self.grids, self.orders, self.effects, self.pricing, self.weight, factor)
+        return Outlook(curves, self.push, self.calls, self.bins, self.holds_at, self.second)
 
     def _settled(self, trial: Trial, items: Items, room: float) -> tuple[Items, Assignment]:
         """The best assignment in which every layer runs as its heads are priced, and the options that it chose from.
@@ -374,8 +396,8 @@ class Composer:
 
     def _chosen(self, trial: Trial, items: Items, result: Assignment) -> Iterator[LayerSteps]:
         """Every layer in every phase, by the heads that compute: what the policy says of their chosen options."""
-        members = [self.members(trial, phase) for phase in range(trial.phases)]
-        holds = [{hold.reuse: hold for hold in self.holds(steps)} for steps in members]
+        members = [trial.members(phase) for phase in range(trial.phases)]
+        holds = [{hold.reuse: hold for hold in self.holds_at(steps)} for steps in members]
         for j, layer in enumerate(self.layers):
             orders = [self.orders[layer, head] for head in range(self.heads)]
             for phase, steps in enumerate(members):
@@ -415,17 +437,10 @@ class Composer:
                     rows[layer][phase].append(head_entry(options[choice], scores, table))
         return rows
 
-    def _head_errors(self, trial: Trial, items: Items, result: Assignment) -> np.ndarray:
-        """Of each chosen option, over what leaving the head out would cost: ``[phases, layers, heads]``."""
-        chosen = zip(items.errors, items.scores, result.choice, strict=True)
-        # A head without any output loses nothing.
-        relative = [errors[i] / scores.energy if scores.energy > 0 else 0.0 for errors, scores, i in chosen]
-        return np.array(relative).reshape(len(self.layers), self.heads, trial.phases).transpose(2, 0, 1)
-
     def _attention_time(self, trial: Trial, items: Items, result: Assignment) -> float:
         """Attention time of the whole trajectory over dense, by the measured costs and as it runs on the machine."""
         step = sum(self.time.values())
-        spent = float(self.calls[: trial.dense].sum()) * step
+        spent = float(self.calls[trial.dense].sum()) * step
         for steps in self._chosen(trial, items, result):
             assert steps.verdict.time is not None  # all costs are known
             layer = self.layers[steps.items[0] // (self.heads * trial.phases)]

@@ -35,6 +35,13 @@ class Items:
     per_call: list[np.ndarray]
     bytes: list[np.ndarray]
 
+    def head_errors(self, choice: np.ndarray, layers: int, phases: int) -> np.ndarray:
+        """Of each chosen option, over what leaving the head out would cost: ``[phases, layers, heads]``."""
+        chosen = zip(self.errors, self.scores, choice, strict=True)
+        # A head without any output loses nothing.
+        relative = [errors[i] / scores.energy if scores.energy > 0 else 0.0 for errors, scores, i in chosen]
+        return np.array(relative).reshape(layers, -1, phases).transpose(2, 0, 1)
+
     def all_dense(self, which: set[int]) -> Items:
         """With nothing but dense heads for some of them."""
         found = self._copy()

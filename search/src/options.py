@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -19,6 +20,7 @@ __all__ = [
     "FamilyTable",
     "HeadScores",
     "Option",
+    "by_place",
     "head_entry",
     "head_options",
     "is_stable",
@@ -29,6 +31,9 @@ __all__ = [
 ]
 
 COLUMN_COUNTS = (1, 2, 4, 8)
+# Masks made from other prompts may leave this many times the error of a prompt's own. What they leave is in the
+# predicted error already; this only keeps out heads whose masks say nothing about another prompt.
+STABILITY_BOUND = 3.0
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,7 @@ def _crossed(scores: HeadScores, tail: int, weight: np.ndarray, kept: list[int])
     return np.mean(curves, 0)
 
 
-def is_stable(scores: HeadScores, weight: np.ndarray, bound: float) -> bool:
+def is_stable(scores: HeadScores, weight: np.ndarray, bound: float = STABILITY_BOUND) -> bool:
     """Does the head's mask carry over between prompts?
 
     True where masks of equal work made from other prompts leave at most ``bound`` times the error that a prompt's own
@@ -184,6 +189,18 @@ def head_options(scores: HeadScores, table: FamilyTable, *, bitmaps: bool) -> li
                     blocks = count / table.weight.size
                     options.append(Option(scores.corrected(t, float(error)), density, tail, "bitmap", blocks=blocks))
     return options
+
+
+def by_place(options: list[Option]) -> dict[tuple[str, str, float], Option]:
+    """The options of :func:`head_options` by names that are the same at every step: a bitmap's is its density."""
+    found: dict[tuple[str, str, float], Option] = {}
+    places: Counter[tuple[str, str]] = Counter()
+    for option in options:
+        key = option.tail, option.kind
+        place = option.density if option.kind == "bitmap" else places[key]
+        places[key] += 1
+        found[(*key, place)] = option
+    return found
 
 
 def prune(options: list[Option], cost: Callable[[Option], float]) -> tuple[list[Option], np.ndarray, np.ndarray]:

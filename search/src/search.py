@@ -139,7 +139,8 @@ def _estimate(work: Workspace) -> float:
     forward, branches, steps = work.probe.forward_seconds, work.probe.branches, work.config.trace_steps
     rest = sum(steps - s for s in {0, 3 * steps // 4})
     prompts, layers = len(work.traced()), len(work.layers)
-    fit = max(2, prompts) * branches * steps if work.config.fits_repair else 0
+    assert work.config.steps is not None  # the settings are resolved
+    fit = max(2, prompts) * branches * max(steps, work.config.steps) if work.config.fits_repair else 0
     repair = fit * work.config.tries
     return float(forward * (1.3 * prompts * branches * steps + 2 * branches * layers + branches * rest + repair) + 15)
 

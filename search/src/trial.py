@@ -37,28 +37,46 @@ def distinct(levels: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class Trial:
-    """A schedule to try: how many first steps are dense, and the phase of each of the others."""
+    """A schedule to try: the phase of every step of a generation, None where it is dense.
 
-    dense: int
-    phase_of: tuple[int, ...]
+    Phases are numbered from 0 in their order; none goes on after a dense step.
+    """
+
+    phase_of: tuple[int | None, ...]
 
     @classmethod
     def even(cls, steps: int, dense: int, phases: int, second: int = 0) -> Trial:
-        """Phases of about as many steps each. ``second``: the step at which another expert takes over, or 0.
+        """``dense`` first steps, and phases of about as many steps each. ``second``: where another expert takes over.
 
         Its layers are other ones of the same names, so that no phase holds steps of both where there are several.
         """
         sparse, first = steps - dense, second - dense
         if phases == 1 or first <= 0 or first >= sparse:
-            return cls(dense, tuple(i * phases // sparse for i in range(sparse)))
-        before = min(max(1, round(phases * first / sparse)), phases - 1, first)
-        after = min(phases - before, sparse - first)
-        early = tuple(i * before // first for i in range(first))
-        return cls(dense, early + tuple(before + i * after // (sparse - first) for i in range(sparse - first)))
+            found = [i * phases // sparse for i in range(sparse)]
+        else:
+            before = min(max(1, round(phases * first / sparse)), phases - 1, first)
+            after = min(phases - before, sparse - first)
+            found = [i * before // first for i in range(first)]
+            found += [before + i * after // (sparse - first) for i in range(sparse - first)]
+        return cls((*[None] * dense, *found))
 
     @property
     def phases(self) -> int:
-        return max(self.phase_of) + 1
+        return 1 + max(phase for phase in self.phase_of if phase is not None)
+
+    @property
+    def dense(self) -> list[int]:
+        """The steps that are dense."""
+        return [step for step, phase in enumerate(self.phase_of) if phase is None]
+
+    @property
+    def sparse(self) -> list[int]:
+        """The others."""
+        return [step for step, phase in enumerate(self.phase_of) if phase is not None]
+
+    def members(self, phase: int) -> list[int]:
+        """The steps of a phase."""
+        return [step for step, other in enumerate(self.phase_of) if other == phase]
 
     def schedule(self, levels: np.ndarray, switch: float | None, second: int) -> Schedule:
         """The same by noise level. ``levels``: of all steps. ``switch``, ``second``: the level and the step at which
@@ -70,8 +88,15 @@ class Trial:
                 return max(switch - 1e-6, float(levels[step]))
             return float((levels[step - 1] + levels[step]) / 2)
 
-        starts = [i for i in range(1, len(self.phase_of)) if self.phase_of[i] != self.phase_of[i - 1]]
+        steps = len(self.phase_of)
+        first = self.sparse[0]
+        starts = [step for step in self.sparse if step > first and self.phase_of[step] != self.phase_of[step - 1]]
+        inner = [step for step in self.dense if step > first]
+        begins = [step for step in inner if step - 1 not in inner]
+        ends = [step + 1 for step in inner if step + 1 not in inner]
+        pairs = [(before(i), before(j) if j < steps else 0.0) for i, j in zip(begins, ends, strict=True)]
         return Schedule(
-            sparse_below=before(self.dense) if self.dense else 1.0,
-            phase_bounds=tuple(before(self.dense + i) for i in starts),
+            sparse_below=before(first) if first else 1.0,
+            phase_bounds=tuple(before(step) for step in starts),
+            dense_between=tuple(pairs),
         )

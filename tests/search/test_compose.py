@@ -176,11 +176,12 @@ def test_no_phase_spans_two_experts_where_there_are_several(phases: int) -> None
         if phases > steps - dense:
             continue
         trial = Trial.even(steps, dense, phases, second)
-        assert len(trial.phase_of) == steps - dense and trial.phases <= phases
-        changes = np.diff(trial.phase_of)
-        assert trial.phase_of[0] == 0 and ((changes == 0) | (changes == 1)).all()
+        assert len(trial.phase_of) == steps and trial.dense == list(range(dense)) and trial.phases <= phases
+        sparse = trial.phase_of[dense:]
+        changes = np.diff(np.array(sparse, int))
+        assert sparse[0] == 0 and ((changes == 0) | (changes == 1)).all()
         if phases > 1 and dense < second:
-            assert trial.phase_of[second - dense - 1] != trial.phase_of[second - dense]
+            assert trial.phase_of[second - 1] != trial.phase_of[second]
 
 
 def test_steps_take_the_scores_of_the_expert_that_runs_them() -> None:

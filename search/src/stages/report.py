@@ -13,6 +13,7 @@ from diffsparse.entry import HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels import sparse_attention
 from diffsparse.kernels.costs import CostTable
+from diffsparse.schedule import Schedule
 from diffsparse.search.compose import Candidate
 from diffsparse.search.environment import environment
 from diffsparse.search.layers import main_grid
@@ -21,7 +22,7 @@ from diffsparse.search.measured import HeadFigures, PooledAttention, plan_digest
 from diffsparse.search.options import FamilyTable
 from diffsparse.search.workspace import Workspace
 
-__all__ = ["measured", "search_record"]
+__all__ = ["measured", "search_record", "traced_steps"]
 
 
 def search_record(work: Workspace, grid: TokenGrid, costs: CostTable) -> dict[str, Any]:
@@ -75,7 +76,7 @@ def measured(work: Workspace, chosen: Candidate) -> PooledAttention:
     plan = chosen.plan
     phases, heads = plan.schedule.num_phases, work.architecture.heads
     traced, orders = work.trace_levels, work.probe.orders
-    members = [[s for s, level in enumerate(traced) if plan.schedule.phase(level) == p] for p in range(phases)]
+    members = [traced_steps(plan.schedule, traced, p) for p in range(phases)]
     # Orders cut a ragged grid into different numbers of blocks; the bins are equally many for all.
     side = min(80, *(len(t.weight) for t in work.tables.values()))
     pooled = np.zeros((phases, len(work.layers), heads, side, side), np.float16)
@@ -84,13 +85,21 @@ def measured(work: Workspace, chosen: Candidate) -> PooledAttention:
         for head in range(heads):
             table = work.table(grid, orders[layer][head])
             for p in range(phases):
-                steps = members[p] or [len(traced) // 2]
+                steps = members[p]
                 masses = [work.mass(prompt, layer, head, steps) for prompt in work.traced()]
                 pooled[p, j, head] = _shrink(masses[0], side)
                 kept[p, j, head] = _kept_mass(plan.entries[plan.index[p, j, head]], np.mean(masses, axis=0), table)
     figures = HeadFigures(chosen.error, kept, plan_digest(plan))
     by_layer = {layer: list(row) for layer, row in orders.items()}
     return PooledAttention(pooled, by_layer, main_grid(work.grids), plan.block_size, figures)
+
+
+def traced_steps(schedule: Schedule, traced: list[float], phase: int) -> list[int]:
+    """The traced steps of a phase; the one that is nearest to its middle where it has none."""
+    found = [step for step, level in enumerate(traced) if schedule.phase(level) == phase]
+    bounds = (schedule.sparse_below, *schedule.phase_bounds, schedule.dense_below)
+    middle = (bounds[phase] + bounds[phase + 1]) / 2
+    return found or [min(range(len(traced)), key=lambda step: abs(traced[step] - middle))]
 
 
 def _kept_mass(entry: HeadEntry, mass: np.ndarray, table: FamilyTable) -> float:

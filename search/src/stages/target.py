@@ -116,7 +116,7 @@ def error_curve(composer: Composer) -> Curve:
     budgets = np.unique(np.geomspace(least, most, CURVE_POINTS))
     errors = np.full(len(budgets), np.inf)
     for dense in range(composer.steps) if dense_steps is None else [dense_steps]:
-        rooms = [composer.at(float(b)).room(dense) for b in budgets]
+        rooms = [composer.at(float(b)).room(list(range(dense))) for b in budgets]
         if rooms[-1] <= 0:
             break
         items = composer.items(composer.trial(dense, 1))

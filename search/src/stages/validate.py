@@ -105,7 +105,13 @@ def _measured(work: Workspace, clip: Clip, dense: Clip) -> Validation:
 
 
 def _named(candidate: Candidate, candidates: list[Candidate]) -> str:
-    """A plan by its dense steps, and that it uses no outputs again where others do."""
-    dense = str(candidate.plan.record["search"]["dense_steps"])
+    """A plan by its dense steps, and that it uses no outputs again where others do.
+
+    They are counted; which ones they are is told where they are not the first.
+    """
+    steps = candidate.plan.record["search"]["dense_at"]
+    dense = str(len(steps))
+    if steps != list(range(len(steps))):
+        dense += f" (steps {', '.join(str(step + 1) for step in steps)})"
     alone = not candidate.plan.reuses and any(other.plan.reuses for other in candidates)
     return f"{dense}, without reuse" if alone else dense
