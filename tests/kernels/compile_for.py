@@ -144,12 +144,43 @@ def compile_repair(capability: int, slow: bool) -> None:
         print(json.dumps(found), flush=True)
 
 
+def compile_rows(capability: int, slow: bool) -> None:
+    from diffsparse.kernels.rows import host, plain
+
+    dims = (16, 64, 72, 128, 160, 256) if slow else (128,)
+    for dim, dtype in ((d, t) for d in dims for t in (torch.bfloat16, torch.float16)):
+        q, k, v = (torch.empty(1, 4096, 4, dim, dtype=dtype) for _ in range(3))
+        rows, mask = torch.arange(200), torch.ones(1, 4096, dtype=torch.bool)
+        tokens, length = torch.zeros(32, 128, dtype=torch.int64), torch.full((32,), 128)
+        some = torch.empty(4, 200, dim, dtype=dtype)
+        parts = torch.empty(3, 4, 32, dim)
+        known = plain.Summaries(parts, parts, parts[0])
+        kernels = host.launch_attend(q, k, v, rows, 1.0, mask, warmup=True)
+        keys, values = (x[0].transpose(0, 1) for x in (k, v))
+        out, lse, weights = torch.empty(4, 200, dim), torch.empty(4, 200), torch.empty(4, 4, 32, 200)
+        kernels += [host.launch_errors(some, keys, values, tokens, length, out, lse, known, weights, 1.0, warmup=True)]
+        for kernel in kernels:
+            text = kernel.asm["ptx"]
+            found: dict[str, Any] = {
+                "kernel": kernel.metadata.name,
+                "case": f"{dim}-{str(dtype)[6:]}",
+                "shared": kernel.metadata.shared,
+                "allowed": SHARED[capability],
+                "wgmma": text.count("wgmma.mma_async"),
+                "mma": text.count("mma.sync"),
+            }
+            if capability == 90:
+                found |= assembled(text)
+            print(json.dumps(found), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("capability", type=int, choices=SHARED)
     parser.add_argument("--slow", action="store_true")
     parser.add_argument("--gluon", action="store_true", help="the Hopper kernel")
     parser.add_argument("--repair", action="store_true", help="the kernel of the repair")
+    parser.add_argument("--rows", action="store_true", help="the kernels for a few queries")
     arguments = parser.parse_args()
     capability = arguments.capability
     from triton.runtime import driver
@@ -157,6 +188,8 @@ def main() -> None:
     driver.set_active(AbsentGpu(capability))
     if arguments.gluon:
         return compile_gluon(arguments.slow)
+    if arguments.rows:
+        return compile_rows(capability, arguments.slow)
     if arguments.repair:
         return compile_repair(capability, arguments.slow)
     # With text there are short blocks.

@@ -22,6 +22,7 @@ from diffsparse.kernels.summaries import summarize, summarize_halves
 from diffsparse.layout import build_layout
 from diffsparse.online import OnlineRepair
 from diffsparse.order import TileOrder
+from tests.kernels import rows
 from tests.kernels.cases import MIXED, assert_like_torch, head, inputs, one_key_layout, random_layout, with_wide_queries
 from tests.kernels.mend import SHAPES, Shape, check, maps, maps_of, output
 from tests.tolerance import Work, assert_near
@@ -492,3 +493,13 @@ def test_processes_that_take_turns_on_a_gpu(block: int, repo_root: Path) -> None
     running = [subprocess.Popen(command, cwd=repo_root, stdout=subprocess.PIPE, text=True) for _ in range(6)]
     said = [process.communicate(timeout=300)[0] for process in running]
     assert [process.returncode for process in running] == [0] * 6, said
+
+
+# -- a few queries -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=names)
+@pytest.mark.parametrize("shape", rows.SHAPES, ids=names)
+def test_a_few_queries(shape: rows.Shape, dtype: torch.dtype) -> None:
+    rows.check_attend(shape, dtype, "cuda")
+    rows.check_errors(shape, dtype, "cuda")

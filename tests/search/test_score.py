@@ -9,6 +9,7 @@ from diffsparse.kernels import sparse_attention
 from diffsparse.layout import build_layout, head_block_mask
 from diffsparse.order import AxisOrder, RasterOrder, TileOrder
 from diffsparse.patterns import Full
+from diffsparse.search import score_plain, score_rows
 from diffsparse.search.score import BlockIndex, projection_roots, score_call
 from tests.tolerance import ATTENTION, Work, assert_near, near
 
@@ -102,7 +103,7 @@ def test_masked_keys_have_no_weight_and_chunks_do_not_matter(monkeypatch):
     mask = torch.arange(grid.seq_len) < grid.seq_len - 4
     whole = score_call(q, k, v, index, key_mask=mask, generator=torch.Generator().manual_seed(3))
     k[:, -4:] = 50.0
-    monkeypatch.setattr("diffsparse.search.score.CHUNK_BYTES", 1)
+    monkeypatch.setattr("diffsparse.search.score_plain.CHUNK_BYTES", 1)
     again = score_call(q, k, v, index, key_mask=mask, generator=torch.Generator().manual_seed(3))
     assert_near(whole.error, again.error, ATTENTION)
 
@@ -123,3 +124,62 @@ def test_items_of_a_batch_count_alike_each_with_its_mask():
         one, other = (getattr(scores, name) for scores in each)
         assert not near(one, other, ATTENTION)
         assert near(getattr(both, name), (one + other) / 2, ATTENTION), name
+
+
+# -- by kernels --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("grid", "order", "samples"),
+    [
+        (TokenGrid(3, 9, 10, 3, 2), TileOrder(1, 8, 8), 3),
+        (TokenGrid(3, 8, 8), RasterOrder(), 64),
+        (TokenGrid(5, 7, 9, 0, 70), AxisOrder("HWF"), 1),
+    ],
+)
+def test_scores_of_many_heads_at_once_are_those_of_one_after_another(grid, order, samples, masked, monkeypatch):
+    """What kernels add up on a GPU is what torch adds up: same samples, same arrays; in groups of heads, too."""
+    heads, dim = 3, 16
+    q, k, v = inputs(grid, heads, dim)
+    weight = 1e-3 * torch.randn(40, heads * dim, generator=torch.Generator().manual_seed(3))
+    mask = None
+    if masked and grid.text_after:
+        mask = torch.arange(grid.seq_len) < grid.seq_len - 1
+    found = []
+    for way in (score_plain, score_rows):
+        monkeypatch.setattr(score_plain, "add_item", way.add_item)
+        monkeypatch.setattr(score_rows, "CHUNK_BYTES", 1)
+        monkeypatch.setattr(score_rows, "_LADDER_ROWS", 10**6)
+        scores = score_call(
+            q,
+            k,
+            v,
+            BlockIndex.build(grid, order, 64, CPU),
+            roots=projection_roots(weight, heads, dim, CPU),
+            samples=samples,
+            generator=torch.Generator().manual_seed(1),
+            key_mask=mask,
+            heads=[2, 0],
+        )
+        found.append(scores)
+    for name in ("error", "mass", "energy", "summed", "true"):
+        want, got = (getattr(scores, name) for scores in found)
+        assert want.abs().max() > 0
+        assert_near(got, want, Work(length=grid.seq_len, sums=8))
+
+
+def test_true_errors_of_large_calls_are_measured_on_a_part(monkeypatch):
+    """A ratio, which some query blocks tell as well as all; whatever is added up over all queries is exact."""
+    grid = TokenGrid(4, 16, 16)
+    q, k, v = inputs(grid)
+    scores = []
+    for rows in (10**6, 24):
+        monkeypatch.setattr(score_rows, "_LADDER_ROWS", rows)
+        monkeypatch.setattr(score_plain, "add_item", score_rows.add_item)
+        index = BlockIndex.build(grid, TileOrder(1, 8, 8), 64, CPU)
+        scores.append(score_call(q, k, v, index, samples=8, generator=torch.Generator().manual_seed(1)))
+    every, some = scores
+    assert torch.equal(every.error, some.error) and torch.equal(every.energy, some.energy)
+    ratio = (some.true / some.summed) / (every.true / every.summed)
+    assert torch.allclose(ratio, torch.ones_like(ratio), rtol=0.25), ratio

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from diffsparse.kernels.call import AttentionCall
 from diffsparse.kernels.repair.offline import mend_
+from diffsparse.kernels.rows import attend_rows, no_rows_kernel
 from diffsparse.online import OnlineRepair
 from diffsparse.repair import HeadRepair
 
@@ -41,8 +42,12 @@ def exact_rows(
 ) -> torch.Tensor:
     """Dense attention of some queries: ``[B, R, H, D]`` of q, k, v ``[B, S, H, D]``, for ``rows`` int64 ``[R]``.
 
-    key_mask: bool ``[B, S]``, False where a key takes no part. By torch's attention, which adds up in fp32.
+    key_mask: bool ``[B, S]``, False where a key takes no part. It adds up in fp32: by a kernel whose programs share the
+    keys, since so few queries leave most of a GPU idle (its results are fp32), or by torch's attention.
     """
+    if no_rows_kernel(q) is None and all(x.stride(3) == 1 for x in (q, k, v)):
+        scale = q.shape[3] ** -0.5 if scale is None else scale
+        return attend_rows(q, k, v, rows, scale, key_mask)[0]
     q, k, v = (x.transpose(1, 2) for x in (q.index_select(1, rows), k, v))
     mask = None if key_mask is None else key_mask[:, None, None, :]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
