@@ -78,7 +78,8 @@ class Tracer:
     its items; ``screened[layer]`` the summed error ``[orders, H]`` with so
     many block pairs kept as ``screen_density`` of the grid would be in full blocks; ``grids[layer]`` the grid of the
     layer's calls, of several the one with most text; ``parts[s]`` the components that ran at the step; ``unseen`` the
-    layers of which a call was not shown, with the reason.
+    layers of which a call was not shown, with the reason. ``on_step``, where it is given, takes the results of a step
+    once it is over, which are not held then (:meth:`flush`).
     """
 
     pipe: Any
@@ -99,6 +100,7 @@ class Tracer:
     head_dim: int = 0
     items: int = 1
     drift: DriftMeter = field(default_factory=DriftMeter)
+    on_step: Callable[[int, dict[str, dict[str, np.ndarray]]], None] | None = None
 
     def __post_init__(self) -> None:
         self._calls: Counter[tuple[int, str, str]] = Counter()
@@ -147,6 +149,8 @@ class Tracer:
     def __call__(self, call: Any) -> torch.Tensor:
         self.look(call)
         step = self.counter.step
+        if step not in self.steps:
+            self.flush()
         tried = self.screen_orders(call.grid)
         heads = call.q.shape[2]
         groups: dict[TokenOrder, list[int]] = {}
@@ -176,6 +180,12 @@ class Tracer:
             rows = [error_left(self._score(call, o, list(range(heads))).error, pairs).cpu().numpy() for o in tried]
             self.screened[call.layer] = self.screened.get(call.layer, 0) + np.stack(rows)
         return out
+
+    def flush(self) -> None:
+        """Hand the results of the steps that are over to ``on_step``."""
+        if self.on_step is not None:
+            for step in sorted(self.steps):
+                self.on_step(step, self.steps.pop(step))
 
     def _add(self, step: int, layer: str, result: dict[str, np.ndarray], items: int) -> None:
         """Into the mean over the items of the step's calls of this layer, in place: nothing is held twice."""

@@ -33,7 +33,7 @@ __all__ = ["FREE_SETTINGS", "SearchConfig", "search_plan", "thoroughness"]
 log = logging.getLogger("diffsparse")
 
 # Counted up whenever what the store holds changes.
-STORE_FORMAT = 6
+STORE_FORMAT = 7
 
 
 def search_plan(

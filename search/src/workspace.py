@@ -17,6 +17,7 @@ from diffsparse.order import TokenOrder, parse_order
 from diffsparse.pipelines import find_transformers
 from diffsparse.pipelines.policy import Machine
 from diffsparse.search.candidates import orders_for
+from diffsparse.search.codes import from_codes, to_codes
 from diffsparse.search.config import SearchConfig
 from diffsparse.search.generate import Clip
 from diffsparse.search.layers import common_architecture
@@ -29,6 +30,9 @@ __all__ = ["Probe", "Stage", "Validation", "Workspace"]
 #: The arrays that are kept of every head at every traced step, by the start of their names, with their number of axes:
 #: ``HeadScores`` says what they hold, ``mass`` is the attention of each block pair, ``drift`` that of ``DriftMeter``.
 HEAD_ARRAYS = {"error": 3, "mass": 2, "energy": 0, "summed": 2, "true": 2, "drift": 0}
+
+#: Those of them that are kept as codes: they have a value for every pair of blocks.
+CODED = ("error", "mass")
 
 #: Host memory for dense clips of validation: two of 81 frames of 720p. More are generated again for every comparison.
 MAX_CLIP_BYTES = 2**31
@@ -200,7 +204,14 @@ class Workspace:
         wanted = {f"{name}{head}": axes for name, axes in HEAD_ARRAYS.items() for head in heads}
         if (found := {name: array.ndim for name, array in arrays.items()}) != wanted:
             raise AssertionError(f"{layer} was scored as {found}, wanted {wanted}")
-        self.store.put_arrays(f"trace/{prompt}/{step}/{layer}", arrays)
+        stored: dict[str, np.ndarray] = {}
+        for name, array in arrays.items():
+            if name.startswith(CODED):
+                stored[name], stored[f"peak of {name}"] = to_codes(array)
+                stored[f"rows of {name}"] = array.sum(-1, dtype=np.float32)
+            else:
+                stored[name] = array
+        self.store.put_arrays(f"trace/{prompt}/{step}/{layer}", stored)
 
     def put_trace(self, prompt: int, levels: Sequence[float], parts: Sequence[Sequence[str]]) -> None:
         """A prompt is traced when this is there: noise levels of its steps, and the transformers that ran in each."""
@@ -305,10 +316,15 @@ class Workspace:
 
     def scores(self, layer: str, head: int, weights: Mapping[int, float]) -> HeadScores:
         """Scores of a head over the traced steps in ``weights``, each with its weight."""
-        parts = [[(w, self._arrays(p, step, layer)) for step, w in weights.items()] for p in self.traced()]
 
         def total(name: str) -> np.ndarray:
-            return np.stack([sum(w * a[f"{name}{head}"].astype(np.float64) for w, a in part) for part in parts])
+            read = self._matrix if name.startswith(CODED) else lambda *at: self._arrays(*at[:3])[at[3]]
+            return np.stack(
+                [
+                    sum(w * read(p, step, layer, f"{name}{head}").astype(np.float64) for step, w in weights.items())
+                    for p in self.traced()
+                ]
+            )
 
         return HeadScores(total("error"), float(total("energy").mean()), total("summed").mean(0), total("true").mean(0))
 
@@ -332,7 +348,7 @@ class Workspace:
 
     def mass(self, prompt: int, layer: str, head: int, steps: Sequence[int]) -> np.ndarray:
         """Attention mass of a head's visual blocks, per query, mean over traced steps: float ``[NB, NB]``."""
-        found = [self._arrays(prompt, s, layer)[f"mass{head}"].astype(np.float32) for s in steps]
+        found = [self._matrix(prompt, s, layer, f"mass{head}") for s in steps]
         return np.asarray(np.mean(found, axis=0))
 
     def _arrays(self, prompt: int, step: int, layer: str) -> dict[str, np.ndarray]:
@@ -343,6 +359,14 @@ class Workspace:
         if key not in held:
             held[key] = self.store.get_arrays(f"trace/{prompt}/{step}/{layer}")
         return held[key]
+
+    def _matrix(self, prompt: int, step: int, layer: str, name: str) -> np.ndarray:
+        """One of the arrays that are kept as codes, float32; its rows add up to what they did."""
+        arrays = self._arrays(prompt, step, layer)
+        found = from_codes(arrays[name], arrays[f"peak of {name}"])
+        total = found.sum(-1)
+        found *= (arrays[f"rows of {name}"] / np.where(total > 0, total, 1.0))[..., None]
+        return found
 
     def table(self, grid: TokenGrid, order: TokenOrder) -> FamilyTable:
         key = (grid.visual_only(), order)
