@@ -11,10 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["FIRST_BUDGET", "MOST_BUDGET", "Curve", "Tried", "best_of", "next_budget"]
+__all__ = ["FIRST_DENSITY", "MOST_BUDGET", "Curve", "Tried", "best_of", "next_budget"]
 
-#: Tried first: plans at it were near enough to dense to say something of cheaper ones, and cheap enough to be kept.
-FIRST_BUDGET = 0.4
+#: Tried first is the budget that buys a plan of this density. A clip keeps what its density keeps, while a budget buys
+#: more or less of it on each machine. Plans at it were near enough to dense to say something of cheaper ones, and
+#: cheap enough to be kept.
+FIRST_DENSITY = 0.4
 #: A plan that takes more of the dense attention's time than this is not worth its name, so none is tried.
 MOST_BUDGET = 0.9
 #: What a clip loses, 1 - SSIM, goes with this power of the predicted error until two points say more. On
@@ -44,14 +46,19 @@ class Tried:
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """The predicted error of the best plan at each budget: float ``[points]`` each, budgets rising, errors falling."""
+    """What is predicted of the best plan at each budget: float ``[points]`` each.
+
+    Budgets rise, errors do not. ``densities``: of the whole trajectory, about; they need not rise everywhere.
+    """
 
     budgets: np.ndarray
     errors: np.ndarray
+    densities: np.ndarray
 
     def __post_init__(self) -> None:
-        if self.budgets.ndim != 1 or self.budgets.shape != self.errors.shape or not len(self.budgets):
-            raise ValueError("a curve needs as many errors as budgets, at least one")
+        shapes = {self.budgets.shape, self.errors.shape, self.densities.shape}
+        if self.budgets.ndim != 1 or len(shapes) != 1 or not len(self.budgets):
+            raise ValueError("a curve needs as many errors and densities as budgets, at least one")
         if (np.diff(self.budgets) <= 0).any() or (np.diff(self.errors) > 0).any():
             raise ValueError("along a curve the budgets rise, and no error does")
 
@@ -72,6 +79,16 @@ class Curve:
         share = (logs[at - 1] - log_error) / (logs[at - 1] - logs[at])
         return float(self.budgets[at - 1] + share * (self.budgets[at] - self.budgets[at - 1]))
 
+    def first(self) -> float:
+        """The least budget that buys :data:`FIRST_DENSITY`; the largest of all where none does."""
+        enough = self.densities >= FIRST_DENSITY
+        at = int(np.argmax(enough))
+        if not enough.any() or at == 0:
+            return float(self.budgets[at if enough.any() else -1])
+        low, high = float(self.densities[at - 1]), float(self.densities[at])
+        share = (FIRST_DENSITY - low) / (high - low)
+        return float(self.budgets[at - 1] + share * (self.budgets[at] - self.budgets[at - 1]))
+
 
 def best_of(tried: Sequence[Tried], target: float) -> int:
     """Number of the cheapest point that keeps the target; of the one that comes nearest to it where none does."""
@@ -90,7 +107,7 @@ def next_budget(tried: Sequence[Tried], target: float, curve: Curve, tries: int)
     if len(tried) >= tries:
         return None
     if not tried:
-        return _rounded(min(max(FIRST_BUDGET, low), high), low, high)
+        return _rounded(curve.first(), low, high)
     holding = [point for point in tried if point.ssim >= target]
     if not holding:
         last = max(tried, key=lambda point: point.budget)

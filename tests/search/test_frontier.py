@@ -16,7 +16,7 @@ TRIES = 4
 
 def curve(low: float = 0.1, high: float = 0.9, steepness: float = 5.0) -> Curve:
     budgets = np.geomspace(low, high, 16)
-    return Curve(budgets, 3.0 * np.exp(-steepness * budgets))
+    return Curve(budgets, 3.0 * np.exp(-steepness * budgets), budgets)
 
 
 def walk(ssim: Callable[[float], float], target: float, predicted: Curve, tries: int = TRIES) -> list[Tried]:
@@ -112,13 +112,13 @@ def test_the_ends() -> None:
     assert nothing[-1].budget == high and len(nothing) <= TRIES
     exact = walk(lambda b: 1 - 1e-4 * (1 - b), 1.0, predicted)
     assert exact[-1].budget == high, "only dense attention keeps a target of 1"
-    (alone,) = walk(lambda b: 0.2, 0.95, Curve(np.array([0.97]), np.array([0.1])))
+    (alone,) = walk(lambda b: 0.2, 0.95, Curve(np.array([0.97]), np.array([0.1]), np.array([0.9])))
     assert alone.budget == 0.97
     assert [point.budget for point in walk(lambda b: 0.94, 0.95, predicted, tries=1)] == [0.4]
 
 
 def test_a_model_without_errors_is_walked_too() -> None:
-    predicted = Curve(np.array([0.1, 0.3, 0.9]), np.zeros(3))
+    predicted = Curve(np.array([0.1, 0.3, 0.9]), np.zeros(3), np.array([0.1, 0.3, 0.9]))
     assert walk(lambda b: 1.0, 0.95, predicted)[-1].budget == 0.1
     for ssim in (0.1, 0.949):
         assert walk(lambda b, s=ssim: s, 0.95, predicted)[-1].budget == 0.9  # type: ignore[misc]
@@ -134,7 +134,22 @@ def test_a_curve_runs_down() -> None:
     rising = np.array([0.1, 0.2])
     for budgets, errors in ((rising[::-1], rising), (rising, rising), (rising, rising[:1]), (rising[:0], rising[:0])):
         with pytest.raises(ValueError, match="curve"):
-            Curve(budgets, errors)
+            Curve(budgets, errors, budgets)
+
+
+@pytest.mark.parametrize(
+    ("densities", "first"),
+    [
+        ([0.1, 0.3, 0.5, 0.9], 0.25),  # half-way between two budgets
+        ([0.4, 0.5, 0.6, 0.9], 0.1),
+        ([0.6, 0.7, 0.8, 0.9], 0.1),
+        ([0.05, 0.1, 0.2, 0.3], 0.8),  # a machine on which little is bought by the largest budget
+        ([0.5, 0.3, 0.5, 0.9], 0.1),  # a plan with more dense steps may buy less: the least budget counts
+    ],
+)
+def test_the_walk_begins_where_a_density_is_bought(densities: list[float], first: float) -> None:
+    budgets = np.array([0.1, 0.2, 0.3, 0.8])
+    assert Curve(budgets, 1 - budgets, np.array(densities)).first() == pytest.approx(first)
 
 
 def test_a_curve_is_read_both_ways() -> None:

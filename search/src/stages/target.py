@@ -13,9 +13,10 @@ from diffsparse.search.assign import InfeasibleBudget, lagrangian
 from diffsparse.search.compose import WORTH_TRYING, Candidate, Composer
 from diffsparse.search.errors import BadInput
 from diffsparse.search.frontier import MOST_BUDGET, Curve, Tried, best_of, next_budget
+from diffsparse.search.items import Items
 from diffsparse.search.stages.compose import compose_plans
 from diffsparse.search.stages.repair import mended, repaired
-from diffsparse.search.stages.validate import held_out, validate
+from diffsparse.search.stages.validate import cases, held_out, validate
 from diffsparse.search.workspace import Workspace
 
 __all__ = ["error_curve", "search_target"]
@@ -37,9 +38,11 @@ class _Point:
         return Tried(self.budget, self.quality["ssim_worst"])
 
     def to_dict(self) -> dict[str, float]:
+        """``clips``: of validation; a plan that misses the target on one is tried on no further ones."""
         return {
             "budget": self.budget,
             "density": self.candidate.plan.record["search"]["trajectory_density"],
+            "clips": self.quality["prompts"],
             "ssim_worst": self.quality["ssim_worst"],
             "loop_speedup": self.quality["loop_speedup"],
         }
@@ -56,10 +59,10 @@ def search_target(work: Workspace, composer: Composer) -> tuple[Candidate, dict[
     points: list[_Point] = []
     while (budget := next_budget([p.tried for p in points], goal, curve, work.config.tries)) is not None:
         # Where the first plan does not gain by its repair, the others get none.
-        fit = work.config.fits_repair if not points else points[0].candidate.plan.repair is not None
+        fit = work.config.fits_repair and (not points or points[0].candidate.plan.repair is not None)
         points.append(_validated(work, composer, budget, fit, compare=not points))
         work.say(f"point {len(points)}: {_told(points[-1], goal)}")
-    chosen = points[best_of([p.tried for p in points], goal)]
+    chosen = _best(work, points, goal)
     plan, reached = chosen.candidate.plan, chosen.tried.ssim >= goal
     quality = chosen.quality | {
         "target": goal,
@@ -79,6 +82,13 @@ def search_target(work: Workspace, composer: Composer) -> tuple[Candidate, dict[
     return chosen.candidate, quality
 
 
+def _best(work: Workspace, points: list[_Point], goal: float) -> _Point:
+    """The best of the points, validated on every clip; one that missed the target was not validated further."""
+    while (point := points[(at := best_of([p.tried for p in points], goal))]).quality["prompts"] < len(cases(work)):
+        points[at] = replace(point, quality=validate(work, [point.candidate])[1])
+    return point
+
+
 def _told(point: _Point, goal: float) -> str:
     found = point.to_dict()
     verb = "keeps" if found["ssim_worst"] >= goal else "misses"
@@ -89,20 +99,20 @@ def _told(point: _Point, goal: float) -> str:
 
 
 def _validated(work: Workspace, composer: Composer, budget: float, fit: bool, compare: bool) -> _Point:
-    """``fit``: with a repair. ``compare``: with and without it."""
-    candidates = compose_plans(work, composer.at(budget))
-    if len(candidates) > 1 or compare or not fit:
-        chosen, quality = validate(work, candidates)
-        if fit:
-            chosen, quality = mended(work, chosen, quality)
+    """``fit``: with a repair. ``compare``: with and without it, on all clips."""
+    candidates, goal = compose_plans(work, composer.at(budget)), work.config.goal
+    if not fit:
+        chosen, quality = validate(work, candidates, goal)
+    elif len(candidates) > 1 or compare:
+        chosen, quality = mended(work, *validate(work, candidates))
     else:
         chosen = replace(candidates[0], plan=repaired(work, candidates[0].plan))
-        _, quality = validate(work, [chosen])
+        _, quality = validate(work, [chosen], goal)
     return _Point(budget, chosen, quality)
 
 
 def error_curve(composer: Composer) -> Curve:
-    """The predicted error of the best plan with one phase, from the least budget there is to the most that is tried.
+    """What is predicted of the best plan with one phase, from the least budget there is to the most that is tried.
 
     Raises :class:`BadInput` where the least is dense attention's own time.
     """
@@ -114,22 +124,32 @@ def error_curve(composer: Composer) -> Curve:
     least = min(math.ceil(least * 1000 + 1e-6) / 1000, 1.0)
     most = max(MOST_BUDGET, least)
     budgets = np.unique(np.geomspace(least, most, CURVE_POINTS))
-    errors = np.full(len(budgets), np.inf)
+    errors, densities = np.full(len(budgets), np.inf), np.ones(len(budgets))
     for dense in range(composer.steps) if dense_steps is None else [dense_steps]:
         rooms = [composer.at(float(b)).room(list(range(dense))) for b in budgets]
         if rooms[-1] <= 0:
             break
         items = composer.items(composer.trial(dense, 1))
-        found = np.full(len(budgets), np.inf)
+        found, kept = np.full(len(budgets), np.inf), np.ones(len(budgets))
         for i, room in enumerate(rooms):
             try:
-                found[i] = lagrangian(items.errors, items.prices, room).error if room > 0 else np.inf
+                best = lagrangian(items.errors, items.prices, room) if room > 0 else None
             except InfeasibleBudget:
                 continue
+            if best is not None:
+                found[i], kept[i] = best.error, _density(composer, dense, items, best.choice)
         # With more steps dense, and less for the others, it is not worth trying anywhere.
         if not (found <= 4 * WORTH_TRYING * errors).any():
             break
-        errors = np.minimum(errors, found)
+        errors, densities = np.minimum(errors, found), np.where(found < errors, kept, densities)
     if not np.isfinite(errors).all():
         raise BadInput(f"no plan at a budget of {budgets[int(np.argmax(~np.isfinite(errors)))]:.3f} can be made")
-    return Curve(budgets, np.minimum.accumulate(errors))
+    return Curve(budgets, np.minimum.accumulate(errors), densities)
+
+
+def _density(composer: Composer, dense: int, items: Items, choice: np.ndarray) -> float:
+    """About what the options make of the whole trajectory: without tails, text and what is used again."""
+    work = np.array(items.whole)
+    kept = np.array([options[int(i)].density for options, i in zip(items.options, choice, strict=True)])
+    share = composer.attention(slice(dense)) / composer.attention()
+    return float(share + (1 - share) * (kept * work).sum() / work.sum())

@@ -41,8 +41,13 @@ def cases(work: Workspace) -> list[tuple[str, int]]:
     return [(pool[i % len(pool)], config.seed + SEED_OFFSET + i // len(pool)) for i in range(count)]
 
 
-def validate(work: Workspace, candidates: list[Candidate]) -> tuple[Candidate, dict[str, Any]]:
+def validate(
+    work: Workspace, candidates: list[Candidate], least: float | None = None
+) -> tuple[Candidate, dict[str, Any]]:
     """The candidate that comes closest to dense on prompts that were not traced, and what was measured for it.
+
+    ``least``: of SSIM. After a clip on which every candidate falls below it no further ones are made; ``prompts`` of
+    the result says how many there are.
 
     Predicted errors of plans with different numbers of dense steps are near each other; generations decide: by the
     mean PSNR, or by the worst clip's SSIM where that has a target.
@@ -52,18 +57,21 @@ def validate(work: Workspace, candidates: list[Candidate]) -> tuple[Candidate, d
     keys = [plan_digest(candidate.plan) for candidate in candidates]
     with work.bar(len(clips) * (1 + len(candidates)), "validate") as bar:
         for i, (prompt, seed) in enumerate(clips):
-            if all(work.validation(i, key) is not None for key in keys):
-                bar.update(1 + len(candidates))
-                continue
-            dense = work.dense_clip(i, lambda: generate_clip(work.pipe, prompt, seed, settings))  # noqa: B023
-            _check_dense(work, dense)
-            bar.update()
-            for key, candidate in zip(keys, candidates, strict=True):
-                if work.validation(i, key) is None:
-                    with attached(work.pipe, candidate.plan, backend=sparse_backend(work.pipe, candidate.plan)):
-                        clip = generate_clip(work.pipe, prompt, seed, settings)
-                    work.put_validation(i, key, _measured(work, clip, dense))
+            todo = [(k, c) for k, c in zip(keys, candidates, strict=True) if work.validation(i, k) is None]
+            bar.update(len(candidates) - len(todo) + (not todo))
+            if todo:
+                dense = work.dense_clip(i, lambda: generate_clip(work.pipe, prompt, seed, settings))  # noqa: B023
+                _check_dense(work, dense)
                 bar.update()
+            for key, candidate in todo:
+                with attached(work.pipe, candidate.plan, backend=sparse_backend(work.pipe, candidate.plan)):
+                    clip = generate_clip(work.pipe, prompt, seed, settings)
+                work.put_validation(i, key, _measured(work, clip, dense))
+                bar.update()
+            if least is not None and _all_below(work, i, keys, least):
+                bar.update((len(clips) - i - 1) * (1 + len(candidates)))
+                clips = clips[: i + 1]
+                break
     rows = {key: [row for i in range(len(clips)) if (row := work.validation(i, key)) is not None] for key in keys}
     means = [float(np.mean([row.psnr for row in rows[key]])) for key in keys]
     worst = [min((row.ssim for row in rows[key] if row.ssim is not None), default=0.0) for key in keys]
@@ -80,6 +88,12 @@ def validate(work: Workspace, candidates: list[Candidate]) -> tuple[Candidate, d
         "psnr_by_dense_steps": tried,
         "loop_speedup": float(np.mean([row.speedup for row in chosen])),
     }
+
+
+def _all_below(work: Workspace, case: int, keys: list[str], least: float) -> bool:
+    """Whether every plan's SSIM on a clip is below ``least``."""
+    rows = [work.validation(case, key) for key in keys]
+    return all(row is not None and row.ssim is not None and row.ssim < least for row in rows)
 
 
 def _check_dense(work: Workspace, dense: Clip) -> None:
