@@ -113,9 +113,7 @@ class Composer:
         self.push = strides(self.levels) * np.sqrt(np.interp(-self.levels, -np.array(traced), growth))
         density, budget = self.config.density, self.config.budget
         self.wanted = density - DENSITY_MARGIN if density is not None else float(budget or 0.0)
-        self.blocks = {
-            grid: len(search.table(grid, orders_for(grid, self.config.block_size)[0]).weight) for grid in costs
-        }
+        self.blocks = {grid: len(search.table(grid, orders_for(grid, self.config.block)[0]).weight) for grid in costs}
         self.pricing = Pricing(self.config, grids, costs, self.blocks, self.heads, machine)
         largest = max(costs, key=lambda grid: grid.seq_len)
         self.work = {n: (grids[n].seq_len / largest.seq_len) ** 2 for n in self.layers}
@@ -310,7 +308,7 @@ class Composer:
             plan = SparsityPlan.from_table(
                 self._entries(trial, items, result),
                 schedule=trial.schedule(self.levels, self.switch, self.second),
-                block_size=self.config.block_size,
+                block_size=self.config.block,
                 architecture=self.search.architecture,
                 repair=self.config.online,
             )

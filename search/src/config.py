@@ -17,6 +17,7 @@ from diffsparse.search.generate import MAX_SEED, GenerationSettings
 from diffsparse.search.metrics import SSIM_WINDOW
 from diffsparse.search.signature import check_generates, parameters
 from diffsparse.search.verdict import SAME_SSIM
+from diffsparse.tokens import BLOCK_SIZES
 
 __all__ = ["DEFAULT_TARGET", "FREE_SETTINGS", "SearchConfig", "thoroughness"]
 
@@ -40,16 +41,17 @@ class SearchConfig:
     density. ``target``: SSIM to dense that the worst validation clip keeps; the sparsest plan that does so is searched.
     ``steps``: denoising steps of the generations that the plan is tuned for (it runs with any number).
     ``trace_steps``: steps of the generations that are measured. ``trace_prompts``: how many of the prompts are traced.
-    ``samples``: queries sampled of every query block. ``dense_steps`` fixes the number of dense first steps, which the
-    search chooses otherwise. ``validation_prompts``: on how many prompts that were not traced whole generations choose
-    among the best ``candidates`` plans (0: the predicted best is taken). None is 1, and 2 for a target, which takes
-    further seeds where there are too few prompts. ``candidates``: None is 3, and 1 for a target, at every budget that
-    is tried. ``repair``: fit what the chosen plan's heads get wrong, on the traced prompts (``diffsparse.repair``), or,
-    where ``repair_rows`` is not 0, have each call fit it by so many exact rows (``diffsparse.online``).
-    ``points``: how many budgets are tried for a target, at most; None is 4. ``reuse_memory``: GB of outputs that a run
-    may keep to use them again at later steps (``diffsparse.reuse``); 0: none; None: a quarter of the most that the
-    dense model takes on a GPU, 1 GB on a CPU. Sizes are in pixels. Steps, guidance and sizes that are None are the
-    pipeline's own (:meth:`resolved`).
+    ``block_size``: tokens of a block, 64 or 128; None is 128 for heads of 128 channels, for which kernels on a GPU are
+    faster with larger blocks, else 64. ``samples``: queries sampled of every query block. ``dense_steps`` fixes the
+    number of dense first steps, which the search chooses otherwise. ``validation_prompts``: on how many prompts that
+    were not traced whole generations choose among the best ``candidates`` plans (0: the predicted best is taken). None
+    is 1, and 2 for a target, which takes further seeds where there are too few prompts. ``candidates``: None is 3, and
+    1 for a target, at every budget that is tried. ``repair``: fit what the chosen plan's heads get wrong, on the
+    traced prompts (``diffsparse.repair``), or, where ``repair_rows`` is not 0, have each call fit it by so many
+    exact rows (``diffsparse.online``). ``points``: how many budgets are tried for a target, at most; None is 4.
+    ``reuse_memory``: GB of outputs that a run may keep to use them again at later steps (``diffsparse.reuse``); 0:
+    none; None: a quarter of the most that the dense model takes on a GPU, 1 GB on a CPU. Sizes are in pixels.
+    Steps, guidance and sizes that are None are the pipeline's own (:meth:`resolved`).
     """
 
     budget: float | None = None
@@ -61,7 +63,7 @@ class SearchConfig:
     guidance_scale: float | None = None
     true_cfg_scale: float | None = None
     seed: int = 0
-    block_size: int = 64
+    block_size: int | None = None
     trace_steps: int = 8
     trace_prompts: int = 2
     samples: int = 4
@@ -86,6 +88,10 @@ class SearchConfig:
         for name in ("steps", "trace_steps", "trace_prompts", "samples", "candidates", "points"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise BadInput(f"{name} must be at least 1, got {value}")
+        if self.block_size not in (None, *BLOCK_SIZES):
+            raise BadInput(
+                f"block_size is {' or '.join(map(str, BLOCK_SIZES))}, got {shorten(repr(self.block_size), 60)}"
+            )
         if not 0 <= self.seed <= MAX_SEED:
             raise BadInput(f"the seed is an integer from 0 to {MAX_SEED}, got {shorten(str(self.seed), 60)}")
         memory = self.reuse_memory
@@ -118,6 +124,15 @@ class SearchConfig:
     def goal(self) -> float | None:
         """The target that is searched for; None where a budget or density is."""
         return DEFAULT_TARGET if self.budget is None and self.density is None and self.target is None else self.target
+
+    def for_heads(self, head_dim: int) -> SearchConfig:
+        """The same with a block size for heads of so many channels, where it is left open."""
+        return replace(self, block_size=self.block_size or (128 if head_dim == 128 else 64))
+
+    @property
+    def block(self) -> int:
+        """Tokens of a block; 64 as long as that is left open (:meth:`for_heads`)."""
+        return self.block_size or min(BLOCK_SIZES)
 
     @property
     def tries(self) -> int:

@@ -39,7 +39,7 @@ class Pricing:
 
     def work(self, option: Option, layer: str, order: TokenOrder) -> HeadWork:
         """What a head of a layer has to do, as :func:`diffsparse.work.head_work` has it of the option's entry."""
-        grid, size = self.grids[layer], self.config.block_size
+        grid, size = self.grids[layer], self.config.block
         inside = order.partition(grid.visual_only(), size).num_blocks
         text = sum(-(-tokens // size) for tokens in (grid.text_before, grid.text_after))
         share = option.density if option.blocks is None else option.blocks

@@ -17,11 +17,12 @@ from diffsparse.search.compose import Candidate
 from diffsparse.search.config import FREE_SETTINGS, SearchConfig, thoroughness
 from diffsparse.search.errors import BadInput, writing
 from diffsparse.search.identity import model_identity
-from diffsparse.search.layers import main_grid
+from diffsparse.search.layers import common_architecture, main_grid
 from diffsparse.search.stages.compose import compose_plans, composer_of, layer_costs
 from diffsparse.search.stages.probe import run_probe
 from diffsparse.search.stages.repair import mended, repaired
 from diffsparse.search.stages.report import measured, search_record
+from diffsparse.search.stages.sensitivity import layer_groups
 from diffsparse.search.stages.target import search_target
 from diffsparse.search.stages.trace import run_trace
 from diffsparse.search.stages.validate import cases, validate
@@ -56,7 +57,7 @@ def search_plan(
         raise BadInput("a search needs at least one prompt")
     say = say or log.info
     out = Path(out)
-    config = config.resolved(pipe)
+    config = config.resolved(pipe).for_heads(common_architecture(pipe).head_dim)
     with SearchStore(out / "search.sqlite") as store:
         work = Workspace(pipe, tuple(prompts), config, store, progress, say, on_stage or (lambda *_: None))
         resumed = store.claim(
@@ -138,7 +139,7 @@ def _estimate(work: Workspace) -> float:
     """Seconds that the stages after the probe will take, validation apart."""
     forward, branches, steps = work.probe.forward_seconds, work.probe.branches, work.config.trace_steps
     rest = sum(steps - s for s in {0, 3 * steps // 4})
-    prompts, layers = len(work.traced()), len(work.layers)
+    prompts, layers = len(work.traced()), len(layer_groups(work.layers))
     assert work.config.steps is not None  # the settings are resolved
     fit = max(2, prompts) * branches * max(steps, work.config.steps) if work.config.fits_repair else 0
     repair = fit * work.config.tries

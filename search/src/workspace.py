@@ -148,7 +148,7 @@ class Workspace:
 
     def layer_orders(self, grid: TokenGrid) -> list[TokenOrder]:
         """The orders that are tried on a grid; the first costs least to gather."""
-        return orders_for(grid.visual_only(), self.config.block_size)
+        return orders_for(grid.visual_only(), self.config.block)
 
     # -- what was measured -----------------------------------------------------------------------------------------
 
@@ -371,5 +371,5 @@ class Workspace:
     def table(self, grid: TokenGrid, order: TokenOrder) -> FamilyTable:
         key = (grid.visual_only(), order)
         if key not in self.tables:
-            self.tables[key] = FamilyTable(*key, self.config.block_size)
+            self.tables[key] = FamilyTable(*key, self.config.block)
         return self.tables[key]

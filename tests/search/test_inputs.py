@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,10 @@ def test_a_search_says_what_it_cannot_do_without() -> None:
         SearchConfig().resolved(bare("HeliosPyramidPipeline"))
     config = SearchConfig(height=64).resolved(bare("WanPipeline"))
     assert (config.steps, config.guidance_scale, config.height, config.num_frames) == (50, 5.0, 64, 81)
+    assert [config.for_heads(d).block for d in (64, 72, 128, 256)] == [64, 64, 128, 64] and config.block == 64
+    assert replace(config, block_size=64).for_heads(128).block == 64
+    with pytest.raises(BadInput, match="block_size is 64 or 128, got 32"):
+        replace(config, block_size=32)
     with pytest.raises(BadInput, match="dense_steps lies between 0 and 3, got 4"):
         SearchConfig(dense_steps=4).resolved(bare("Flux2KleinKVPipeline"))
 

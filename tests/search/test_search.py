@@ -27,11 +27,11 @@ from diffsparse.search.measured import PooledAttention, figures_beside
 from diffsparse.search.observe import final_latents, record, replaying, step_effect
 from diffsparse.search.options import HeadScores, is_stable
 from diffsparse.search.score import projection_roots
-from diffsparse.search.search import search_plan
+from diffsparse.search.search import SearchConfig, search_plan
 from diffsparse.search.store import SearchStore, StoreMismatch
 from diffsparse.search.trial import strides
 from tests.helpers.break_even import table
-from tests.search.tiny import PROMPTS, SHAPE, config, fix_costs
+from tests.search.tiny import PROMPTS, SHAPE, build_pipeline, config, fix_costs
 from tests.tolerance import ATTENTION, assert_near
 
 SETTINGS = GenerationSettings(4, 5.0, **SHAPE)
@@ -301,3 +301,11 @@ def test_a_head_that_follows_the_prompt_is_unstable() -> None:
 
 def test_strides_end_at_zero() -> None:
     assert strides(np.array([1.0, 0.8, 0.5])).tolist() == pytest.approx([0.2, 0.3, 0.5])
+
+
+def test_heads_of_128_channels_get_blocks_of_128(tmp_path):
+    pipe = build_pipeline(layers=1, heads=1, head_dim=128)
+    config = SearchConfig(
+        density=0.7, steps=2, trace_steps=2, trace_prompts=1, validation_prompts=0, repair=False, samples=1, **SHAPE
+    )
+    assert search_plan(pipe, PROMPTS, config, tmp_path, progress=False).block_size == 128

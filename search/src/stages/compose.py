@@ -30,7 +30,7 @@ def layer_costs(work: Workspace) -> dict[TokenGrid, CostTable]:
     found: dict[TokenGrid, CostTable] = {}
     for grid in dict.fromkeys(work.grids.values()):
         order = work.layer_orders(grid)[0]
-        measure = partial(measure_costs, grid, *shape, order, work.config.block_size, work.device, dtype)
+        measure = partial(measure_costs, grid, *shape, order, work.config.block, work.device, dtype)
         found[grid] = work.costs(grid, measure)
     return found
 

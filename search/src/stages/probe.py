@@ -26,7 +26,7 @@ def why_unseen(unseen: Mapping[str, str], layer: str | None = None) -> str:
 def run_probe(work: Workspace) -> Probe:
     """Three steps of one generation: every layer's grid, the time of a model call, and every head's best order."""
     if not work.has_probe:
-        settings, first = work.config.settings(3), Tracer(work.pipe, work.config.block_size, work.config.seed)
+        settings, first = work.config.settings(3), Tracer(work.pipe, work.config.block, work.config.seed)
         on_gpu = work.device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(work.device)
@@ -40,7 +40,7 @@ def run_probe(work: Workspace) -> Probe:
             raise BadInput(f"no layer can be searched: {why_unseen(unseen)}")
         tracer = Tracer(
             work.pipe,
-            work.config.block_size,
+            work.config.block,
             work.config.seed,
             max(1, work.config.samples // 2),
             branches=first.counter.calls,

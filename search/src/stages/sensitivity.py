@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,12 @@ from diffsparse.search.perturb import partial_error, stale_outputs
 from diffsparse.search.trial import strides
 from diffsparse.search.workspace import Workspace
 
-__all__ = ["amplification", "effects", "reference", "reuse_factor"]
+__all__ = ["amplification", "effects", "layer_groups", "reference", "reuse_factor"]
 
 REFERENCE_DENSITY = 0.06
 INJECTED_SHARE = 0.25
+#: Generations that are taken up again for each of the steps, at most: a model of more layers is perturbed in groups.
+MOST_GROUPS = 10
 # Errors of outputs that are used again may add up with those of the blocks that are left out: (a + b)^2 is at most
 # 2 (a^2 + b^2).
 MARGIN = 2.0
@@ -30,6 +33,18 @@ def effect_steps(work: Workspace) -> tuple[int, ...]:
     """Trace steps at which layers are perturbed."""
     n = work.config.trace_steps
     return tuple(sorted({min(n - 1, n // 8), n // 2}))
+
+
+def layer_groups(layers: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Neighbouring layers that are perturbed together, in at most :data:`MOST_GROUPS` groups.
+
+    The first ones are smaller: from layer to layer, that is where it changes most how much of an error comes through.
+    """
+    count = min(len(layers), MOST_GROUPS)
+    even = np.linspace(0, 1, count + 1)
+    edges = np.rint(len(layers) * (even if count == len(layers) else even**1.5)).astype(int)
+    edges = np.maximum(edges, np.arange(count + 1))  # none is empty
+    return [tuple(layers[a:b]) for a, b in pairwise(edges.tolist())]
 
 
 def inject_steps(work: Workspace) -> tuple[int, ...]:
@@ -59,33 +74,39 @@ def reference(work: Workspace) -> tuple[dict[str, list[HeadEntry]], np.ndarray]:
                 tries.append((float(np.sum(left)), tail, mask, left))
             _, tail, mask, left = min(tries, key=lambda x: x[0])
             predicted[:, j] += left
-            bitmap = Bitmap.from_mask(mask, grid, order, work.config.block_size)
+            bitmap = Bitmap.from_mask(mask, grid, order, work.config.block)
             found[layer].append(HeadEntry(order, bitmap, execution=Execution(tail=tail)))
     return found, predicted
 
 
 def effects(work: Workspace, entries: dict[str, list[HeadEntry]], predicted: np.ndarray) -> np.ndarray:
-    """Squared change of the guided output per predicted squared error of each layer: ``[steps, layers]``."""
+    """Squared change of the guided output per predicted squared error of each layer: ``[steps, layers]``.
+
+    Layers that follow one another pass errors on much alike. So in a model of many a group of neighbours is made sparse
+    at once, and each layer counts as its group does.
+    """
     steps = [s for s in effect_steps(work) if s < work.trace_length]
-    todo = [(s, n) for s in steps for n in work.layers if not work.has_effect(s, n)]
-    find = layouts_by_call(entries, work.config.block_size)
+    groups = layer_groups(work.layers)
+    todo = [(s, names) for s in steps for names in groups if not work.has_effect(s, names[0])]
+    find = layouts_by_call(entries, work.config.block)
     settings = work.config.settings(work.config.trace_steps)
     if todo:
         with work.bar(len(todo), "sensitivity") as bar:
-            for step, layer in todo:
+            for step, names in todo:
 
-                def one(call: Any, layer: str = layer) -> BlockLayout | None:
-                    return find(call) if call.layer == layer else None
+                def some(call: Any, names: tuple[str, ...] = names) -> BlockLayout | None:
+                    return find(call) if call.layer in names else None
 
                 effect = step_effect(
-                    work.pipe, work.dense_recording(), work.prompts[0], work.config.seed, settings, step, one
+                    work.pipe, work.dense_recording(), work.prompts[0], work.config.seed, settings, step, some
                 )
-                work.put_effect(step, layer, effect)
+                work.put_effect(step, names[0], effect)
                 bar.update()
     measured = np.empty((len(steps), len(work.layers)))
-    for j, layer in enumerate(work.layers):
+    for names in groups:
+        which = [work.layers.index(name) for name in names]
         for i, step in enumerate(steps):
-            measured[i, j] = work.effect(step, layer) / max(float(predicted[step, j]), 1e-30)
+            measured[i, which] = work.effect(step, names[0]) / max(float(predicted[step, which].sum()), 1e-30)
     every = np.arange(work.trace_length)
     logs = np.log(np.maximum(measured, 1e-30))
     return np.exp(np.stack([np.interp(every, steps, logs[:, j]) for j in range(len(work.layers))], 1))
@@ -104,7 +125,7 @@ def amplification(work: Workspace, entries: dict[str, list[HeadEntry]], output_e
     steps = [s for s in inject_steps(work) if s < work.trace_length]
     todo = [s for s in steps if not work.has_injected(s)]
     if todo:
-        find = layouts_by_call(entries, work.config.block_size)
+        find = layouts_by_call(entries, work.config.block)
         settings = work.config.settings(work.config.trace_steps)
         with work.bar(len(todo), "schedule") as bar:
             for step in todo:

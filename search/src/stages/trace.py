@@ -36,7 +36,7 @@ def _trace(work: Workspace, p: int) -> None:
 
     tracer = Tracer(
         work.pipe,
-        work.config.block_size,
+        work.config.block,
         work.config.seed + p,
         work.config.samples,
         work.probe.branches,
