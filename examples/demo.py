@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,7 +25,10 @@ HERE = Path(__file__).resolve().parent
 TARGET = 0.95
 #: Clips differ: with one plan the worst of eight lost 2.4 times as much SSIM as the middle one (9 frames of 96x96, 8
 #: steps). So that other clips keep the target, those of validation may lose this share of what it allows.
-MARGIN = 0.6
+MARGIN = 0.75
+#: Of the small model's scheduler. What a clip shows is decided at high noise, where few steps should be, then: with this
+#: shift 97% of 64 held-out captions show their colours in 8 steps, with the folder's 2 it is 67% (one H200, bf16).
+SHIFT = 9.0
 #: Plans that are validated on the way to a target, at most: each takes up to two generations.
 POINTS = 3
 
@@ -41,6 +44,18 @@ def in_order(prompts: list[str], traced: int) -> list[str]:
     The longest of the others come first, since clips in which more happens lose more.
     """
     return [*prompts[:traced], *sorted(prompts[traced:], key=len, reverse=True)]
+
+
+def lean(pipe: Any, shift: float | None) -> None:
+    """Give the pipeline's scheduler this shift; None leaves it as it is. Raises ``BadInput`` where it has none."""
+    from diffsparse.search.errors import BadInput
+
+    if shift is None:
+        return
+    if not shift > 0 or "shift" not in pipe.scheduler.config:
+        name = type(pipe.scheduler).__name__
+        raise BadInput(f"--shift {shift:g}: it is above 0, and only schedulers that have a shift take one ({name})")
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, shift=shift)
 
 
 def in_short(report: EvalReport, target: float | None) -> str:
@@ -73,6 +88,10 @@ def run(
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 8,
     prompts: Annotated[int, typer.Option(help="Held-out prompts to generate.")] = 2,
     seeds: Annotated[int, typer.Option(help="Seeds for each of them.")] = 1,
+    shift: Annotated[
+        float | None,
+        typer.Option(help=f"How far the scheduler's noise levels lean towards 1; the small model's by {SHIFT:g}."),
+    ] = None,
     size: Annotated[tuple[int, int, int], typer.Option(help="Frames, height and width of the clips, in pixels.")] = (
         17,
         128,
@@ -100,6 +119,7 @@ def run(
     load.quiet_libraries()
     place = load.choose_device(device)
     pipe = load.load_pipeline(model, device=place, dtype=load.choose_dtype("auto", place))
+    lean(pipe, SHIFT if shift is None and Path(model) == HERE / "tiny_wan" else shift)
     if not makes_videos(pipe):
         del shape["num_frames"]
     calibration = load.read_prompts(HERE / "tiny_wan" / "prompts" / "calibration.txt")

@@ -6,10 +6,11 @@ import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from diffsparse.search.errors import BadInput
 from tests.helpers.process import ROOT, run_script
 from tests.search.evaluations import clip, report
 
@@ -51,7 +52,7 @@ def test_wrong_options_are_told_before_a_model_is_loaded(
 
 
 def test_clips_of_validation_keep_more_than_the_target(demo: ModuleType) -> None:
-    assert demo.validation_target(0.95) == pytest.approx(0.97) and demo.validation_target(1.0) == 1.0
+    assert demo.validation_target(0.95) == pytest.approx(0.9625) and demo.validation_target(1.0) == 1.0
     for target in (0.01, 0.5, 0.99):
         assert target < demo.validation_target(target) < 1
     prompts = ["traced, and the longest of all", "b", "ccc", "dd"]
@@ -111,3 +112,16 @@ def test_the_demo(tmp_path: Path) -> None:
     assert search["target"] == 0.97 and 1 <= len(search["points"]) <= 3
     assert found["passed"] and 0 < found["trajectory_density"] < 1
     assert found["psnr"]["mean"] > found["other_seed_psnr"]
+
+
+def test_the_small_model_gets_its_shift(demo: ModuleType) -> None:
+    from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+    pipe = SimpleNamespace(scheduler=FlowMatchEulerDiscreteScheduler(shift=2.0))
+    demo.lean(pipe, None)
+    assert pipe.scheduler.config.shift == 2.0
+    demo.lean(pipe, demo.SHIFT)
+    assert pipe.scheduler.config.shift == 9.0 and type(pipe.scheduler) is FlowMatchEulerDiscreteScheduler
+    for shift, scheduler in ((0.0, pipe.scheduler), (3.0, DDIMScheduler())):
+        with pytest.raises(BadInput, match=f"--shift {shift:g}: it is above 0, and only schedulers that have"):
+            demo.lean(SimpleNamespace(scheduler=scheduler), shift)

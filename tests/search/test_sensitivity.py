@@ -41,7 +41,7 @@ def test_the_price_does_not_grow_with_the_layers(tmp_path: Path) -> None:
 
 @pytest.mark.slow(reason="traces the small model and perturbs its layers one by one and in twos")
 def test_groups_say_what_their_layers_say(repo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a trained model: within a factor of 1.6 in the mean (rms of the logarithm), where layers differ by a factor of five."""
+    """On a trained model: within a factor of 1.6 (rms of the logarithm), where layers differ by a factor of five."""
     place = load.choose_device("cpu")
     pipe = load.load_pipeline(
         str(repo_root / "examples" / "tiny_wan"), device=place, dtype=load.choose_dtype("auto", place)
