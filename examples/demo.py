@@ -26,8 +26,8 @@ TARGET = 0.95
 #: Clips differ: with one plan the worst of eight lost 2.4 times as much SSIM as the middle one (9 frames of 96x96, 8
 #: steps). So that other clips keep the target, those of validation may lose this share of what it allows.
 MARGIN = 0.75
-#: Of the small model's scheduler. What a clip shows is decided at high noise, where few steps should be, then: with this
-#: shift 97% of 64 held-out captions show their colours in 8 steps, with the folder's 2 it is 67% (one H200, bf16).
+#: Of the small model's scheduler. What a clip shows is decided at high noise, so that few steps have to be there: with
+#: this shift 97% of 64 held-out captions show their colours in 8 steps, with the folder's 2 it is 67% (one H200, bf16).
 SHIFT = 9.0
 #: Plans that are validated on the way to a target, at most: each takes up to two generations.
 POINTS = 3
