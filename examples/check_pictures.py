@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from check_clips import psnr, to_uint8
+from check_clips import psnr, reconstruct, to_uint8
 from check_colours import clip_matches, colours_found, score, shuffled_score
 from PIL import Image
 from tiny_wan_data import Scene, render, sample_scenes
@@ -26,16 +26,6 @@ from tiny_wan_data import Scene, render, sample_scenes
 def picture_caption(scene: Scene) -> str:
     """A scene's caption without its motion: ``a red circle and a blue square over yellow stripes``."""
     return scene.caption.rsplit(", panning", 1)[0]
-
-
-@torch.no_grad()
-def reconstruct(vae: Any, pictures: torch.Tensor, batch: int = 16) -> torch.Tensor:
-    """Encode to the mean latent and decode pictures ``[pictures, 3, height, width]`` in [0, 1]."""
-    out = []
-    for part in pictures.split(batch):
-        latents = vae.encode((part * 2 - 1).to(vae.device, vae.dtype)).latent_dist.mode()
-        out.append((vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5).to(pictures.device))
-    return torch.cat(out)
 
 
 @torch.no_grad()

@@ -20,8 +20,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from check_clips import reconstruct
 from check_colours import score
-from check_pictures import generate, picture_caption, reconstruct
+from check_pictures import generate, picture_caption
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from tiny_wan_data import render, sample_scenes
 from torch import nn

@@ -368,12 +368,8 @@ class WanTrainer(Trainer):
                 pipe = self.pipeline(averaged)
                 pipe.set_progress_bar_config(disable=True)
                 clips = generate(pipe, captions, steps=20, frames=frames, height=height, width=width)
-            self.log(
-                stage="denoiser",
-                step=step,
-                heldout_colours=self.agreed(score(clips, captions)),
-                heldout_shapes=self.agreed(shape_score(clips, captions)),
-            )
+            colours, shapes = (self.agreed(share(clips, captions)) for share in (score, shape_score))
+            self.log(stage="denoiser", step=step, heldout_colours=colours, heldout_shapes=shapes)
             return False
 
         step = self.fit(
