@@ -119,6 +119,24 @@ def compile_gluon(slow: bool) -> None:
             assert all("wgmma.mma_async" in k.asm["ptx"] or "mma.sync" in k.asm["ptx"] for k in small[2:])
 
 
+def tell(kernel: Any, case: str, capability: int) -> None:
+    """Print what came out of compiling one kernel."""
+    text = kernel.asm["ptx"]
+    found: dict[str, Any] = {
+        "kernel": kernel.metadata.name,
+        "case": case,
+        "shared": kernel.metadata.shared,
+        "allowed": SHARED[capability],
+        "wgmma": text.count("wgmma.mma_async"),
+        "mma": text.count("mma.sync"),
+        "tcgen05": text.count("tcgen05.mma"),
+        "tf32": text.count("tf32"),
+    }
+    if capability == 90:
+        found |= assembled(text)
+    print(json.dumps(found), flush=True)
+
+
 def compile_repair(capability: int, slow: bool) -> None:
     from diffsparse.kernels.repair.host import choose_tiles, launch
 
@@ -128,20 +146,7 @@ def compile_repair(capability: int, slow: bool) -> None:
         out, repair = torch.empty(1, tokens, 64, dim, dtype=dtype), maps(64, dim)
         tiles = choose_tiles(dim, dtype, tokens, 64)
         kernel = launch(out, repair, 0, tokens, tiles, warmup=True)
-        text = kernel.asm["ptx"]
-        found: dict[str, Any] = {
-            "kernel": kernel.metadata.name,
-            "case": f"{dim}-{tiles.count}-{str(dtype)[6:]}",
-            "shared": kernel.metadata.shared,
-            "allowed": SHARED[capability],
-            "wgmma": text.count("wgmma.mma_async"),
-            "mma": text.count("mma.sync"),
-            "tcgen05": text.count("tcgen05.mma"),
-            "tf32": text.count("tf32"),
-        }
-        if capability == 90:
-            found |= assembled(text)
-        print(json.dumps(found), flush=True)
+        tell(kernel, f"{dim}-{tiles.count}-{str(dtype)[6:]}", capability)
 
 
 def compile_rows(capability: int, slow: bool) -> None:
@@ -160,18 +165,7 @@ def compile_rows(capability: int, slow: bool) -> None:
         out, lse, weights = torch.empty(4, 200, dim), torch.empty(4, 200), torch.empty(4, 4, 32, 200)
         kernels += [host.launch_errors(some, keys, values, tokens, length, out, lse, known, weights, 1.0, warmup=True)]
         for kernel in kernels:
-            text = kernel.asm["ptx"]
-            found: dict[str, Any] = {
-                "kernel": kernel.metadata.name,
-                "case": f"{dim}-{str(dtype)[6:]}",
-                "shared": kernel.metadata.shared,
-                "allowed": SHARED[capability],
-                "wgmma": text.count("wgmma.mma_async"),
-                "mma": text.count("mma.sync"),
-            }
-            if capability == 90:
-                found |= assembled(text)
-            print(json.dumps(found), flush=True)
+            tell(kernel, f"{dim}-{str(dtype)[6:]}", capability)
 
 
 def main() -> None:
