@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Sequence
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 
 from diffsparse.entry import Execution, HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels import reference_attention
-from diffsparse.kernels.backends.cpu import compiled
-from diffsparse.kernels.backends.cpu.compiler import compiled_library
+from diffsparse.kernels.backends.cpu.compiler import SWITCH
+from diffsparse.kernels.backends.cpu.instructions import ISA_SWITCH, instruction_sets
 from diffsparse.layout import BlockLayout, build_layout
 from diffsparse.order import AxisOrder, CurveOrder, PhaseOrder, RasterOrder, TileOrder, TokenOrder
 
@@ -126,11 +129,18 @@ def assert_like_torch(
     assert float((lse.double() - want_lse)[~none].abs().max()) <= tolerance
 
 
-def cannot_compile() -> str | None:
-    """Why the CPU backend has no compiled code on this machine, or None."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return "compiled code is for AVX-512"
-    return None if compiled_library(compiled._SOURCE) is not None else "no C compiler"
+@functools.cache
+def kernel_isas() -> tuple[str, ...]:
+    """The instruction sets that the CPU's compiled kernel runs in on this machine, best first; empty: no C compiler."""
+    return tuple(instruction_sets())
+
+
+def use_kernel(monkeypatch: pytest.MonkeyPatch, isa: str | None = None) -> None:
+    """Let calls run in the compiled kernel: for ``isa``, else for what the environment asks for, else for the best."""
+    if not kernel_isas():
+        pytest.skip("no C compiler")
+    monkeypatch.delenv(SWITCH, raising=False)
+    monkeypatch.setenv(ISA_SWITCH, isa or os.environ.get(ISA_SWITCH) or kernel_isas()[0])
 
 
 def with_wide_queries(q: torch.Tensor) -> torch.Tensor:

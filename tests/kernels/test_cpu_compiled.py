@@ -1,12 +1,10 @@
-"""Rows in compiled code: head dims and block sizes, the same bits each time, and what happens without a compiler."""
+"""Rows in compiled code, for every instruction set: head dims, block sizes and types, and the same bits each time."""
 
 from __future__ import annotations
 
-import logging
+import ctypes
 import multiprocessing
-import os
-import re
-from pathlib import Path
+from collections import deque
 
 import pytest
 import torch
@@ -14,14 +12,19 @@ import torch
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels import reference_attention, sparse_attention
 from diffsparse.kernels.backends.cpu import compiled as cpu_compiled
-from diffsparse.kernels.backends.cpu import compiler
-from diffsparse.kernels.backends.cpu.compiler import SWITCH, compiled_library, find_compiler
+from diffsparse.kernels.backends.cpu.instructions import find_kernel
 from diffsparse.kernels.backends.cpu.workers import on_workers
-from tests.kernels.cases import MIXED, cannot_compile, inputs, random_layout
+from tests.kernels.cases import MIXED, assert_like_torch, inputs, kernel_isas, random_layout, use_kernel
 from tests.tolerance import ATTENTION, Work, assert_near
 
-needs_compiler = pytest.mark.skipif(cannot_compile() is not None, reason=str(cannot_compile()))
-GRID = TokenGrid(3, 13, 17, text_before=5, text_after=40)
+GRID = TokenGrid(2, 9, 13, text_before=5, text_after=40)
+
+
+@pytest.fixture(params=kernel_isas() or ["none"])
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every instruction set that this processor has, asked for."""
+    use_kernel(monkeypatch, request.param)
+    return str(request.param)
 
 
 @pytest.fixture
@@ -31,9 +34,9 @@ def threads():  # type: ignore[no-untyped-def]
     torch.set_num_threads(before)
 
 
-@needs_compiler
 @pytest.mark.parametrize("block_size", [64, 128])
 @pytest.mark.parametrize("dim", [16, 40, 72, 88, 96, 128, 256])
+@pytest.mark.usefixtures("isa")
 def test_head_dims(dim: int, block_size: int) -> None:
     layout = random_layout(GRID, MIXED, block_size, 0.3)
     q, k, v = inputs(GRID, len(MIXED), dim)
@@ -46,7 +49,7 @@ def test_head_dims(dim: int, block_size: int) -> None:
         assert_near(lse.double(), want_lse, ATTENTION)
 
 
-@needs_compiler
+@pytest.mark.usefixtures("isa")
 def test_compiled_code_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
     monkeypatch.setattr(cpu_compiled, "_run", lambda part, threads: ran.append(len(part)))
@@ -54,7 +57,7 @@ def test_compiled_code_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ran == [len(MIXED) - 1]  # all but the head that is skipped
 
 
-@needs_compiler
+@pytest.mark.usefixtures("isa")
 def test_same_bits_on_any_number_of_threads(threads) -> None:  # type: ignore[no-untyped-def]
     layout = random_layout(GRID, MIXED, 64, 0.3)
     q, k, v = inputs(GRID, len(MIXED), 64, batch=2)
@@ -66,7 +69,7 @@ def test_same_bits_on_any_number_of_threads(threads) -> None:  # type: ignore[no
         assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])
 
 
-@needs_compiler
+@pytest.mark.usefixtures("isa")
 def test_few_heads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     layout = random_layout(GRID, MIXED, 64, 0.3)
     q, k, v = inputs(GRID, len(MIXED), 64, batch=2)
@@ -75,7 +78,7 @@ def test_few_heads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(sparse_attention(q, k, v, layout, backend="cpu"), want)
 
 
-@needs_compiler
+@pytest.mark.usefixtures("isa")
 def test_nan_in_one_query_stays_there() -> None:
     layout = random_layout(GRID, MIXED[:1], 64, 1.0, diagonal=True)
     q, k, v = inputs(GRID, 1, 64)
@@ -88,7 +91,7 @@ def test_nan_in_one_query_stays_there() -> None:
 LOGIT = Work(length=64)
 
 
-@needs_compiler
+@pytest.mark.usefixtures("isa")
 def test_logits_that_no_exponential_holds() -> None:
     layout = random_layout(GRID, MIXED[:1], 64, 0.5, diagonal=True)
     q, k, v = inputs(GRID, 1, 64)
@@ -100,37 +103,72 @@ def test_logits_that_no_exponential_holds() -> None:
     torch.testing.assert_close(out.double(), want, rtol=0, atol=share * float(v.abs().max()))
 
 
-def test_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(SWITCH, "0")
-    assert find_compiler() is None
-    assert compiled_library.__wrapped__(cpu_compiled._SOURCE) is None
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("dim", "block_size"), [(16, 128), (40, 64), (128, 64)])
+@pytest.mark.usefixtures("isa")
+def test_16_bits(dim: int, block_size: int, dtype: torch.dtype) -> None:
+    layout = random_layout(GRID, MIXED, block_size, 0.3, diagonal=True)
+    q, k, v = inputs(GRID, len(MIXED), dim, dtype=dtype)
+    mask = torch.ones(1, GRID.seq_len, dtype=torch.bool)
+    mask[:, -30:] = False
+    out, lse = sparse_attention(q, k, v, layout, backend="cpu", return_lse=True)
+    assert_like_torch(out, lse, q, k, v, layout)
+    masked = sparse_attention(q, k, v, layout, kv_len=mask, backend="cpu")
+    assert_near(masked.double(), reference_attention(q, k, v, layout, kv_len=mask)[0], Work(length=1, dtype=dtype))
 
 
-@pytest.mark.skipif(os.name != "posix", reason="a shell script stands for the compiler")
-@pytest.mark.parametrize(("says", "told"), [("no such register", "no such register$"), ("", "CalledProcessError")])
-def test_a_compiler_that_fails_is_told_and_done_without(
-    says: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_inputs_of_16_bits_are_not_converted_as_a_whole(
+    isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken = tmp_path / "broken-cc"
-    broken.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "{says}" >&2\nexit 1\n')
-    broken.chmod(0o755)
-    monkeypatch.setenv("CC", str(broken))
-    monkeypatch.setenv("DIFFSPARSE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv(SWITCH, raising=False)
-    with caplog.at_level(logging.WARNING, "diffsparse"):
-        assert compiled_library.__wrapped__(cpu_compiled._SOURCE) is None
-    (line,) = caplog.messages
-    begin = f"the CPU backend runs uncompiled, {broken} failed: "
-    assert line.startswith(begin) and re.search(f"^({told})", line.removeprefix(begin))
+    q, k, v = inputs(GRID, len(MIXED), 64, dtype=dtype)
+    seen = []
+    monkeypatch.setattr(cpu_compiled, "_run", lambda part, threads: seen.extend(part))
+    monkeypatch.setattr(cpu_compiled, "_spare", deque())
+    sparse_attention(q, k, v, random_layout(GRID, MIXED, 64, 0.3), backend="cpu")
+    assert seen
+    for one in seen:
+        tensors = dict(zip(cpu_compiled._POINTERS, one.tensors))
+        assert {tensors[name].dtype for name in ("keys", "values", "query", "out")} == {dtype}
+        assert q.data_ptr() <= tensors["query"].data_ptr() < q.data_ptr() + q.nbytes
+        assert {dtype for _, dtype in one.space._buffers} == {dtype}
 
 
-@needs_compiler
-def test_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DIFFSPARSE_CACHE", str(tmp_path))
-    assert compiled_library.__wrapped__(cpu_compiled._SOURCE) is not None
-    assert [path.suffix for path in (tmp_path / "compiled").iterdir()] == [".so"]
-    monkeypatch.setattr(compiler, "_compile", lambda *_: pytest.fail("compiled twice"))
-    assert compiled_library.__wrapped__(cpu_compiled._SOURCE) is not None
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_number_of_16_bits_is_widened_and_narrowed(isa: str, dtype: torch.dtype) -> None:
+    library, kind = find_kernel().library, ctypes.c_int64(cpu_compiled._TYPES.index(dtype))
+    assert library is not None
+    every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype)
+    wide = torch.empty(len(every))
+    count = ctypes.c_int64(len(every))
+    library.diffsparse_widen(ctypes.c_void_p(wide.data_ptr()), ctypes.c_void_p(every.data_ptr()), count, kind)
+    assert torch.equal(wide.nan_to_num(0.5), every.float().nan_to_num(0.5))
+    assert torch.equal(wide.isnan(), every.isnan()) and torch.equal(wide.signbit(), every.signbit())
+    # Each number itself, ties between it and the next one, what is just beyond them, and what has no such number.
+    order = every[every.isfinite()].float().sort().values
+    ties = order[:-1] + order.diff() / 2
+    other = torch.tensor([torch.inf, -torch.inf, torch.nan, 65519.0, 65520.0, -65536.0, 1e30, -3.4e38, 1e-30, 2.0**-25])
+    edges = [order, *(ties.nextafter(torch.full_like(ties, x)) for x in (-torch.inf, torch.inf)), ties, other]
+    given = torch.cat(edges)
+    narrow = torch.empty(len(given), dtype=dtype)
+    count = ctypes.c_int64(len(given))
+    library.diffsparse_narrow(ctypes.c_void_p(narrow.data_ptr()), ctypes.c_void_p(given.data_ptr()), count, kind)
+    want = given.to(dtype)
+    assert torch.equal(narrow.nan_to_num(0.5), want.nan_to_num(0.5)) and torch.equal(narrow.isnan(), want.isnan())
+    signed = ~want.isnan()
+    assert torch.equal(narrow.signbit()[signed], want.signbit()[signed])
+
+
+@pytest.mark.usefixtures("isa")
+def test_only_queries_that_are_there_are_written() -> None:
+    """Short blocks share their row with nobody, and rows without keys are 0, in memory that held something else."""
+    grid = TokenGrid(1, 7, 11, text_after=3)
+    layout = random_layout(grid, [MIXED[0]], 64, 0.0)
+    q, k, v = inputs(grid, 1, 16, batch=2)
+    out, lse = sparse_attention(q, k, v, layout, backend="cpu", return_lse=True)
+    want, want_lse = reference_attention(q, k, v, layout)
+    assert_near(out.double(), want, ATTENTION)
+    assert_near(lse.double(), want_lse, ATTENTION)
 
 
 def test_workers_leave_threads_as_they_are(threads) -> None:  # type: ignore[no-untyped-def]

@@ -11,44 +11,51 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from diffsparse.kernels.cache import cache_root
 
-__all__ = ["SWITCH", "compiled_library", "find_compiler"]
+__all__ = ["FLAGS", "SWITCH", "Compiled", "compile_with", "find_compiler"]
 
 logger = logging.getLogger("diffsparse")
 
 #: Set to 0 in the environment, nothing is ever compiled.
 SWITCH = "DIFFSPARSE_COMPILE"
-_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-strict-aliasing", "-shared", "-fPIC", "-lm")
+#: With which everything is compiled.
+FLAGS = ("-O3", "-fno-math-errno", "-fno-strict-aliasing", "-ffp-contract=fast", "-shared", "-fPIC")
 _SECONDS = 60
 
 
+@dataclass(frozen=True)
+class Compiled:
+    """What became of a C file: its library, or the reason why there is none, in one line."""
+
+    library: ctypes.CDLL | None
+    reason: str | None
+
+
 def find_compiler() -> str | None:
-    """``$CC`` or the first of cc, gcc and clang that is there; None without one, or where ``SWITCH`` is 0."""
-    if os.environ.get(SWITCH) == "0":
-        return None
-    for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
-        if name and (found := shutil.which(name)):
-            return found
-    return None
+    """``$CC`` or the first of cc, gcc and clang that is there; None without one."""
+    return _first_of((os.environ.get("CC"), "cc", "gcc", "clang"), os.environ.get("PATH"))
+
+
+@functools.lru_cache(maxsize=16)
+def _first_of(names: tuple[str | None, ...], path: str | None) -> str | None:
+    return next((found for name in names if name and (found := shutil.which(name, path=path))), None)
 
 
 @functools.cache
-def compiled_library(source: Path) -> ctypes.CDLL | None:
-    """A C file as a shared library, None where there is no compiler or it fails, which is logged.
+def compile_with(compiler: str, source: Path, flags: tuple[str, ...]) -> Compiled:
+    """A C file as a shared library. Where the compiler fails, that is logged.
 
-    Compiled once for a source, a compiler and a processor, and found again under ``cache_root()``.
+    Compiled once for a source, a compiler, its flags and a processor, and found again under ``cache_root()``.
     """
-    compiler = find_compiler()
-    if compiler is None:
-        return None
     try:
-        path = cache_root() / "compiled" / f"{source.stem}-{_key(source, compiler)}.so"
+        path = cache_root() / "compiled" / f"{source.stem}-{_key(source, compiler, flags)}.so"
         if not path.exists():
-            _compile(compiler, source, path)
-        return ctypes.CDLL(str(path))
+            _compile(compiler, source, flags, path)
+        return Compiled(ctypes.CDLL(str(path)), None)
     except (OSError, subprocess.SubprocessError) as error:
         printed = getattr(error, "stderr", None) or ""
         if isinstance(printed, bytes):  # of a compiler that was stopped for taking too long
@@ -56,12 +63,12 @@ def compiled_library(source: Path) -> ctypes.CDLL | None:
         lines = printed.split("\n") if printed.strip() else [repr(error)]
         reason = [line for line in lines if line.strip()][-1]
         logger.warning("the CPU backend runs uncompiled, %s failed: %s", compiler, reason)
-        return None
+        return Compiled(None, f"{compiler} failed: {reason}")
 
 
-def _key(source: Path, compiler: str) -> str:
+def _key(source: Path, compiler: str, flags: tuple[str, ...]) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=_SECONDS)
-    parts = (source.read_text(), version.stdout, " ".join(_FLAGS), platform.machine(), _processor())
+    parts = (source.read_text(), version.stdout, " ".join((*FLAGS, *flags)), platform.machine(), _processor())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -71,15 +78,16 @@ def _processor() -> str:
     if not info.exists():
         return platform.processor()
     lines = info.read_text().split("\n\n")[0].splitlines()
-    return "\n".join(line for line in lines if line.split(":")[0].strip() in ("model name", "flags", "Features"))
+    names = ("model name", "flags", "Features", "CPU implementer", "CPU part")
+    return "\n".join(line for line in lines if line.split(":")[0].strip() in names)
 
 
-def _compile(compiler: str, source: Path, path: Path) -> None:
+def _compile(compiler: str, source: Path, flags: tuple[str, ...], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Beside its place and then moved there: another process may be doing the same.
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
-        command = [compiler, str(source), "-o", str(built), *_FLAGS]
+        command = [compiler, *FLAGS, *flags, str(source), "-o", str(built), "-lm"]
         subprocess.run(command, capture_output=True, text=True, check=True, timeout=_SECONDS)
         os.replace(built, path)
     logger.info("compiled %s for this processor: %s", source.name, path)

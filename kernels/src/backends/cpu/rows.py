@@ -66,7 +66,8 @@ class HeadRows:
     valid: bool ``[N * block]``.  in_place: every block is full and the order is the model's.
     length: int64 ``[N]``.
     index: int64 ``[R, most]``, kept blocks of the rows, those with most first, filled up with ``N``.
-    query_token: int64 ``[R * block]``, as ``key_token``, in the rows' order.
+    query_token: int64 ``[R * block]``, as ``key_token``, in the rows' order.  row_length: int64 ``[R]``, its queries.
+    is_complete: every block that has queries is a row.
     place: int64 ``[S]``, where each token's result is among ``R * block`` rows; ``R * block`` where it has none.
     tail: its name, ``none`` where nothing is left out.
     tail_bias: fp32 ``[R, 1, M]``, ln n where a block is attended through its summary, -inf elsewhere; or None. ``M``
@@ -81,6 +82,8 @@ class HeadRows:
     length: torch.Tensor
     index: torch.Tensor
     query_token: torch.Tensor
+    row_length: torch.Tensor
+    is_complete: bool
     place: torch.Tensor
     tail: str
     tail_bias: torch.Tensor | None
@@ -243,6 +246,8 @@ def _build(call: AttentionCall, head: int, order: int, tail: str, threads: int) 
         length=length,
         index=index,
         query_token=token.view(n, block)[rows].view(-1),
+        row_length=length[rows],
+        is_complete=len(rows) == int((length > 0).sum()),
         place=place[call.tokens.scatter[order].long()],
         tail=tail,
         tail_bias=tail_bias,
