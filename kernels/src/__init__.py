@@ -3,7 +3,7 @@
 Importing this package registers the operator ``diffsparse::sparse_attention`` and loads no optional dependency.
 """
 
-from diffsparse.kernels.api import available_backends, sparse_attention
+from diffsparse.kernels.api import available_backends, backend_ways, sparse_attention
 from diffsparse.kernels.backends import BACKENDS, Backend, CallFacts, KernelBackend, register_backend
 from diffsparse.kernels.backends.reference.forward import reference_attention
 from diffsparse.kernels.checks import check
@@ -19,6 +19,7 @@ __all__ = [
     "Selector",
     "Tail",
     "available_backends",
+    "backend_ways",
     "check",
     "merge_attention",
     "reference_attention",

@@ -6,19 +6,24 @@ from typing import Any, Literal, overload
 
 import torch
 
-from diffsparse.kernels.backends import backend_names
+from diffsparse.kernels.backends import about_way, backend_names
 from diffsparse.kernels.checks import cannot_run
 from diffsparse.kernels.inputs import input_error
 from diffsparse.kernels.operands import as_operands
 from diffsparse.kernels.ops import sparse_attention_op
 from diffsparse.layout import BlockLayout
 
-__all__ = ["available_backends", "sparse_attention"]
+__all__ = ["available_backends", "backend_ways", "sparse_attention"]
 
 
 def available_backends() -> dict[str, str | None]:
     """Every backend, registered ones too, with None where this machine can run it, else the reason why not."""
     return {name: cannot_run(name) for name in backend_names()}
+
+
+def backend_ways() -> dict[str, str]:
+    """How backends that have several ways run on this machine: the CPU's compiled kernel, or why it is not compiled."""
+    return {name: about for name in backend_names() if (about := about_way(name))}
 
 
 @overload

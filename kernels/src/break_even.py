@@ -23,6 +23,7 @@ from diffsparse.entry import TAILS, Execution, HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.heads import GATHERED, NUMERICS, SKIP, TAIL
 from diffsparse.kernels.api import sparse_attention
+from diffsparse.kernels.backends import way_of
 from diffsparse.kernels.cache import cache_root
 from diffsparse.kernels.checks import choose_backend
 from diffsparse.kernels.clock import samples_ms, timing
@@ -95,11 +96,11 @@ def local_file(device: str, root: Path | None = None) -> Path:
 
 
 def save_local(table: CostTable, root: Path | None = None) -> Path:
-    """Add a table to the machine's own; it replaces one for the same backend and head_dim. Returns the file."""
+    """Add a table to the machine's own; it replaces one for the same backend, way and head_dim. Returns the file."""
     path = local_file(table.device, root)
     path.parent.mkdir(parents=True, exist_ok=True)
-    same = (table.backend, table.head_dim)
-    kept = [t for t in _read(path) if (t.backend, t.head_dim) != same] if path.is_file() else []
+    same = (table.backend, table.way, table.head_dim)
+    kept = [t for t in _read(path) if (t.backend, t.way, t.head_dim) != same] if path.is_file() else []
     text = json.dumps({"format": FORMAT, "tables": [t.to_dict() for t in (*kept, table)]}, indent=1) + "\n"
     write_whole(path, text.encode())
     _read_cached.cache_clear()
@@ -132,7 +133,7 @@ def find_table(device: torch.device, head_dim: int, tails: Collection[str] = ())
     ``tails``: those that heads have, for which ``"auto"`` may take another backend.
 
     One measured on this machine goes before one that is shipped, then the one of the nearest head_dim. One that was
-    measured with another backend than runs now says nothing.
+    measured with another backend than runs now, or in another of its ways, says nothing.
     """
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     probe = torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device)
@@ -141,6 +142,8 @@ def find_table(device: torch.device, head_dim: int, tails: Collection[str] = ())
         if not path.is_file():
             continue
         fitting = [t for t in _read_cached(path, path.stat().st_mtime_ns) if (t.device, t.backend) == (name, backend)]
+        if any(t.way for t in fitting):
+            fitting = [t for t in fitting if t.way in ("", way_of(backend))]
         if fitting:
             return min(fitting, key=lambda t: abs(t.head_dim - head_dim))
     return None
@@ -212,4 +215,5 @@ def measure_break_even(
         gather=tuple(gather),
         dense=tuple(dense_names),
         about=dict(about or {}),
+        way=way_of(backend),
     )

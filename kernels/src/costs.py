@@ -29,8 +29,8 @@ class CostTable:
     of tokens, what an order other than the model's adds.
 
     A table of lengths counts ``densities`` in kept blocks over all blocks, heads in the model's order. It also says
-    what was compared: backend, dtype, head_dim, block_size; dense, the fastest of torch's kernels at each length;
-    about, the versions, date and command of the measurement.
+    what was compared: backend, and in which of its ways it ran (empty: not told); dtype, head_dim, block_size; dense,
+    the fastest of torch's kernels at each length; about, the versions, date and command of the measurement.
 
     A table of one call (:meth:`of_call`) was timed on that call's own grid and order. It has one row, which serves
     whatever number of tokens is asked for, and counts ``densities`` in kept pairs of visual tokens, text being computed
@@ -52,6 +52,7 @@ class CostTable:
     about: dict[str, str] = field(default_factory=dict)
     dense_seconds: float | None = None
     fill: float | None = None
+    way: str = ""
 
     def __post_init__(self) -> None:
         shape = (len(self.tokens), len(self.densities))

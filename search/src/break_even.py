@@ -88,7 +88,8 @@ def _figures(table: CostTable) -> str:
         [f"{n:,}", *(f"{table.break_even(n, tail):.2f}" for tail in tails), f"{share:.2f}"]
         for n, share in zip(table.tokens, table.gather)
     ]
-    head = f"{table.device}, backend {table.backend}, {table.heads} heads of {table.head_dim}, {table.dtype}:"
+    backend = f"{table.backend} ({table.way})" if table.way else table.backend
+    head = f"{table.device}, backend {backend}, {table.heads} heads of {table.head_dim}, {table.dtype}:"
     what = "share of kept blocks up to which sparse attention is faster"
     header = ["tokens", *(f"tail {tail}" for tail in tails), "gather / dense"]
     grid = text_table(rows, header=header, right=range(len(header)))

@@ -72,7 +72,7 @@ def full_environment() -> dict[str, Any]:
     import torch
 
     import diffsparse
-    from diffsparse.kernels import available_backends
+    from diffsparse.kernels import available_backends, backend_ways
 
     gpus = []
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
@@ -98,6 +98,7 @@ def full_environment() -> dict[str, Any]:
         "gpus": gpus,
         "packages": versions(),
         "backends": available_backends(),
+        "backend_ways": backend_ways(),
     }
 
 

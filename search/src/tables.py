@@ -131,7 +131,11 @@ def environment_table(found: dict[str, Any]) -> str:
     if not found["gpus"]:
         rows.append(["gpu", "none"])
     packages = [[name, value or "not installed"] for name, value in found["packages"].items()]
-    backends = [[name, "available" if why is None else f"no: {why}"] for name, why in found["backends"].items()]
+    ways = found["backend_ways"]
+    backends = [
+        [name, f"no: {why}" if why is not None else f"available: {ways[name]}" if name in ways else "available"]
+        for name, why in found["backends"].items()
+    ]
     return "\n\n".join([text_table(rows), "packages\n" + _indent(packages), "attention backends\n" + _indent(backends)])
 
 

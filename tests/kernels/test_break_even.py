@@ -12,6 +12,7 @@ import torch
 
 from diffsparse.entry import TAILS
 from diffsparse.grid import TokenGrid
+from diffsparse.kernels.backends import way_of
 from diffsparse.kernels.break_even import (
     FORMAT,
     device_name,
@@ -149,6 +150,17 @@ def test_tables_of_other_kernels_and_devices_say_nothing(cache: Path) -> None:
     assert find_table(CPU, 64) is None
 
 
+def test_tables_of_another_way_of_the_same_backend_say_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFSPARSE_COMPILE", "0")
+    assert way_of("cpu") == "uncompiled"
+    save_local(replace(TABLE, way="avx2"))
+    assert find_table(CPU, 64) is None
+    slower = replace(TABLE, way="uncompiled", gather=(0.4, 0.4))
+    path = save_local(slower)  # beside the other
+    assert len(json.loads(path.read_text())["tables"]) == 2
+    assert find_table(CPU, 64) == slower
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"format": 99, "tables": []}', '{"format": 1, "tables": [{}]}'])
 def test_a_damaged_file_is_told_and_stops_nothing(cache: Path, text: str, caplog: pytest.LogCaptureFixture) -> None:
     path = local_file(TABLE.device, cache)
@@ -176,6 +188,7 @@ def test_measure() -> None:
         budget_ms=1, about={"date": "today"}, say=lines.append,
     )  # fmt: skip
     assert (table.backend, table.device, table.dense) == ("cpu", device_name(CPU), ("flash_sdpa", "flash_sdpa"))
+    assert table.way == way_of("cpu") != ""
     assert all(r > 0 for rows in table.ratio.values() for row in rows for r in row)
     assert CostTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table
     assert [line.split(":")[0] for line in lines] == ["256 tokens", "500 tokens"]

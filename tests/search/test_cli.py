@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from diffsparse.kernels import backend_ways
 from diffsparse.search import load
 from diffsparse.search.cli import main
 from diffsparse.search.errors import BadInput
@@ -379,6 +380,8 @@ def test_env(cli: Cli) -> None:
     assert code == 0 and "attention backends" in out and f"torch{' ' * 12}{torch.__version__}" in out
     data = json.loads(cli("env", "--json")[1])
     assert data["backends"]["reference"] is None and data["packages"]["diffusers"]
+    assert data["backend_ways"] == backend_ways() and "kernel" in data["backend_ways"]["cpu"]
+    assert f"available: {data['backend_ways']['cpu']}" in " ".join(out.split())
 
 
 def test_bench(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

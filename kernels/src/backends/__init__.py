@@ -7,11 +7,13 @@ backend's folder imports its kernels only when it runs, so that importing this p
 from diffsparse.kernels.backends.protocol import Backend, CallFacts, KernelBackend, unknown_tail
 from diffsparse.kernels.backends.registry import (
     BACKENDS,
+    about_way,
     backend_names,
     candidates,
     find_backend,
     last_resort,
     register_backend,
+    way_of,
 )
 
 __all__ = [
@@ -19,10 +21,12 @@ __all__ = [
     "Backend",
     "CallFacts",
     "KernelBackend",
+    "about_way",
     "backend_names",
     "candidates",
     "find_backend",
     "last_resort",
     "register_backend",
     "unknown_tail",
+    "way_of",
 ]

@@ -120,6 +120,14 @@ class KernelBackend:
             )
         return unknown_tail(self, facts.tails)
 
+    def way(self) -> str:
+        """Which of its ways it takes on this machine, in a word by which measured times are kept; empty: it has one."""
+        return ""
+
+    def about_way(self) -> str:
+        """What a bug report should say of that way, in a line."""
+        return self.way()
+
     def lists(self, packed: BlockIndex, tokens: TokenLayout) -> BlockIndex:
         """As :meth:`Backend.lists`, by torch's operators. On a GPU it waits for the lists' lengths."""
         return packed.unpacked(tokens)

@@ -6,11 +6,20 @@ from collections.abc import Iterator
 
 from diffsparse.kernels.backends.cpu import CPU
 from diffsparse.kernels.backends.gluon_sm90 import GLUON_SM90
-from diffsparse.kernels.backends.protocol import Backend
+from diffsparse.kernels.backends.protocol import Backend, KernelBackend
 from diffsparse.kernels.backends.reference import REFERENCE
 from diffsparse.kernels.backends.triton import TRITON
 
-__all__ = ["BACKENDS", "backend_names", "candidates", "find_backend", "last_resort", "register_backend"]
+__all__ = [
+    "BACKENDS",
+    "about_way",
+    "backend_names",
+    "candidates",
+    "find_backend",
+    "last_resort",
+    "register_backend",
+    "way_of",
+]
 
 #: Best first: the order in which ``backend="auto"`` tries them.
 _BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (GLUON_SM90, TRITON, CPU, REFERENCE)}
@@ -48,6 +57,18 @@ def backend_names() -> tuple[str, ...]:
 def find_backend(name: str) -> Backend | None:
     """The backend of that name, or None."""
     return _BACKENDS.get(name)
+
+
+def way_of(name: str) -> str:
+    """In which of its ways a backend runs on this machine; empty where it has one, or says nothing of it."""
+    backend = find_backend(name)
+    return backend.way() if isinstance(backend, KernelBackend) else ""
+
+
+def about_way(name: str) -> str:
+    """The same in a line for a bug report."""
+    backend = find_backend(name)
+    return backend.about_way() if isinstance(backend, KernelBackend) else ""
 
 
 def last_resort() -> Backend:
