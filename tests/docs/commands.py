@@ -60,6 +60,9 @@ EXCUSED = {
     "python benchmarks/kernels.py --backends cpu --densities 0.3,0.7 --tokens 5120 --heads 4 --head-dim 64": (
         "a minute of dense attention on a CPU; tests/kernels/test_bench.py runs the script on less"
     ),
+    "python benchmarks/cpu.py --rounds 21": (
+        "a minute of attention on a CPU; tests/kernels/test_cpu_benchmark.py runs the script on less"
+    ),
     "python benchmarks/loop.py examples/tiny_wan examples/tiny_wan/sparse_plan --prompts "
     "examples/tiny_wan/prompts/heldout.txt --count 3": "whole clips again and again at full size, minutes on a CPU",
     "python benchmarks/quality.py examples/tiny_wan examples/tiny_wan/sparse_plan --prompts "
