@@ -129,7 +129,7 @@ def run(
         (folder / "search.sqlite").unlink(missing_ok=True)
 
     thorough = thoroughness(place)
-    calibration = in_order(calibration, thorough["trace_prompts"])
+    calibration = in_order(calibration, thorough["trace_prompts"] or 4)
     if asked.goal is None:
         what, wanted = f"the best for {budget:g} of the dense attention time", replace(asked, candidates=2)
     else:

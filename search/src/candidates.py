@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from diffsparse.grid import TokenGrid
 from diffsparse.order import AxisOrder, CurveOrder, RasterOrder, TileOrder, TokenOrder
-from diffsparse.patterns import Band, Columns, Diagonals, Empty, GridStripes, Pattern, Radial, Sink, Window
+from diffsparse.patterns import Band, Diagonals, Empty, GridStripes, Pattern, Radial, Sink, Window
 from diffsparse.work import block_fill
 
-__all__ = ["BITMAP_DENSITIES", "families", "flat_tile", "orders_for", "top_columns"]
+__all__ = ["BITMAP_DENSITIES", "families", "flat_tile", "orders_for"]
 
 # Kept shares of a head's block pairs that a bitmap may have; fine at the low end, where most heads end up.
 BITMAP_DENSITIES = (0.0, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.16, 0.24, 0.35, 0.5, 0.7)
@@ -58,15 +56,3 @@ def families(grid: TokenGrid) -> list[Pattern]:
         found.append(GridStripes("row", key_phases=(0.125, 0.375, 0.625, 0.875)))
     found += [Band(0.02), Band(0.06), Band(0.15)]
     return found
-
-
-def top_columns(column_score: np.ndarray, grid: TokenGrid, order: TokenOrder, block_size: int, count: int) -> Columns:
-    """Vertical stripes over the ``count`` key blocks (float ``[NB]``) that matter most, as fractions of the grid."""
-    blocks = order.partition(grid, block_size)
-    chosen = np.sort(np.argsort(-column_score, kind="stable")[:count])
-    boxes = []
-    for block in chosen:
-        box = blocks.boxes[blocks.owner == block]
-        low, high = box[:, ::2].min(0), box[:, 1::2].max(0) + 1
-        boxes.append(tuple(float(round(x / n, 9)) for a, n in enumerate(grid.shape) for x in (low[a], high[a])))
-    return Columns(tuple(boxes))  # type: ignore[arg-type]

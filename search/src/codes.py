@@ -1,8 +1,9 @@
-"""Scores in a byte each: for ranking blocks and adding up what they are worth, the size of a score is what counts."""
+"""Scores in a byte each: for ranking blocks, the size of a score is what counts."""
 
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 __all__ = ["from_codes", "to_codes"]
 
@@ -11,22 +12,22 @@ RANGE = 1e9
 _STEP = float(np.log(RANGE)) / 254
 
 
-def to_codes(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def to_codes(values: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Bytes of the values' logarithms, 4% from them at most, and the largest value of each matrix.
 
-    values: float ``[..., N, N]``, none below 0. Returns uint8 of the same shape and float32 ``[..., 1, 1]``.
+    values: float ``[..., N, N]`` on any device, none below 0. Returns uint8 of the same shape and float32
+    ``[..., 1, 1]``.
     """
-    wide = np.maximum(values.astype(np.float32), 0.0)
-    peak = wide.max(axis=(-2, -1), keepdims=True)
-    # Code 0 is 0; 255 is the peak.
-    least = np.where(peak > 0, peak, 1.0)
-    with np.errstate(divide="ignore"):
-        codes = np.rint(255 + np.log(wide / least) / _STEP)
-    return np.clip(codes, 0, 255).astype(np.uint8), peak.astype(np.float32)
+    wide = values.float().clamp_min(0.0)
+    peak = wide.amax((-2, -1), keepdim=True)
+    # Code 0 is 0; 255 is the peak. The logarithm of 0 is -inf, which ends at 0.
+    codes = (255 + (wide / torch.where(peak > 0, peak, 1.0)).log_() / _STEP).round_().clamp_(0, 255)
+    return codes.to(torch.uint8).cpu().numpy(), peak.cpu().numpy()
 
 
-def from_codes(codes: np.ndarray, peak: np.ndarray) -> np.ndarray:
+def from_codes(codes: np.ndarray, peak: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
     """The values again, float32."""
     levels = np.exp((np.arange(256) - 255) * _STEP).astype(np.float32)
     levels[0] = 0.0
-    return levels[codes] * peak
+    found = torch.from_numpy(levels).to(device)[torch.from_numpy(codes).to(device).int()]
+    return found * torch.from_numpy(peak).to(device)

@@ -28,9 +28,9 @@ from diffsparse.search.options import (
     NOTHING,
     Option,
     head_entry,
-    head_options,
     is_stable,
     prune,
+    pruned,
     reusing,
 )
 from diffsparse.search.pricing import Pricing
@@ -55,13 +55,14 @@ WORTH_TRYING = 4.0
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A plan, and the error of every head's entry, float ``[phases, layers, heads]``.
+    """A plan, the error of every head's entry, float ``[phases, layers, heads]``, and the options they were made from.
 
     Predicted, of the head's output through the output projection: squared, relative to the dense output's square.
     """
 
     plan: SparsityPlan
     error: np.ndarray
+    options: list[list[list[Option]]]
 
 
 class Composer:
@@ -162,7 +163,7 @@ class Composer:
         return holds_for(self.levels[members].tolist()) if self.memory > 0 else []
 
     def items(self, trial: Trial) -> Items:
-        found = Items([], [], [], [], [], set(), [], [])
+        found = Items([], [], [], [], [], [], set(), [], [])
         push = self.push * self.push[trial.sparse].sum()
         steps = [trial.members(phase) for phase in range(trial.phases)]
         holds = [self.holds_at(members) for members in steps]
@@ -176,12 +177,15 @@ class Composer:
                         traced = int(self.bins[i])
                         weights[traced] = weights.get(traced, 0.0) + float(push[i] * self.effects[traced, j])
                     scores = self.search.scores(layer, head, weights)
-                    stable = is_stable(scores, table.weight)
+                    stable = is_stable(scores, table)
                     if not stable:
                         found.unstable.add((layer, head))
-                    options = head_options(scores, table, bitmaps=stable)
                     cost = partial(self.pricing.cost, layer=layer, order=table.order)
-                    options, errors, prices = prune(options, cost)
+                    told = table.errors(scores)
+                    may = np.flatnonzero(~table.is_measured | stable)
+                    kept = may[pruned(told[may], self.pricing.of_table(table, layer)[may])]
+                    options = [replace(table.options[i], error=float(told[i])) for i in kept]
+                    errors, prices = told[kept], self.pricing.of_table(table, layer)[kept]
                     if holds[phase]:
                         bins = self.bins[members]
                         late = self.reuse_factor * push[members] * self.effects[bins, j] * drift[bins]
@@ -193,6 +197,7 @@ class Composer:
                     found.whole.append(int(self.calls[members].sum()) * self.weight[layer])
                     found.prices.append(prices * found.whole[-1])
                     found.scores.append(scores)
+                    found.weights.append(weights)
         return found
 
     def _reusing(
@@ -332,7 +337,15 @@ class Composer:
             "reuse_bytes": most_held(items.bytes, result.choice, trial.phases),
             "reuse_factor": self.reuse_factor,
         }
-        return Candidate(plan, items.head_errors(result.choice, len(self.layers), trial.phases))
+        chosen = [options[i] for options, i in zip(items.options, result.choice, strict=True)]
+        place = [
+            [
+                [chosen[(j * self.heads + h) * trial.phases + p] for h in range(self.heads)]
+                for j in range(len(self.layers))
+            ]
+            for p in range(trial.phases)
+        ]
+        return Candidate(plan, items.head_errors(result.choice, len(self.layers), trial.phases), place)
 
     def _scheduled(self, dense: int, least: float) -> tuple[Trial, Items]:
         """The best schedule with this many dense first steps, where the one with one phase leaves ``least``.
@@ -425,14 +438,15 @@ class Composer:
 
     def _entries(self, trial: Trial, items: Items, result: Assignment) -> dict[str, list[list[HeadEntry]]]:
         rows: dict[str, list[list[HeadEntry]]] = {}
-        chosen = zip(items.options, items.scores, result.choice, strict=True)
+        chosen = zip(items.options, items.weights, result.choice, strict=True)
         for layer in self.layers:
             rows[layer] = [[] for _ in range(trial.phases)]
             for head in range(self.heads):
                 table = self.search.table(self.grids[layer], self.orders[layer, head])
                 for phase in range(trial.phases):
-                    options, scores, choice = next(chosen)
-                    rows[layer][phase].append(head_entry(options[choice], scores, table))
+                    options, weights, choice = next(chosen)
+                    value = partial(self.search.value, layer, head, weights)
+                    rows[layer][phase].append(head_entry(options[choice], value, table))
         return rows
 
     def _attention_time(self, trial: Trial, items: Items, result: Assignment) -> float:

@@ -40,9 +40,11 @@ class SearchConfig:
     ``budget``: share of the dense run's self-attention time over the whole trajectory. ``density``: whole-trajectory
     density. ``target``: SSIM to dense that the worst validation clip keeps; the sparsest plan that does so is searched.
     ``steps``: denoising steps of the generations that the plan is tuned for (it runs with any number).
-    ``trace_steps``: steps of the generations that are measured. ``trace_prompts``: how many of the prompts are traced.
+    ``trace_steps``: steps of the generations that are measured. ``trace_prompts``: how many of the prompts are traced;
+    None: as many as take a few minutes.
     ``block_size``: tokens of a block, 64 or 128; None is 128 for heads of 128 channels, for which kernels on a GPU are
-    faster with larger blocks, else 64. ``samples``: queries sampled of every query block. ``dense_steps`` fixes the
+    faster with larger blocks, else 64. ``samples``: queries sampled of every query
+    block; None: fewer where there are more blocks. ``dense_steps`` fixes the
     number of dense first steps, which the search chooses otherwise. ``validation_prompts``: on how many prompts that
     were not traced whole generations choose among the best ``candidates`` plans (0: the predicted best is taken). None
     is 1, and 2 for a target, which takes further seeds where there are too few prompts. ``candidates``: None is 3, and
@@ -65,8 +67,8 @@ class SearchConfig:
     seed: int = 0
     block_size: int | None = None
     trace_steps: int = 8
-    trace_prompts: int = 2
-    samples: int = 4
+    trace_prompts: int | None = 2
+    samples: int | None = 4
     dense_steps: int | None = None
     validation_prompts: int | None = None
     candidates: int | None = None
@@ -202,9 +204,9 @@ class SearchConfig:
 
 
 def thoroughness(device: torch.device, trace_prompts: int | None = None, samples: int | None = None) -> dict[str, Any]:
-    """How much to measure by default: on a GPU more than a few CPU cores can do in minutes."""
+    """How much to measure by default: on a GPU as much as the model's size allows, on a CPU what takes minutes."""
     on_gpu = device.type == "cuda"
     return {
-        "trace_prompts": (4 if on_gpu else 2) if trace_prompts is None else trace_prompts,
-        "samples": (12 if on_gpu else 4) if samples is None else samples,
+        "trace_prompts": (None if on_gpu else 2) if trace_prompts is None else trace_prompts,
+        "samples": (None if on_gpu else 4) if samples is None else samples,
     }

@@ -22,6 +22,8 @@ from diffsparse.work import block_fill
 __all__ = ["measure_costs"]
 
 DENSITIES = (0.02, 0.1, 0.3, 0.6)
+#: Random masks of a measurement; more heads than that share them.
+MASKS = 4
 
 
 def _median_seconds(fn: Callable[[], object], device: torch.device, seconds: float) -> float:
@@ -40,9 +42,9 @@ def measure_costs(
     seconds: float = 0.3,
 ) -> CostTable:
     """Time dense and sparse calls on random inputs and random lists; sixteen measurements of ``seconds`` each."""
-    generator = torch.Generator("cpu").manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     shape = (1, grid.seq_len, heads, head_dim)
-    q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
+    q, k, v = (torch.randn(shape, generator=generator, device=device, dtype=dtype) for _ in range(3))
     dense = _median_seconds(
         lambda: F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)), device, seconds
     )
@@ -53,7 +55,7 @@ def measure_costs(
     for tail in TAILS:
         times = []
         for density in DENSITIES:
-            masks = [rng.random((n, n)) < density for _ in range(heads)]
+            masks = [rng.random((n, n)) < density for _ in range(min(heads, MASKS))]
             text = [(grid.text_before, slice(0, -(-grid.text_before // block_size)))]
             text.append((grid.text_after, slice(n - -(-grid.text_after // block_size), n)))
             for mask in masks:
@@ -61,7 +63,8 @@ def measure_costs(
                     if length:
                         mask[blocks], mask[:, blocks] = True, True
             entries = [HeadEntry(order, Full(), execution=Execution(tail=tail))] * heads
-            layout = build_layout(grid, entries, block_size, masks=masks).to(device)
+            every = [masks[head % len(masks)] for head in range(heads)]
+            layout = build_layout(grid, entries, block_size, masks=every).to(device)
             times.append(_median_seconds(partial(sparse_attention, q, k, v, layout), device, seconds))
         share[tail] = tuple(t / dense for t in times)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

@@ -63,7 +63,7 @@ def head_curves(
         layer, effect = search.layers[j], effects[:, j]
         order = orders[layer, head]
         table = search.table(grids[layer], order)
-        stable = is_stable(search.scores(layer, head, dict(enumerate(effect.tolist()))), table.weight)
+        stable = is_stable(search.scores(layer, head, dict(enumerate(effect.tolist()))), table)
         steps = [search.scores(layer, head, {step: 1.0}) for step in range(len(effect))]
         options = [by_place(head_options(scores, table, bitmaps=stable)) for scores in steps]
         places = [place for place in options[0] if all(place in known for known in options)]

@@ -24,6 +24,7 @@ class Items:
 
     ``whole``: the price of each as a dense head. ``per_call``: the price of a call in which a head computes, over a
     dense one; ``prices`` have what earlier steps' outputs save. ``bytes``: what each option keeps for later steps.
+    ``weights``: of the traced steps in each.
     """
 
     options: list[list[Option]]
@@ -31,6 +32,7 @@ class Items:
     prices: list[np.ndarray]
     whole: list[float]
     scores: list[HeadScores]
+    weights: list[dict[int, float]]
     unstable: set[tuple[str, int]]
     per_call: list[np.ndarray]
     bytes: list[np.ndarray]
@@ -103,6 +105,8 @@ class Measurements(Protocol):
     def layers(self) -> Sequence[str]: ...
 
     def scores(self, layer: str, head: int, weights: Mapping[int, float]) -> HeadScores: ...
+
+    def value(self, layer: str, head: int, weights: Mapping[int, float]) -> np.ndarray: ...
 
     def drift(self, layer: str, head: int) -> np.ndarray: ...
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from diffsparse.search.steps import StepCounter
 
 __all__ = [
     "Recording",
+    "Sink",
     "Tracer",
     "call_levels",
     "final_latents",
@@ -59,10 +61,28 @@ def _output_projection(transformer: torch.nn.Module, layer: str) -> torch.Tensor
 
 
 def error_left(error: torch.Tensor, pairs: int) -> torch.Tensor:
-    """Of block scores ``[tails, H, NB, NB]``, what the best ``pairs`` of a head leave, with its best tail: ``[H]``."""
+    """Of block scores ``[tails, H, NB, NB]``, what the best ``pairs`` of a head leave: ``[tails, H]``."""
     flat = error.flatten(2)
     kept = flat.topk(min(pairs, flat.shape[2]), dim=2).values.sum(2)
-    return (flat.sum(2) - kept).amin(0)
+    return flat.sum(2) - kept
+
+
+class Sink(Protocol):
+    """What takes a tracer's scores, call by call."""
+
+    def wants(self, step: int, layer: str) -> bool:
+        """Whether a layer's calls of a step are to be scored. Asked at each of them."""
+
+    def add(
+        self, step: int, layer: str, order: TokenOrder, heads: Sequence[int], scores: CallScores, items: int
+    ) -> None:
+        """Scores of some heads of a call of so many items, which are dropped after that."""
+
+    def add_drift(self, step: int, layer: str, drift: np.ndarray) -> None:
+        """How fast each head's output changes (:class:`DriftMeter`), by all of the step's calls so far."""
+
+    def flush(self) -> None:
+        """The generation is over."""
 
 
 @dataclass
@@ -73,13 +93,12 @@ class Tracer:
     ``screen_orders`` of their grid. ``branches``: forwards of each step, which share its samples. ``screen``: at these
     steps every one of the layer's ``screen_orders`` is scored as well, for choosing among them.
 
-    Results: ``steps[s][layer]`` holds every head's part of :class:`CallScores` as arrays (``error0``, ``error1``, ...),
-    and how fast its output changes (``drift0``, ...; :class:`DriftMeter`), mean over the step's calls, each weighted by
-    its items; ``screened[layer]`` the summed error ``[orders, H]`` with so
-    many block pairs kept as ``screen_density`` of the grid would be in full blocks; ``grids[layer]`` the grid of the
-    layer's calls, of several the one with most text; ``parts[s]`` the components that ran at the step; ``unseen`` the
-    layers of which a call was not shown, with the reason. ``on_step``, where it is given, takes the results of a step
-    once it is over, which are not held then (:meth:`flush`).
+    ``sink`` takes the scores, with the true errors of masks where ``ladder`` is set; without one only orders are
+    screened. Results: ``steps[s]`` the layers that were seen at
+    a step; ``screened[layer]`` the summed error ``[orders, tails, H]`` with so many block pairs kept as
+    ``screen_density`` of the grid would be in full blocks; ``grids[layer]`` the grid of the layer's calls, of several
+    the one with most text; ``parts[s]`` the components that ran at the step; ``unseen`` the layers of which a call was
+    not shown, with the reason.
     """
 
     pipe: Any
@@ -92,7 +111,7 @@ class Tracer:
     screen_steps: tuple[int, ...] = ()
     screen_density: float = 0.08
     counter: StepCounter = field(default_factory=StepCounter)
-    steps: dict[int, dict[str, dict[str, np.ndarray]]] = field(default_factory=dict)
+    steps: dict[int, set[str]] = field(default_factory=dict)
     parts: dict[int, set[str]] = field(default_factory=dict)
     screened: dict[str, np.ndarray] = field(default_factory=dict)
     grids: dict[str, TokenGrid] = field(default_factory=dict)
@@ -100,14 +119,14 @@ class Tracer:
     head_dim: int = 0
     items: int = 1
     drift: DriftMeter = field(default_factory=DriftMeter)
-    on_step: Callable[[int, dict[str, dict[str, np.ndarray]]], None] | None = None
+    sink: Sink | None = None
+    ladder: bool = True
 
     def __post_init__(self) -> None:
         self._calls: Counter[tuple[int, str, str]] = Counter()
         self._index: dict[tuple[TokenOrder, TokenGrid], BlockIndex] = {}
         self._roots: dict[tuple[str, str], torch.Tensor] = {}
-        self._items: dict[tuple[int, str], int] = {}
-        self._generator = torch.Generator().manual_seed(self.seed)
+        self._generator = torch.Generator()
         self._transformers = find_transformers(self.pipe)
 
     def _blocks(self, order: TokenOrder, call: Any) -> BlockIndex:
@@ -124,7 +143,7 @@ class Tracer:
             self._roots[key] = projection_roots(weight, call.q.shape[2], call.q.shape[3], call.q.device)
         return self._roots[key]
 
-    def _score(self, call: Any, order: TokenOrder, heads: list[int]) -> CallScores:
+    def _score(self, call: Any, order: TokenOrder, heads: list[int], ladder: bool) -> CallScores:
         return score_call(
             call.q,
             call.k,
@@ -136,6 +155,7 @@ class Tracer:
             generator=self._generator,
             key_mask=call.kv_len,
             heads=heads,
+            ladder=ladder,
         )
 
     def look(self, call: Any) -> None:
@@ -148,56 +168,39 @@ class Tracer:
 
     def __call__(self, call: Any) -> torch.Tensor:
         self.look(call)
-        step = self.counter.step
-        if step not in self.steps:
-            self.flush()
+        step, layer = self.counter.step, call.layer
+        self.steps.setdefault(step, set()).add(layer)
+        place = (step, call.transformer, layer)
+        number = self._calls[place]
+        self._calls[place] += 1
+        # Of each call by itself: what of a generation is scored already may be left out when it runs again.
+        self._generator.manual_seed(zlib.crc32(f"{self.seed} {place} {number}".encode()))
         tried = self.screen_orders(call.grid)
         heads = call.q.shape[2]
-        groups: dict[TokenOrder, list[int]] = {}
-        for head in range(heads):
-            groups.setdefault(self.orders.get((call.layer, head), tried[0]), []).append(head)
-        result: dict[str, np.ndarray] = {}
-        for order, members in groups.items():
-            scores = self._score(call, order, members)
-            for i, head in enumerate(members):
-                result[f"error{head}"] = scores.error[:, i].cpu().numpy()
-                result[f"mass{head}"] = scores.mass[i].cpu().numpy().astype(np.float16)
-                result[f"energy{head}"] = scores.energy[i].cpu().numpy()
-                result[f"summed{head}"] = scores.summed[:, i].cpu().numpy()
-                result[f"true{head}"] = scores.true[:, i].cpu().numpy()
+        wanted = self.sink is not None and self.sink.wants(step, layer)
+        if self.sink is not None and wanted:
+            groups: dict[TokenOrder, list[int]] = {}
+            for head in range(heads):
+                groups.setdefault(self.orders.get((layer, head), tried[0]), []).append(head)
+            for order, members in groups.items():
+                self.sink.add(
+                    step, layer, order, members, self._score(call, order, members, self.ladder), call.q.shape[0]
+                )
         out: torch.Tensor = call.dense()
-        self._add(step, call.layer, result, call.q.shape[0])
-        place = (step, call.transformer, call.layer)
         # Branches differ in text; the visual tokens of both are the same.
         visual = out.narrow(1, call.grid.text_before, call.grid.num_visual)
-        drift = self.drift.add(step, (*place[1:], self._calls[place]), call.noise_level, visual, self._root(call))
-        self._calls[place] += 1
-        self.steps[step][call.layer] |= {f"drift{head}": drift[head] for head in range(heads)}
+        drift = self.drift.add(step, (*place[1:], number), call.noise_level, visual, self._root(call))
+        if self.sink is not None and wanted:
+            self.sink.add_drift(step, layer, drift)
         if step in self.screen_steps:
             # The same number of block pairs in each order, for that is what takes the same time: an order whose blocks
             # are less full has more of them.
             pairs = round(self.screen_density * (call.grid.num_visual / self.block_size) ** 2)
-            rows = [error_left(self._score(call, o, list(range(heads))).error, pairs).cpu().numpy() for o in tried]
-            self.screened[call.layer] = self.screened.get(call.layer, 0) + np.stack(rows)
+            rows = [
+                error_left(self._score(call, o, list(range(heads)), False).error, pairs).cpu().numpy() for o in tried
+            ]
+            self.screened[layer] = self.screened.get(layer, 0) + np.stack(rows)
         return out
-
-    def flush(self) -> None:
-        """Hand the results of the steps that are over to ``on_step``."""
-        if self.on_step is not None:
-            for step in sorted(self.steps):
-                self.on_step(step, self.steps.pop(step))
-
-    def _add(self, step: int, layer: str, result: dict[str, np.ndarray], items: int) -> None:
-        """Into the mean over the items of the step's calls of this layer, in place: nothing is held twice."""
-        before = self._items.get((step, layer), 0)
-        self._items[step, layer] = before + items
-        known = self.steps.setdefault(step, {}).setdefault(layer, result)
-        if known is result:
-            return
-        share = items / (before + items)
-        for name, new in result.items():
-            old = known[name].astype(np.float32)
-            known[name] = (old + share * (new.astype(np.float32) - old)).astype(known[name].dtype)
 
 
 @dataclass

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
+import torch
 
 from diffsparse.density import tail_density
 from diffsparse.entry import TAILS, Execution, HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.order import TokenOrder
 from diffsparse.patterns import Bitmap, Empty, Full, Pattern
-from diffsparse.search.candidates import BITMAP_DENSITIES, families, top_columns
+from diffsparse.search.candidates import BITMAP_DENSITIES, families
+from diffsparse.search.masks import mask_at
 
 __all__ = [
     "NOTHING",
@@ -25,15 +28,12 @@ __all__ = [
     "head_options",
     "is_stable",
     "prune",
-    "ranking",
-    "reference_mask",
+    "pruned",
     "reusing",
 ]
 
-COLUMN_COUNTS = (1, 2, 4, 8)
-# Masks made from other prompts may leave this many times the error of a prompt's own. What they leave is in the
-# predicted error already; this only keeps out heads whose masks say nothing about another prompt.
-STABILITY_BOUND = 3.0
+#: Of the mask that tells whether a head's masks carry over.
+STABLE_DENSITY = 0.08
 
 
 @dataclass(frozen=True)
@@ -60,34 +60,36 @@ NOTHING = Option(0.0, 0.0, "none", "skip")
 
 @dataclass(frozen=True)
 class HeadScores:
-    """Weighted scores of one head in one phase.
+    """Weighted scores of one head in one phase, in units of the final latent's squared error.
 
-    ``error``: float ``[prompts, tails, NB, NB]``, in units of the final latent's squared error. ``energy``: the same
-    for leaving the head out. ``summed``, ``true``: float ``[tails, L]``, sums of dropped blocks' scores and the errors
-    measured for them, mean over prompts (:class:`~diffsparse.search.score.CallScores`).
+    ``left``: float ``[tails, options]``, sums of the scores of what each option of a :class:`FamilyTable` drops.
+    ``energy``: the error of leaving the head out. ``summed``, ``true``: float ``[tails, L]``, sums of dropped blocks'
+    scores and the errors measured for them (:class:`~diffsparse.search.score.CallScores`).
     """
 
-    error: np.ndarray
+    left: np.ndarray
     energy: float
     summed: np.ndarray
     true: np.ndarray
 
-    def corrected(self, tail: int, error: float) -> float:
-        """The error to expect where the dropped blocks' scores add up to ``error``."""
+    def corrected(self, tail: int, errors: np.ndarray) -> np.ndarray:
+        """The errors to expect where the dropped blocks' scores add up to ``errors``."""
+        errors = np.maximum(errors, 0.0)
         known = (self.summed[tail] > 0) & (self.true[tail] > 0)
-        if error <= 0 or not known.any():
-            return max(error, 0.0)
+        if not known.any():
+            return errors
         x, y = self.summed[tail][known][::-1], self.true[tail][known][::-1]
-        return float(error * np.exp(np.interp(np.log(error), np.log(x), np.log(y / x))))
-
-    @property
-    def mean(self) -> np.ndarray:
-        """Scores over all prompts, ``[tails, NB, NB]``."""
-        return self.error.mean(0)
+        logs = np.log(np.where(errors > 0, errors, x[0]))
+        return np.asarray(errors * np.exp(np.interp(logs, np.log(x), np.log(y / x))))
 
 
 class FamilyTable:
-    """Resolution-free patterns and their block masks on one grid and order."""
+    """What every head may choose on one grid and order: resolution-free patterns and measured masks.
+
+    ``patterns``, ``masks``, ``density``: of the families whose masks differ here. ``places``: of each of them among all
+    families; measured masks of the densities in ``BITMAP_DENSITIES`` follow after ``num_families``.
+    ``weight``: each block pair's share of the work, float ``[NB, NB]``.
+    """
 
     def __init__(self, grid: TokenGrid, order: TokenOrder, block_size: int) -> None:
         self.grid, self.order, self.block_size = grid, order, block_size
@@ -95,100 +97,98 @@ class FamilyTable:
         self.weight = np.outer(lengths, lengths) / grid.num_visual**2
         self.patterns: list[Pattern] = []
         self.masks: list[np.ndarray] = []
-        for pattern in families(grid):
-            self._add(pattern)
+        self.places: list[int] = []
+        known: set[bytes] = set()
+        for place, pattern in enumerate(found := families(grid)):
+            mask = pattern.block_mask(grid, order, block_size)
+            if (packed := np.packbits(mask).tobytes()) not in known:
+                known.add(packed)
+                self.patterns.append(pattern)
+                self.masks.append(mask)
+                self.places.append(place)
+        self.num_families = len(found)
         self.density = [float((self.weight * mask).sum()) for mask in self.masks]
+        self._flat: dict[torch.device, torch.Tensor] = {}
+        self._weight: dict[torch.device, torch.Tensor] = {}
 
-    def _add(self, pattern: Pattern) -> None:
-        mask = pattern.block_mask(self.grid, self.order, self.block_size)
-        if not any(np.array_equal(mask, known) for known in self.masks):
-            self.patterns.append(pattern)
-            self.masks.append(mask)
+    def dropped_pairs(self, device: torch.device) -> torch.Tensor:
+        """What the families' masks drop, as columns: fp32 ``[NB * NB, patterns]``, 1 where a pair is dropped."""
+        if device not in self._flat:
+            bits = np.stack([~mask.reshape(-1) for mask in self.masks], 1)
+            self._flat[device] = torch.from_numpy(bits).to(device).float()
+        return self._flat[device]
+
+    def device_weight(self, device: torch.device) -> torch.Tensor:
+        """``weight`` on a device, float64."""
+        if device not in self._weight:
+            self._weight[device] = torch.from_numpy(self.weight).to(device)
+        return self._weight[device]
+
+    @cached_property
+    def options(self) -> tuple[Option, ...]:
+        """Dense, skip, the families and measured masks with each tail; their errors are still to be told."""
+        found = [Option(0.0, 1.0, "none", "dense"), Option(0.0, 0.0, "none", "skip")]
+        for tail in TAILS:
+            for pattern, mask, density in zip(self.patterns, self.masks, self.density, strict=True):
+                if not (isinstance(pattern, Empty) and tail == "none"):  # the same as skip
+                    found.append(Option(0.0, density, tail, "family", pattern, float(mask.mean())))
+            for density in BITMAP_DENSITIES:
+                if count := int(density * self.weight.size):
+                    found.append(Option(0.0, density, tail, "bitmap", blocks=count / self.weight.size))
+        return tuple(found)
+
+    @cached_property
+    def columns(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where ``HeadScores.left`` has each of the options after the first two: its tail and its place."""
+        at = {id(pattern): place for pattern, place in zip(self.patterns, self.places, strict=True)}
+        tails, places = [], []
+        for option in self.options[2:]:
+            tails.append(TAILS.index(option.tail))
+            measured = option.kind == "bitmap"
+            place = self.num_families + BITMAP_DENSITIES.index(option.density) if measured else at[id(option.pattern)]
+            places.append(place)
+        return np.array(tails), np.array(places)
+
+    @cached_property
+    def is_measured(self) -> np.ndarray:
+        """Which of the options are measured masks: bool ``[options]``."""
+        return np.array([option.kind == "bitmap" for option in self.options])
+
+    def errors(self, scores: HeadScores) -> np.ndarray:
+        """Of a head's options, float ``[options]``."""
+        tails, places = self.columns
+        found = np.empty(len(self.options))
+        found[:2] = 0.0, scores.energy
+        for tail in range(len(TAILS)):
+            which = np.flatnonzero(tails == tail)
+            found[2 + which] = scores.corrected(tail, scores.left[tail, places[which]])
+        return found
+
+    def place(self, option: Option) -> int:
+        """Of a family's or a measured mask's option in the arrays of scores."""
+        if option.kind == "bitmap":
+            return self.num_families + BITMAP_DENSITIES.index(option.density)
+        return next(at for at, pattern in zip(self.places, self.patterns, strict=True) if pattern == option.pattern)
 
 
-def ranking(scores: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Block pairs by error saved per unit of work, best first: indices into the flat ``[NB * NB]`` matrix."""
-    return np.argsort(-(scores / weight).reshape(-1), kind="stable")
+def is_stable(scores: HeadScores, table: FamilyTable) -> bool:
+    """Does the head's measured mask carry over between prompts?
 
-
-def reference_mask(scores: np.ndarray, weight: np.ndarray, density: float) -> np.ndarray:
-    """The best mask of about ``density``: bool ``[NB, NB]``."""
-    mask = np.zeros(scores.size, bool)
-    mask[ranking(scores, weight)[: int(density * scores.size)]] = True
-    return mask.reshape(scores.shape)
-
-
-def _curve(rank: np.ndarray, scores: np.ndarray, kept: list[int]) -> np.ndarray:
-    """Error left when the first ``kept`` pairs of a ranking are computed, for each number in ``kept``."""
-    saved = np.concatenate([[0.0], np.cumsum(scores.reshape(-1)[rank])])
-    return np.maximum(saved[-1] - saved[kept], 0.0)
-
-
-def _counts(rank: np.ndarray, weight: np.ndarray) -> list[int]:
-    work = np.cumsum(weight.reshape(-1)[rank])
-    return [int(np.searchsorted(work, d, side="right")) for d in BITMAP_DENSITIES]
-
-
-def _crossed(scores: HeadScores, tail: int, weight: np.ndarray, kept: list[int]) -> np.ndarray:
-    """Error on each prompt of masks ranked on all the others, mean over prompts: ``[len(kept)]``."""
-    prompts = scores.error.shape[0]
-    if prompts == 1:
-        return _curve(ranking(scores.error[0, tail], weight), scores.error[0, tail], kept)
-    total = scores.error[:, tail].sum(0)
-    curves = []
-    for p in range(prompts):
-        others = ranking(total - scores.error[p, tail], weight)
-        curves.append(_curve(others, scores.error[p, tail], kept))
-    return np.mean(curves, 0)
-
-
-def is_stable(scores: HeadScores, weight: np.ndarray, bound: float = STABILITY_BOUND) -> bool:
-    """Does the head's mask carry over between prompts?
-
-    True where masks of equal work made from other prompts leave at most ``bound`` times the error that a prompt's own
-    best mask leaves, at a share of 8% with the mean tail. With one prompt there is nothing to compare.
+    True where the mask of 8% of the work, with the mean tail, saves at least twice what as many pairs at random would,
+    on prompts that it was not made from. What it leaves there is in the predicted error already; this only keeps out
+    heads whose masks say nothing about another prompt.
     """
-    prompts = scores.error.shape[0]
-    if prompts == 1:
-        return True
     tail = TAILS.index("mean")
-    kept = [int(0.08 * weight.size)]
-    own = np.mean([_curve(ranking(e[tail], weight), e[tail], kept)[0] for e in scores.error])
-    crossed = _crossed(scores, tail, weight, kept)[0]
-    everything = float(scores.mean[tail].sum())
+    everything = float(scores.left[tail, table.places[0]])
+    left = float(scores.left[tail, table.num_families + BITMAP_DENSITIES.index(STABLE_DENSITY)])
     # A head whose whole error is next to nothing cannot fail to carry over.
-    return bool(crossed <= bound * own or everything <= 1e-9 * scores.energy)
+    return left <= (1 - 2 * STABLE_DENSITY) * everything or everything <= 1e-9 * scores.energy
 
 
 def head_options(scores: HeadScores, table: FamilyTable, *, bitmaps: bool) -> list[Option]:
-    """All options of one head: dense, skip, bitmaps by tail error at every budget, and the families, with each tail."""
-    options = [Option(0.0, 1.0, "none", "dense"), Option(scores.energy, 0.0, "none", "skip")]
-    mean = scores.mean
-    for t, tail in enumerate(TAILS):
-        flat_total = float(mean[t].sum())
-        for pattern, mask, density in zip(table.patterns, table.masks, table.density, strict=True):
-            if isinstance(pattern, Empty) and tail == "none":
-                continue  # the same as skip
-            error = scores.corrected(t, flat_total - float(mean[t][mask].sum()))
-            options.append(Option(error, density, tail, "family", pattern, float(mask.mean())))
-        columns = mean[t].sum(0)
-        for count in COLUMN_COUNTS:
-            if count < len(columns) // 4:
-                pattern = top_columns(columns, table.grid, table.order, table.block_size, count)
-                mask = pattern.block_mask(table.grid, table.order, table.block_size)
-                error = scores.corrected(t, flat_total - float(mean[t][mask].sum()))
-                density = float((table.weight * mask).sum())
-                options.append(Option(error, density, tail, "family", pattern, float(mask.mean())))
-        if bitmaps:
-            rank = ranking(mean[t], table.weight)
-            kept = _counts(rank, table.weight)
-            for density, count, error in zip(
-                BITMAP_DENSITIES, kept, _crossed(scores, t, table.weight, kept), strict=True
-            ):
-                if count:
-                    blocks = count / table.weight.size
-                    options.append(Option(scores.corrected(t, float(error)), density, tail, "bitmap", blocks=blocks))
-    return options
+    """All options of one head: dense, skip, measured masks and the families, with each tail."""
+    told = zip(table.options, table.errors(scores).tolist(), strict=True)
+    return [replace(option, error=error) for option, error in told if bitmaps or option.kind != "bitmap"]
 
 
 def by_place(options: list[Option]) -> dict[tuple[str, str, float], Option]:
@@ -205,12 +205,16 @@ def by_place(options: list[Option]) -> dict[tuple[str, str, float], Option]:
 
 def prune(options: list[Option], cost: Callable[[Option], float]) -> tuple[list[Option], np.ndarray, np.ndarray]:
     """Options that no other one beats in both error and cost, with their errors and costs, cheapest first."""
-    order = sorted(options, key=lambda o: (cost(o), o.error))
-    kept: list[Option] = []
-    for option in order:
-        if not kept or option.error < kept[-1].error:
-            kept.append(option)
-    return kept, np.array([o.error for o in kept]), np.array([cost(o) for o in kept])
+    kept = pruned(np.array([o.error for o in options]), prices := np.array([cost(o) for o in options]))
+    found = [options[i] for i in kept]
+    return found, np.array([o.error for o in found]), prices[kept]
+
+
+def pruned(errors: np.ndarray, prices: np.ndarray) -> np.ndarray:
+    """Which options no other one beats in both error and price, cheapest first."""
+    order = np.lexsort((errors, prices))
+    before = np.concatenate([[np.inf], np.minimum.accumulate(errors[order])[:-1]])
+    return np.asarray(order[errors[order] < before])
 
 
 def reusing(options: list[Option], late: Mapping[float, float]) -> list[Option]:
@@ -236,8 +240,11 @@ def work_density(option: Option, grid: TokenGrid, blocks: int) -> float:
     return min(1.0, 1.0 - visual + option.density * visual + tail)
 
 
-def head_entry(option: Option, scores: HeadScores, table: FamilyTable) -> HeadEntry:
-    """The plan entry of a chosen option; a bitmap gets the best family of about its density as its fallback."""
+def head_entry(option: Option, value: Callable[[], np.ndarray], table: FamilyTable) -> HeadEntry:
+    """The plan entry of a chosen option; a measured mask gets the best family of about its density as its fallback.
+
+    ``value``: what each pair of blocks is worth, ``[NB, NB]``; asked for where a mask is made from it.
+    """
     if option.kind == "dense":
         return HeadEntry(execution=Execution(reuse=option.reuse))
     if option.kind == "skip":
@@ -246,15 +253,10 @@ def head_entry(option: Option, scores: HeadScores, table: FamilyTable) -> HeadEn
     if option.kind == "family":
         assert option.pattern is not None
         return HeadEntry(table.order, option.pattern, execution=execution)
-    t = TAILS.index(option.tail)
-    mean = scores.mean[t]
-    rank = ranking(mean, table.weight)
-    count = _counts(rank, table.weight)[BITMAP_DENSITIES.index(option.density)]
-    mask = np.zeros(mean.size, bool)
-    mask[rank[:count]] = True
-    mask = mask.reshape(mean.shape)
+    worth = value()
+    mask = mask_at(worth, table.weight, option.density)
     near = [i for i, d in enumerate(table.density) if d <= 1.25 * option.density + 1e-3]
-    best = max(near, key=lambda i: float(mean[table.masks[i]].sum()))
+    best = max(near, key=lambda i: float(worth[table.masks[i]].sum()))
     fallback = table.patterns[best]
     if isinstance(fallback, Empty) and option.tail == "none":
         fallback = Full()  # nothing at all would be attended elsewhere

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels.costs import CostTable
 from diffsparse.order import TokenOrder
 from diffsparse.pipelines.policy import ANY_MACHINE, FULL, LayerVerdict, Machine, judge_layer
 from diffsparse.search.config import SearchConfig
-from diffsparse.search.options import Option, work_density
+from diffsparse.search.options import FamilyTable, Option, work_density
 from diffsparse.work import HeadWork, block_fill
 
 __all__ = ["Pricing"]
@@ -36,6 +38,7 @@ class Pricing:
         #: Why options that are sparse by themselves would run dense.
         self.reasons: set[str] = set()
         self._known: dict[tuple[object, ...], float] = {}
+        self._tables: dict[tuple[TokenGrid, TokenOrder], np.ndarray] = {}
 
     def work(self, option: Option, layer: str, order: TokenOrder) -> HeadWork:
         """What a head of a layer has to do, as :func:`diffsparse.work.head_work` has it of the option's entry."""
@@ -75,6 +78,13 @@ class Pricing:
                 assert verdict.time is not None  # all costs are known
                 self._known[key] = verdict.time
         return self._known[key]
+
+    def of_table(self, table: FamilyTable, layer: str) -> np.ndarray:
+        """:meth:`cost` of all options of a table on a layer's grid, float ``[options]``."""
+        key = (self.grids[layer], table.order)
+        if key not in self._tables:
+            self._tables[key] = np.array([self.cost(option, layer, table.order) for option in table.options])
+        return self._tables[key]
 
     def layer(self, options: Sequence[Option], layer: str, orders: Sequence[TokenOrder]) -> LayerVerdict:
         """Of a layer on the machine, one option and order a head: whether it runs sparse, and its time over dense."""

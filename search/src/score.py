@@ -51,12 +51,14 @@ def score_call(
     generator: torch.Generator | None = None,
     key_mask: torch.Tensor | None = None,
     heads: list[int] | None = None,
+    ladder: bool = True,
 ) -> CallScores:
     """Score all visual block pairs of one call from ``samples`` queries of every query block.
 
     q, k, v: ``[B, S, H, D]``. Items of the batch share the samples (each has at least one), and scores are the mean
     over them. ``key_mask``: bool ``[B, S]``, or ``[S]`` for all items, False where a key is padding. ``heads``: score
-    these heads only. Nothing of the size ``S x S`` is ever held, and nothing that grows with ``B``.
+    these heads only. ``ladder``: measure the true errors of masks too; else they and their sums are 0. Nothing of the
+    size ``S x S`` is ever held, and nothing that grows with ``B``.
     """
     heads = list(range(q.shape[2])) if heads is None else heads
     batch, blocks = q.shape[0], len(index.length)
@@ -81,6 +83,7 @@ def score_call(
             generator=generator,
             key_mask=None if masks is None else masks[item],
             heads=heads,
+            ladder=ladder,
         )
     # Guidance makes u + s (c - u) of a prompt's output c and the negative one's u: the errors of both pass into it,
     # times s and s - 1. These weights are nearly alike for the usual scales, and how much of a layer's error passes on

@@ -23,6 +23,7 @@ def add_item(
     generator: torch.Generator | None,
     key_mask: torch.Tensor | None,
     heads: list[int],
+    ladder: bool,
 ) -> None:
     """Add the scores of one item of a batch; q, k, v: ``[S, H, D]``, ``key_mask``: ``[S]``."""
     dim = q.shape[-1]
@@ -82,6 +83,8 @@ def add_item(
                         d = d + w * other * (summary[c] * summary[e]).sum(1)
                 d = d.clamp_min(0).view(len(tokens), samples, blocks).sum(1)
                 found.error[tail, i, lo : lo + rows] += d * share[:, None]
+                if not ladder:
+                    continue
                 # [rows, ladder, NB]: the first blocks of each row's ranking
                 kept = d.argsort(1, descending=True).argsort(1)[:, None] < counts[:, None]
                 weighted = [(w, summary[c]) for w, c in parts]

@@ -12,6 +12,8 @@ __all__ = ["add_item"]
 
 #: Sampled queries of a head for which true errors of masks are measured: a ratio, which so many give well enough.
 _LADDER_ROWS = 128
+#: What the heads take that are scored together.
+_GROUP_BYTES = 10 * CHUNK_BYTES
 
 
 def add_item(
@@ -27,6 +29,7 @@ def add_item(
     generator: torch.Generator | None,
     key_mask: torch.Tensor | None,
     heads: list[int],
+    ladder: bool,
 ) -> None:
     """As :func:`diffsparse.search.score_plain.add_item`, on a GPU."""
     (_, _, dim), (blocks, width) = q.shape, index.tokens.shape
@@ -37,8 +40,8 @@ def add_item(
     chosen = _ladder_blocks(blocks, samples, q.device)
     # What grows with the heads of a group, in fp32: blocks of keys and values, the kernel's output, the ladder's sums.
     rows = blocks * samples
-    each = 4 * (3 * blocks * width * dim + 7 * rows * blocks + len(chosen) * samples * (blocks * dim + q.shape[0]))
-    count = max(1, 4 * CHUNK_BYTES // each)
+    each = 4 * (4 * blocks * width * dim + 11 * rows * blocks + len(chosen) * samples * (blocks * dim + q.shape[0]))
+    count = max(1, _GROUP_BYTES // each)
     for first in range(0, len(heads), count):
         group = torch.tensor(heads[first : first + count], device=q.device)
         queries, keys, values = (x.index_select(1, group) for x in (q, k, v))
@@ -46,15 +49,15 @@ def add_item(
         out, lse = attend_rows(queries[None], keys[None], values[None], tokens.reshape(-1), scale, mask)
         some = _Group(
             q=queries[tokens.reshape(-1)].transpose(0, 1).contiguous(),
-            k=keys.transpose(0, 1),
-            v=values.transpose(0, 1),
+            k=keys[index.tokens.reshape(-1)].unflatten(0, index.tokens.shape).permute(2, 0, 1, 3).contiguous(),
+            v=values[index.tokens.reshape(-1)].unflatten(0, index.tokens.shape).permute(2, 0, 1, 3).contiguous(),
             out=out[0].transpose(0, 1).contiguous(),
             lse=lse[0].T.contiguous(),
             index=index,
             scale=scale,
         )
         at = slice(first, first + len(group))
-        some.add(found, at, samples, chosen, unit.square())
+        some.add(found, at, samples, chosen if ladder else None, unit.square())
         if len(text):
             of_text, _ = attend_rows(queries[None], keys[None], values[None], text, scale, mask)
             found.energy[at] += text_share * of_text[0].square().sum((0, 2)) * unit.square()
@@ -81,7 +84,7 @@ def _projected(values: torch.Tensor, roots: torch.Tensor | None) -> tuple[torch.
 class _Group:
     """Some heads of an item: sampled queries, all keys and values, and what dense attention gives the queries.
 
-    q, out: ``[H, R, D]``; k, v: ``[H, S, D]``; lse: ``[H, R]``.
+    q, out: ``[H, R, D]``; k, v: ``[H, N, W, D]``, by blocks; lse: ``[H, R]``.
     """
 
     def __init__(
@@ -97,21 +100,21 @@ class _Group:
     ) -> None:
         self.q, self.k, self.v, self.out, self.lse, self.index, self.scale = q, k, v, out, lse, index, scale
         self.length = index.length.long()
-        self.known = plain.summaries_of(k, v, index.tokens, self.length)
+        self.known = plain.summaries_of(k, v, self.length)
 
-    def add(self, found: CallScores, at: slice, samples: int, chosen: torch.Tensor, unit: torch.Tensor) -> None:
-        """Into the results' heads ``at``; ``unit`` ``[H]``: of squared values."""
+    def add(self, found: CallScores, at: slice, samples: int, chosen: torch.Tensor | None, unit: torch.Tensor) -> None:
+        """Into the results' heads ``at``; ``unit`` ``[H]``: of squared values. ``chosen``: blocks of the ladder."""
         heads, blocks = self.q.shape[0], len(self.length)
         shape = (heads, blocks, blocks, samples)
-        error, mass = block_errors(
-            self.q, self.k, self.v, self.index.tokens, self.length, self.out, self.lse, self.known, self.scale
-        )
+        error, mass = block_errors(self.q, self.k, self.v, self.length, self.out, self.lse, self.known, self.scale)
         share = self.index.length / samples
         by_block = error.view(-1, *shape).sum(-1).transpose(2, 3)  # [tails, H, query blocks, key blocks]
         found.error[:, at] += by_block * (share[:, None] * unit[:, None, None])
         found.mass[at] += mass.view(shape).mean(-1).transpose(1, 2)
         norm = self.out.square().sum(2).view(heads, blocks, samples).sum(2)
         found.energy[at] += (norm * share).sum(1) * unit
+        if chosen is None:
+            return
         # The chosen blocks stand for all.
         stands = share[chosen] * (self.index.length.sum() / self.index.length[chosen].sum())
         summed, true = self._ladder(by_block[:, :, chosen], chosen, samples, stands)
@@ -125,12 +128,10 @@ class _Group:
         heads, (blocks, width) = self.q.shape[0], self.index.tokens.shape
         rows = (chosen[:, None] * samples + torch.arange(samples, device=chosen.device)).reshape(-1)
         q, lse, out = self.q[:, rows].float(), self.lse[:, rows], self.out[:, rows]
-        part = (torch.bmm(q * self.scale, self.k.float().mT) - lse[..., None]).exp_()
-        flat = self.index.tokens.reshape(-1)
-        part = part[..., flat].view(heads, len(rows), blocks, width) * self.index.valid
+        part = (torch.bmm(q * self.scale, self.k.flatten(1, 2).float().mT) - lse[..., None]).exp_()
+        part = part.view(heads, len(rows), blocks, width) * self.index.valid
         z = part.sum(-1)
-        values = self.v[:, flat].float().view(heads, blocks, width, -1)
-        numerator = torch.einsum("hrnw,hnwd->hrnd", part, values)
+        numerator = torch.einsum("hrnw,hnwd->hrnd", part, self.v.float())
         z_rest = 1 - z.sum(2)
         z_rest = torch.where(z_rest > 1e-5, z_rest, 0.0)
         rest = torch.where(z_rest[..., None] > 0, out - numerator.sum(2), 0.0)

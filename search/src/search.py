@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,19 @@ from diffsparse.search.stages.compose import compose_plans, composer_of, layer_c
 from diffsparse.search.stages.probe import run_probe
 from diffsparse.search.stages.repair import mended, repaired
 from diffsparse.search.stages.report import measured, search_record
-from diffsparse.search.stages.sensitivity import layer_groups
+from diffsparse.search.stages.sensitivity import effect_steps, inject_steps, layer_groups, most_groups
 from diffsparse.search.stages.target import search_target
 from diffsparse.search.stages.trace import run_trace
 from diffsparse.search.stages.validate import cases, validate
 from diffsparse.search.store import SearchStore
-from diffsparse.search.workspace import Workspace
+from diffsparse.search.workspace import Probe, Workspace
 
 __all__ = ["FREE_SETTINGS", "SearchConfig", "search_plan", "thoroughness"]
 
 log = logging.getLogger("diffsparse")
 
 # Counted up whenever what the store holds changes.
-STORE_FORMAT = 7
+STORE_FORMAT = 8
 
 
 def search_plan(
@@ -77,9 +78,11 @@ def search_plan(
 
 def _run(work: Workspace, out: Path) -> SparsityPlan:
     config, begin = work.config, time.perf_counter()
-    run_probe(work)
+    run_probe(work, partial(_announce, work))
     grid = main_grid(work.grids)
-    _announce(work)
+    if dense := work.probe.dense:
+        name, reason = next(iter(dense.items()))
+        work.say(f"{len(dense)} other layers stay dense ({name}: {reason})")
     costs = layer_costs(work)
     run_trace(work)
     composer = composer_of(work, costs)
@@ -118,14 +121,11 @@ def _best(work: Workspace, candidates: list[Candidate]) -> tuple[Candidate, dict
     return (replace(chosen, plan=repaired(work, chosen.plan)) if work.config.fits_repair else chosen), None
 
 
-def _announce(work: Workspace) -> None:
+def _announce(work: Workspace, probe: Probe) -> None:
     """Tell what will be searched, and how long that will take."""
-    grid, dense = main_grid(work.grids), work.probe.dense
-    work.say(f"{grid} = {grid.seq_len} tokens, {len(work.layers)} layers of {work.architecture.heads} heads")
-    if dense:
-        name, reason = next(iter(dense.items()))
-        work.say(f"{len(dense)} other layers stay dense ({name}: {reason})")
-    seconds, validation = _estimate(work), _validation(work)
+    grid = main_grid(probe.grids)
+    work.say(f"{grid} = {grid.seq_len} tokens, {len(probe.grids)} layers of {work.architecture.heads} heads")
+    seconds, validation = _estimate(work, probe), _validation(work, probe)
     text = f"estimate: {(seconds + validation.seconds) / 60:.1f} minutes"
     if validation.generations:
         text += (
@@ -135,15 +135,27 @@ def _announce(work: Workspace) -> None:
     work.say(text)
 
 
-def _estimate(work: Workspace) -> float:
-    """Seconds that the stages after the probe will take, validation apart."""
-    forward, branches, steps = work.probe.forward_seconds, work.probe.branches, work.config.trace_steps
-    rest = sum(steps - s for s in {0, 3 * steps // 4})
-    prompts, layers = len(work.traced()), len(layer_groups(work.layers))
-    assert work.config.steps is not None  # the settings are resolved
-    fit = max(2, prompts) * branches * max(steps, work.config.steps) if work.config.fits_repair else 0
-    repair = fit * work.config.tries
-    return float(forward * (1.3 * prompts * branches * steps + 2 * branches * layers + branches * rest + repair) + 15)
+#: What scoring a call takes, over the model call that it is of.
+_SCORING = 0.3
+#: Model calls of sparse attention with exact rows beside it, over dense ones.
+_FITTING = 0.7
+#: Seconds for each head to choose entries and to make masks; for costs and pieces of the pipeline on a GPU.
+_CHOOSING, _SETTING_UP = 0.03, 25.0
+
+
+def _estimate(work: Workspace, probe: Probe) -> float:
+    """Seconds that a search takes after its first step, validation apart."""
+    steps, branches = work.config.trace_steps, probe.branches
+    prompts = min(probe.prompts, len(work.prompts))
+    screened = 2 * _SCORING * len(work.layer_orders(main_grid(probe.grids))) / 2
+    calls = 3 + screened + prompts * steps * (1 + _SCORING)
+    calls += len(effect_steps(work)) * len(layer_groups(tuple(probe.grids), most_groups(probe)))
+    calls += sum(steps - step for step in inject_steps(work)) + steps  # an error in a step; outputs used again
+    if work.config.fits_repair:
+        calls += max(2, prompts) * steps * _FITTING * work.config.tries
+    heads = len(probe.grids) * work.architecture.heads
+    rest = _CHOOSING * heads + (_SETTING_UP if work.device.type == "cuda" else 5.0)
+    return calls * branches * probe.forward_seconds + rest
 
 
 @dataclass(frozen=True)
@@ -154,13 +166,13 @@ class _Validation:
     seconds: float
 
 
-def _validation(work: Workspace) -> _Validation:
+def _validation(work: Workspace, probe: Probe) -> _Validation:
     """What validation takes at most."""
-    config, clips = work.config, len(cases(work))
+    config, clips = work.config, len(cases(work, probe.prompts))
     steps = config.steps
     assert steps is not None  # the settings are resolved
     first = config.tried_plans + config.fits_repair
     later = first if config.tried_plans > 1 else 1
     plans = first + (config.tries - 1) * later
     generations = clips * (1 + plans)
-    return _Validation(generations, work.probe.forward_seconds * work.probe.branches * steps * generations)
+    return _Validation(generations, probe.forward_seconds * probe.branches * steps * generations)

@@ -20,6 +20,8 @@ __all__ = ["SearchStore", "StoreDamaged", "StoreLocked", "StoreMismatch"]
 
 #: How long to wait for another process that has the file, which may be about to end.
 LOCK_SECONDS = 2.0
+#: Arrays of together so many bytes are compressed.
+COMPRESSED_BYTES = 2**18
 
 
 class StoreMismatch(BadInput):
@@ -106,9 +108,15 @@ class SearchStore:
             return self._db.execute("SELECT 1 FROM item WHERE name = ?", (name,)).fetchone() is not None
 
     def _put(self, name: str, kind: str, value: bytes) -> None:
+        self._write([self._row(name, kind, value)])
+
+    def _write(self, rows: list[tuple[str, str, bytes]]) -> None:
         with self._errors(), self._db:
-            row = (name, f"{kind} {zlib.crc32(name.encode() + value):08x}", value)
-            self._db.execute("INSERT OR REPLACE INTO item VALUES (?, ?, ?)", row)
+            self._db.executemany("INSERT OR REPLACE INTO item VALUES (?, ?, ?)", rows)
+
+    @staticmethod
+    def _row(name: str, kind: str, value: bytes) -> tuple[str, str, bytes]:
+        return name, f"{kind} {zlib.crc32(name.encode() + value):08x}", value
 
     def _get(self, name: str, kind: str) -> bytes:
         with self._errors():
@@ -132,9 +140,18 @@ class SearchStore:
             raise self._damaged(f"{name} cannot be read") from error
 
     def put_arrays(self, name: str, arrays: dict[str, np.ndarray]) -> None:
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
-        self._put(name, "npz", buffer.getvalue())
+        self.put_all({name: arrays})
+
+    def put_all(self, named: dict[str, dict[str, np.ndarray]]) -> None:
+        """Several values of arrays, all or none of them."""
+        rows = []
+        for name, arrays in named.items():
+            buffer = io.BytesIO()
+            # Of large arrays, which are codes, little could be saved, and it would take longer than to measure them.
+            write = np.savez if sum(a.nbytes for a in arrays.values()) > COMPRESSED_BYTES else np.savez_compressed
+            write(buffer, **arrays)  # type: ignore[arg-type]
+            rows.append(self._row(name, "npz", buffer.getvalue()))
+        self._write(rows)
 
     def get_arrays(self, name: str) -> dict[str, np.ndarray]:
         value = self._get(name, "npz")

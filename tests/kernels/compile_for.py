@@ -156,14 +156,14 @@ def compile_rows(capability: int, slow: bool) -> None:
     for dim, dtype in ((d, t) for d in dims for t in (torch.bfloat16, torch.float16)):
         q, k, v = (torch.empty(1, 4096, 4, dim, dtype=dtype) for _ in range(3))
         rows, mask = torch.arange(200), torch.ones(1, 4096, dtype=torch.bool)
-        tokens, length = torch.zeros(32, 128, dtype=torch.int64), torch.full((32,), 128)
+        length = torch.full((32,), 128)
         some = torch.empty(4, 200, dim, dtype=dtype)
         parts = torch.empty(3, 4, 32, dim)
         known = plain.Summaries(parts, parts, parts[0])
         kernels = host.launch_attend(q, k, v, rows, 1.0, mask, warmup=True)
-        keys, values = (x[0].transpose(0, 1) for x in (k, v))
+        keys, values = (x.view(4, 32, 128, dim) for x in (k, v))
         out, lse, weights = torch.empty(4, 200, dim), torch.empty(4, 200), torch.empty(4, 4, 32, 200)
-        kernels += [host.launch_errors(some, keys, values, tokens, length, out, lse, known, weights, 1.0, warmup=True)]
+        kernels += [host.launch_errors(some, keys, values, length, out, lse, known, weights, 1.0, warmup=True)]
         for kernel in kernels:
             tell(kernel, f"{dim}-{str(dtype)[6:]}", capability)
 

@@ -71,14 +71,14 @@ def check_errors(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> None:
     tokens = torch.stack([torch.randperm(shape.seq, generator=draw)[:width] for _ in shape.blocks]).to(device)
     wide = [x.double() for x in (q, k, v)]
     out, lse = (x[0].transpose(0, 1) for x in plain.attend_rows(*(x.transpose(0, 1)[None] for x in wide), rows, scale))
-    queries, known = q[:, rows], plain.summaries_of(k, v, tokens, length)
+    queries = q[:, rows]
+    k, v = (x[:, tokens.reshape(-1)].unflatten(1, tokens.shape) for x in (k, v))  # [H, N, W, D]
+    known = plain.summaries_of(k, v, length)
     weights = plain.tail_weights(queries.double(), lse, length, known, scale)
     error, mass = launch_errors(
-        queries, k, v, tokens, length, out.float(), lse.float(), known, weights.float(), scale
+        queries, k, v, length, out.float(), lse.float(), known, weights.float(), scale
     )  # fmt: skip
-    want, share = plain.block_errors(
-        queries.double(), wide[1], wide[2], tokens, length, out, lse, known, weights, scale
-    )
+    want, share = plain.block_errors(queries.double(), k.double(), v.double(), length, out, lse, known, weights, scale)
     work = Work(length=width + shape.dim, sums=3, dtype=dtype)
     assert_near(mass.double(), share, work)
     assert_near(error.double().sqrt(), want.sqrt(), work)

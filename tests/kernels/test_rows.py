@@ -41,15 +41,16 @@ def test_a_block_that_is_all_there_is_costs_the_output() -> None:
     q = torch.randn(2, 5, 16)
     one = torch.randn(2, 1, 16)
     k, v = one.expand(2, 12, 16).contiguous(), one.flip(0).expand(2, 12, 16).contiguous()
-    tokens, length = torch.arange(12)[None], torch.tensor([12])
+    length = torch.tensor([12])
     out, lse = (x[0].transpose(0, 1) for x in attend_rows(_full(q, 12), *_whole(k, v), torch.arange(5), 1.0))
-    error, mass = block_errors(q, k, v, tokens, length, out, lse, plain.summaries_of(k, v, tokens, length), 1.0)
+    blocks = k[:, None], v[:, None]
+    error, mass = block_errors(q, *blocks, length, out, lse, plain.summaries_of(*blocks, length), 1.0)
     assert_near(mass, torch.ones_like(mass), ATTENTION)
     assert error.max() < 1e-9  # to first order: every value is the output
     k[:, 6:] += 1.0
     v[:, 6:] += 1.0
     out, lse = (x[0].transpose(0, 1) for x in attend_rows(_full(q, 12), *_whole(k, v), torch.arange(5), 1.0))
-    error, _ = block_errors(q, k, v, tokens, length, out, lse, plain.summaries_of(k, v, tokens, length), 1.0)
+    error, _ = block_errors(q, *blocks, length, out, lse, plain.summaries_of(*blocks, length), 1.0)
     none, mean, _, halves = error
     assert none.max() < 1e-9 and (mean > 1e-6).all(), "the mean of two groups weighs too little"
     assert halves.max() < 1e-8, "two halves of equal keys are exact"

@@ -13,7 +13,9 @@ from diffsparse.kernels.costs import CostTable
 from diffsparse.order import TileOrder, TokenOrder
 from diffsparse.pipelines.policy import ANY_MACHINE, Machine
 from diffsparse.plan import Architecture
+from diffsparse.search.candidates import BITMAP_DENSITIES
 from diffsparse.search.compose import Candidate, Composer
+from diffsparse.search.masks import mask_at
 from diffsparse.search.options import FamilyTable, HeadScores
 from diffsparse.search.score import LADDER
 from diffsparse.search.search import SearchConfig
@@ -24,6 +26,19 @@ TRACED = (1.0, 0.7, 0.4, 0.1)
 
 
 LEVELS = np.interp(np.arange(6) / 6, np.arange(5) / 4, [*TRACED, 0.0]).tolist()
+
+
+def head_scores(
+    error: np.ndarray, table: FamilyTable, energy: float, summed: np.ndarray, true: np.ndarray, value: Any = None
+) -> HeadScores:
+    """Of a head with errors ``[tails, NB, NB]`` of leaving a pair out, whose masks are made from ``value``."""
+    left = np.zeros((len(error), table.num_families + len(BITMAP_DENSITIES)))
+    for place, mask in zip(table.places, table.masks, strict=True):
+        left[:, place] = (error * ~mask).sum((1, 2))
+    for i, density in enumerate(BITMAP_DENSITIES):
+        mask = mask_at(error[1] if value is None else value, table.weight, density)
+        left[:, table.num_families + i] = (error * ~mask).sum((1, 2))
+    return HeadScores(left, energy, summed, true)
 
 
 class Scores:
@@ -37,24 +52,30 @@ class Scores:
         self.layers = LAYERS
         self.tables: dict[TokenOrder, FamilyTable] = {}
 
-    def head(self, layer: str, head: int, step: int) -> HeadScores:
-        """Of one traced step: block scores that fall off with distance, and some noise."""
+    def errors(self, layer: str, head: int, step: int) -> np.ndarray:
+        """Block scores of one traced step that fall off with distance, and some noise: ``[tails, NB, NB]``."""
         j = LAYERS.index(layer)
         silent = (j, head) == self.silent
         rng = np.random.default_rng([j, head, step])
         n = len(self.table(GRID, TILE).weight)
         near = np.exp(-abs(np.arange(n)[:, None] - np.arange(n)) / (1 + 2 * j + head))
-        error = np.stack([near * rng.random((n, n)) / (1 + t) for t in range(len(TAILS))])[None] * (not silent)
-        sums = error[0].sum((1, 2))[:, None] * (1 - np.array(LADDER))
-        return HeadScores(error, float(3 * error.sum()), sums, 1.5 * sums)
+        return np.stack([near * rng.random((n, n)) / (1 + t) for t in range(len(TAILS))]) * (not silent)
+
+    def head(self, layer: str, head: int, step: int) -> HeadScores:
+        """Of one traced step."""
+        return self.scores(layer, head, {step: 1.0})
 
     def scores(self, layer: str, head: int, weights: Mapping[int, float]) -> HeadScores:
-        parts = [(w, self.head(layer, head, step)) for step, w in weights.items()]
+        error = self._mixed(layer, head, weights)
+        sums = error.sum((1, 2))[:, None] * (1 - np.array(LADDER))
+        return head_scores(error, self.table(GRID, TILE), float(3 * error.sum()), sums, 1.5 * sums)
 
-        def total(name: str) -> Any:
-            return sum(w * getattr(part, name) for w, part in parts)
+    def value(self, layer: str, head: int, weights: Mapping[int, float]) -> np.ndarray:
+        """What pairs of blocks are worth: their errors with the mean tail."""
+        return np.asarray(self._mixed(layer, head, weights)[1])
 
-        return HeadScores(total("error"), float(total("energy")), total("summed"), total("true"))
+    def _mixed(self, layer: str, head: int, weights: Mapping[int, float]) -> np.ndarray:
+        return np.asarray(sum(w * self.errors(layer, head, step) for step, w in weights.items()))
 
     def drift(self, layer: str, head: int) -> np.ndarray:
         """Outputs of the first layer change fast, those of the second hardly."""

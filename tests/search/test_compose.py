@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,8 @@ def test_a_heads_error_is_that_of_the_option_that_was_chosen(changes: dict[str, 
                     step = int(abs(level - np.array(TRACED)).argmin())
                     weights[step] = weights.get(step, 0.0) + p
             scores = search.scores(LAYERS[j], head, weights)
-            same = [o for o in head_options(scores, table, bitmaps=True) if head_entry(o, scores, table) == entry]
+            value = partial(search.value, LAYERS[j], head, weights)
+            same = [o for o in head_options(scores, table, bitmaps=True) if head_entry(o, value, table) == entry]
             kinds |= {option.kind for option in same}
             wanted = 0.0 if scores.energy == 0 else min(option.error for option in same) / scores.energy
             assert error[phase, j, head] == pytest.approx(wanted, rel=1e-6, abs=1e-12)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -68,10 +70,10 @@ def test_error_left_by_so_many_block_pairs() -> None:
     error = torch.rand(2, 3, 6, 6, generator=generator)
     for pairs in (0, 1, 7, 36, 50):
         left = error_left(error, pairs)
-        assert left.shape == (3,)
-        for h in range(3):
-            best = min(float(error[t, h].flatten().sort(descending=True).values[pairs:].sum()) for t in range(2))
-            assert float(left[h]) == pytest.approx(best, abs=1e-5)
+        assert left.shape == (2, 3)
+        for t, h in product(range(2), range(3)):
+            best = float(error[t, h].flatten().sort(descending=True).values[pairs:].sum())
+            assert float(left[t, h]) == pytest.approx(best, abs=1e-5)
     # The same error spread over more blocks, for they are less full: as many pairs leave more of it.
     few, many = torch.full((1, 1, 10, 10), 1 / 100), torch.full((1, 1, 14, 14), 1 / 196)
     assert float(error_left(few, 8)) == pytest.approx(1 - 8 / 100)

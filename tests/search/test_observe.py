@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,25 +15,57 @@ import pytest
 import torch
 
 from diffsparse.grid import TokenGrid
+from diffsparse.order import TokenOrder
 from diffsparse.pipelines import sparse_attention, tap_attention
 from diffsparse.search.errors import BadInput
 from diffsparse.search.generate import GenerationSettings
 from diffsparse.search.layers import common_architecture, merged_grid, switch_level
 from diffsparse.search.observe import Tracer, final_latents, first_step, record, replaying, watched_updates
+from diffsparse.search.scored import CallScores
 from diffsparse.search.search import SearchConfig, search_plan
 from diffsparse.search.steps import StepCounter
 from tests.pipelines.models import wan
 from tests.search import zoo
 
 
-def traced(pipe: Any, prompt: str, settings: GenerationSettings) -> Tracer:
-    tracer = Tracer(pipe, 64, 0, 4, branches=2)
+class Kept:
+    """Means over a step's calls of every head's errors and energies: ``steps[s][layer]``."""
+
+    def __init__(self) -> None:
+        self.steps: dict[int, dict[str, dict[str, np.ndarray]]] = {}
+        self.calls: Counter[tuple[int, str, int]] = Counter()
+
+    def wants(self, step: int, layer: str) -> bool:
+        return True
+
+    def add(
+        self, step: int, layer: str, order: TokenOrder, heads: Sequence[int], scores: CallScores, items: int
+    ) -> None:
+        arrays = self.steps.setdefault(step, {}).setdefault(layer, {})
+        for i, head in enumerate(heads):
+            self.calls[step, layer, head] += items
+            share = items / self.calls[step, layer, head]
+            for name, new in (("error", scores.error[:, i].numpy()), ("energy", scores.energy[i].numpy())):
+                old = arrays.get(f"{name}{head}", 0.0 * new)
+                arrays[f"{name}{head}"] = old + share * (new - old)
+
+    def add_drift(self, step: int, layer: str, drift: np.ndarray) -> None:
+        self.steps[step][layer] |= {f"drift{head}": value for head, value in enumerate(drift)}
+
+    def flush(self) -> None:
+        pass
+
+
+def traced(pipe: Any, prompt: str, settings: GenerationSettings) -> tuple[Tracer, Kept]:
+    kept = Kept()
+    tracer = Tracer(pipe, 64, 0, 4, branches=2, sink=kept)
     record(pipe, prompt, 0, settings, tracer)
-    return tracer
+    assert {step: set(layers) for step, layers in kept.steps.items()} == tracer.steps
+    return tracer, kept
 
 
 def step_0(pipe: Any, prompt: str, settings: GenerationSettings) -> dict[str, np.ndarray]:
-    layers = traced(pipe, prompt, settings).steps[0]
+    layers = traced(pipe, prompt, settings)[1].steps[0]
     return {f"{layer}/{name}": array for layer, arrays in layers.items() for name, array in arrays.items()}
 
 
@@ -66,11 +100,11 @@ def test_every_expert_is_scored_through_its_own_projection() -> None:
     for name, head in dead.items():
         for block in getattr(pipe, name).blocks:
             block.attn1.to_out[0].weight.data[:, 16 * head : 16 * head + 16] = 0
-    tracer = traced(pipe, "a red circle", GenerationSettings(4, 3.0, **zoo.VIDEO))
+    tracer, kept = traced(pipe, "a red circle", GenerationSettings(4, 3.0, **zoo.VIDEO))
     experts = [sorted(tracer.parts[step]) for step in range(4)]
     assert experts[0] == ["transformer"] and experts[-1] == ["transformer_2"]
     for step, (expert,) in enumerate(experts):
-        for arrays in tracer.steps[step].values():
+        for arrays in kept.steps[step].values():
             energy = [float(arrays[f"energy{head}"]) for head in range(3)]
             assert [e < 1e-9 for e in energy] == [head == dead[expert] for head in range(3)], (expert, energy)
 

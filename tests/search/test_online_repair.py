@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ def test_an_option_costs_what_its_entry_does() -> None:
     seen = set()
     for option in head_options(scores, table, bitmaps=True):
         work = made.pricing.work(option, LAYERS[0], table.order)
-        wanted = head_work(head_entry(option, scores, table), GRID, 64, OnlineRepair(ROWS))
+        value = partial(made.search.value, LAYERS[0], 0, {0: 1.0})
+        wanted = head_work(head_entry(option, value, table), GRID, 64, OnlineRepair(ROWS))
         seen.add(option.kind)
         if option.kind == "dense":
             assert (work.density, work.extra) == (1, 0)  # a layer of such heads runs dense, without any rows

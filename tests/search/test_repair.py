@@ -183,7 +183,7 @@ def test_a_repair_goes_only_where_it_is_plainly_worse(
     from diffsparse.search.compose import Candidate
     from diffsparse.search.stages import repair as module
 
-    chosen, lines = Candidate(plan, np.zeros(plan.index.shape)), []
+    chosen, lines = Candidate(plan, np.zeros(plan.index.shape), []), []
     mended, _ = fitted(pipe, plan)
     before = {"psnr_mean": 30.0, "psnr_by_dense_steps": {"1": 30.0, "2": 29.0}}
     monkeypatch.setattr(module, "repaired", lambda work, plan: mended)

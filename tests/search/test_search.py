@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from diffsparse.entry import TAILS
+from diffsparse.grid import TokenGrid
 from diffsparse.kernels import sparse_attention
 from diffsparse.kernels.break_even import save_local
 from diffsparse.layout import build_layout
@@ -25,12 +27,13 @@ from diffsparse.search.generate import GenerationSettings, generate_clip
 from diffsparse.search.load import sparse_backend
 from diffsparse.search.measured import PooledAttention, figures_beside
 from diffsparse.search.observe import final_latents, record, replaying, step_effect
-from diffsparse.search.options import HeadScores, is_stable
+from diffsparse.search.options import FamilyTable, HeadScores, is_stable
 from diffsparse.search.score import projection_roots
 from diffsparse.search.search import SearchConfig, search_plan
 from diffsparse.search.store import SearchStore, StoreMismatch
 from diffsparse.search.trial import strides
-from tests.helpers.break_even import table
+from tests.helpers.break_even import table as break_even_table
+from tests.search.made_up import head_scores
 from tests.search.tiny import PROMPTS, SHAPE, build_pipeline, config, fix_costs
 from tests.tolerance import ATTENTION, assert_near
 
@@ -64,7 +67,7 @@ def test_a_plan_keeps_to_its_density_and_fits_its_model(pipe: Any, found: Path) 
     assert about["predicted_attention_time"] > 0
     quality = plan.record["quality"]
     assert quality["prompts"] == 1 and quality["psnr_mean"] == max(quality["psnr_by_dense_steps"].values())
-    assert str(about["dense_steps"]) in quality["psnr_by_dense_steps"]
+    assert any(name.split()[0] == str(about["dense_steps"]) for name in quality["psnr_by_dense_steps"])
     pipe.enable_sparse_attention(plan)
     try:
         latents = final_latents(pipe, PROMPTS[0], 3, SETTINGS)
@@ -147,26 +150,27 @@ def test_a_finished_search_read_back_gives_the_same_plan(pipe: Any, found: Path,
     assert plan.to_files() == again.to_files()
 
 
-@pytest.mark.parametrize("writes", [1, 4, 11, 17])
+@pytest.mark.parametrize("writes", [1, 4, 9, 11, 17])
 def test_a_search_killed_at_any_point_ends_in_the_same_plan(
     pipe: Any, found: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
 ) -> None:
-    original = SearchStore._put
-    left = writes
+    original = SearchStore._write
+    left, written = writes, set()
 
-    def dying(self: SearchStore, name: str, kind: str, value: bytes) -> None:
+    def dying(self: SearchStore, rows: list[tuple[str, str, bytes]]) -> None:
         nonlocal left
         if left == 0:
             raise KeyboardInterrupt
         left -= 1
-        original(self, name, kind, value)
+        original(self, rows)
+        written.update(row[0] for row in rows)
 
     with monkeypatch.context() as patch:
-        patch.setattr(SearchStore, "_put", dying)
+        patch.setattr(SearchStore, "_write", dying)
         with pytest.raises(KeyboardInterrupt):
             search(pipe, tmp_path / "plan")
     with SearchStore(tmp_path / "plan" / "search.sqlite") as store:
-        assert len(store.names()) == writes
+        assert set(store.names()) == written
     resumed = search(pipe, tmp_path / "plan")
     whole = SparsityPlan.from_pretrained(found)
     assert resumed.entries == whole.entries and np.array_equal(resumed.index, whole.index)
@@ -193,7 +197,7 @@ def test_plans_are_validated_sparse_where_auto_would_stay_dense(
     pipe: Any, found: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DIFFSPARSE_CACHE", str(tmp_path / "cache"))
-    save_local(table(9.0))
+    save_local(break_even_table(9.0))
     plan = search(pipe, tmp_path / "plan", validation_prompts=1)
     assert plan.record["quality"]["psnr_mean"] < 100
     assert sparse_backend(pipe, plan) == "cpu"
@@ -278,25 +282,24 @@ def test_masks_of_several_sizes_err_as_the_trace_says(pipe: Any) -> None:
 
 def test_correction_follows_the_measured_errors() -> None:
     summed, true = np.array([[8.0, 4.0, 1.0]] * 3), np.array([[80.0, 20.0, 1.0]] * 3)
-    scores = HeadScores(np.zeros((1, 3, 2, 2)), 1.0, summed, true)
-    for x, y in zip(summed[0], true[0], strict=True):
-        assert scores.corrected(0, x) == pytest.approx(y)
-    assert 20 < scores.corrected(1, 6.0) < 80
-    assert scores.corrected(1, 0.5) == pytest.approx(0.5)
-    assert scores.corrected(2, 0.0) == 0.0
+    scores = HeadScores(np.zeros((3, 4)), 1.0, summed, true)
+    assert scores.corrected(0, summed[0]) == pytest.approx(true[0])
+    found = scores.corrected(1, np.array([6.0, 0.5, 0.0, -1e-9]))
+    assert 20 < found[0] < 80 and found[1:].tolist() == pytest.approx([0.5, 0.0, 0.0])
+    unknown = HeadScores(np.zeros((3, 4)), 1.0, np.zeros((3, 2)), np.zeros((3, 2)))
+    assert unknown.corrected(0, np.array([2.0])) == 2.0
 
 
 def test_a_head_that_follows_the_prompt_is_unstable() -> None:
-    first = np.eye(16)
-    weight = np.full((16, 16), 1 / 256)
-    empty = np.zeros((3, 1))
+    table = FamilyTable(TokenGrid(1, 32, 32), TileOrder(1, 8, 8), 64)
+    first, empty = np.eye(16), np.zeros((len(TAILS), 1))
 
-    def scores(*prompts: np.ndarray) -> HeadScores:
-        return HeadScores(np.stack([np.stack([p + 1e-3] * 3) for p in prompts]), 100.0, empty, empty)
+    def scores(error: np.ndarray, value: np.ndarray) -> HeadScores:
+        return head_scores(np.stack([error + 1e-3] * len(TAILS)), table, 100.0, empty, empty, value)
 
-    assert is_stable(scores(first, first), weight, 2.0)
-    assert not is_stable(scores(first, np.roll(first, 5, 1)), weight, 2.0)
-    assert is_stable(scores(first), weight, 2.0)
+    assert is_stable(scores(first, first), table)
+    assert not is_stable(scores(np.roll(first, 5, 1), first), table)
+    assert is_stable(scores(0 * first - 1e-3, first), table), "a head without any error cannot fail to carry over"
 
 
 def test_strides_end_at_zero() -> None:

@@ -56,7 +56,6 @@ def block_errors(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    tokens: torch.Tensor,
     length: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
@@ -65,13 +64,13 @@ def block_errors(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What leaving out one block of keys does to each query, by each kind of tail, and the block's attention mass.
 
-    q: ``[H, R, D]``. k, v: ``[H, S, D]``, the last axis contiguous. tokens: int64 ``[N, W]``, the tokens of each block
-    (anything behind its ``length``, int64 ``[N]``). out, lse: fp32 ``[H, R, D]`` and ``[H, R]``, of dense attention.
+    q: ``[H, R, D]``. k, v: ``[H, N, W, D]``, the keys of each block and anything finite behind its ``length``, int64
+    ``[N]``. out, lse: fp32 ``[H, R, D]`` and ``[H, R]``, of dense attention.
     Returns fp32 ``[tails, H, N, R]``, squared errors in the order of ``entry.TAILS``, and ``[H, N, R]``.
     """
     weights = plain.tail_weights(q, lse, length, summaries, scale)
-    if no_rows_kernel(q) is not None or any(x.stride(2) != 1 for x in (q, k, v)):
-        return plain.block_errors(q, k, v, tokens, length, out, lse, summaries, weights, scale)
+    if no_rows_kernel(q) is not None:
+        return plain.block_errors(q, k, v, length, out, lse, summaries, weights, scale)
     from diffsparse.kernels.rows.host import launch_errors
 
-    return launch_errors(q, k, v, tokens, length, out, lse, summaries, weights, scale)
+    return launch_errors(q, k, v, length, out, lse, summaries, weights, scale)

@@ -96,16 +96,19 @@ def combine_kernel(
 
 @triton.jit
 def error_kernel(
-    q_ptr, k_ptr, v_ptr, tokens_ptr, length_ptr, out_ptr, lse_ptr, weights_ptr, means_ptr, error_ptr, mass_ptr,
-    rows, blocks, width, each, every, of_part, scale,
-    stride_kh, stride_ks, stride_vh, stride_vs,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, length_ptr, out_ptr, lse_ptr, weights_ptr, means_ptr, along_ptr, squares_ptr, error_ptr,
+    mass_ptr, rows, blocks, each, every, of_part, of_square, scale,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A tile of queries and ``each`` blocks of keys: mass, and the squared error of leaving each block out, by tail.
 
-    q ``[H, rows, D]``, out, lse, ``weights [4, H, blocks, rows]``, ``means [3, H, blocks, D]`` and the results, as in
-    ``plain.block_errors``, are contiguous. The next kind of weights or errors is ``every`` elements on, that of means
-    ``of_part``.
+    With ``r`` what is left out and ``o`` the output, each a query's distance: a summary's value ``m`` of weight ``w``
+    leaves ``|w (m - o) - r|^2``, which takes ``r.r``, ``r.o``, ``r.m``, and what is known without the keys.
+
+    All arrays are contiguous: q, out, lse, k, v, ``weights [4, H, blocks, rows]``, ``means [3, H, blocks, D]`` and the
+    results as in ``plain.block_errors``, ``along [3, H, blocks, rows]`` the products ``m.o``, and ``squares
+    [4, H, blocks]`` those of ``m`` with itself, the last of both halves with each other. The next kind of weights,
+    products or errors is ``every`` elements on, that of means ``of_part``, that of squares ``of_square``.
     """
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     h = tl.program_id(1).to(tl.int64)
@@ -117,37 +120,49 @@ def error_kernel(
     q = tl.load(q_ptr + at_row[:, None] * D + channel[None, :], mask=inside, other=0.0)
     out = tl.load(out_ptr + at_row[:, None] * D + channel[None, :], mask=inside, other=0.0)
     lse = tl.load(lse_ptr + at_row, mask=live, other=0.0) * _LOG2E
+    oo = tl.sum(out * out, 1)
     factor = scale * _LOG2E
     offs_n = tl.arange(0, BLOCK_N)
     first = tl.program_id(2) * each
     for j in range(first, tl.minimum(first + each, blocks)):
-        length = tl.load(length_ptr + j)
-        exists = offs_n < length
-        token = tl.load(tokens_ptr + j * width + offs_n, mask=exists, other=0).to(tl.int64)
-        some = exists[:, None] & there[None, :]
-        k = tl.load(
-            k_ptr + h * stride_kh + token[:, None] * stride_ks + channel[None, :], mask=some, other=0.0
-        )  # fmt: skip
+        block = h * blocks + j
+        exists = offs_n < tl.load(length_ptr + j)
+        at_key = (block * WIDTH + offs_n)[:, None] * D + channel[None, :]
+        if WIDTH == BLOCK_N and D == BLOCK_D:
+            k = tl.load(k_ptr + at_key)
+            v = tl.load(v_ptr + at_key)
+        else:
+            some = (offs_n < WIDTH)[:, None] & there[None, :]
+            k = tl.load(k_ptr + at_key, mask=some, other=0.0)
+            v = tl.load(v_ptr + at_key, mask=some, other=0.0)
         logits = tl.dot(q, tl.trans(k)) * factor
         p = tl.where(exists[None, :], tl.exp2(logits - lse[:, None]), 0.0)
         z = tl.sum(p, 1)
-        v = tl.load(
-            v_ptr + h * stride_vh + token[:, None] * stride_vs + channel[None, :], mask=some, other=0.0
-        )  # fmt: skip
+        # What lies behind a block's length has no weight, and is finite.
         left_out = tl.dot(p.to(v.dtype), v) - z[:, None] * out
-        at = (h * blocks + j) * rows + row
+        rr = tl.sum(left_out * left_out, 1)
+        ro = tl.sum(left_out * out, 1)
+        at = block * rows + row
         tl.store(mass_ptr + at, z, mask=live)
-        tl.store(error_ptr + at, tl.sum(left_out * left_out, 1), mask=live)
-        mean = tl.load(weights_ptr + at, mask=live, other=0.0)
-        moments = tl.load(weights_ptr + every + at, mask=live, other=0.0)
+        tl.store(error_ptr + at, rr, mask=live)
+        value_at = means_ptr + block * D + channel
+        whole = tl.load(value_at, mask=there, other=0.0)
+        across = oo - 2 * tl.load(along_ptr + at, mask=live, other=0.0) + tl.load(squares_ptr + block)
+        toward = tl.sum(left_out * whole[None, :], 1) - ro
+        weight = tl.load(weights_ptr + at, mask=live, other=0.0)
+        tl.store(error_ptr + every + at, tl.maximum(weight * (weight * across - 2 * toward) + rr, 0.0), mask=live)
+        weight = tl.load(weights_ptr + every + at, mask=live, other=0.0)
+        tl.store(error_ptr + 2 * every + at, tl.maximum(weight * (weight * across - 2 * toward) + rr, 0.0), mask=live)
         low = tl.load(weights_ptr + 2 * every + at, mask=live, other=0.0)
         high = tl.load(weights_ptr + 3 * every + at, mask=live, other=0.0)
-        value_at = means_ptr + (h * blocks + j) * D + channel
-        off = tl.load(value_at, mask=there, other=0.0)[None, :] - out
-        change = mean[:, None] * off - left_out
-        tl.store(error_ptr + every + at, tl.sum(change * change, 1), mask=live)
-        change = moments[:, None] * off - left_out
-        tl.store(error_ptr + 2 * every + at, tl.sum(change * change, 1), mask=live)
-        change = low[:, None] * (tl.load(value_at + of_part, mask=there, other=0.0)[None, :] - out) - left_out
-        change += high[:, None] * (tl.load(value_at + 2 * of_part, mask=there, other=0.0)[None, :] - out)
-        tl.store(error_ptr + 3 * every + at, tl.sum(change * change, 1), mask=live)
+        along_low = tl.load(along_ptr + every + at, mask=live, other=0.0)
+        along_high = tl.load(along_ptr + 2 * every + at, mask=live, other=0.0)
+        first_half = tl.load(value_at + of_part, mask=there, other=0.0)
+        second_half = tl.load(value_at + 2 * of_part, mask=there, other=0.0)
+        toward_low = tl.sum(left_out * first_half[None, :], 1) - ro
+        toward_high = tl.sum(left_out * second_half[None, :], 1) - ro
+        both = oo - along_low - along_high + tl.load(squares_ptr + 3 * of_square + block)
+        low_across = oo - 2 * along_low + tl.load(squares_ptr + of_square + block)
+        high_across = oo - 2 * along_high + tl.load(squares_ptr + 2 * of_square + block)
+        error = low * (low * low_across - 2 * toward_low) + high * (high * high_across - 2 * toward_high)
+        tl.store(error_ptr + 3 * every + at, tl.maximum(error + 2 * low * high * both + rr, 0.0), mask=live)

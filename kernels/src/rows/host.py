@@ -67,11 +67,19 @@ def launch_attend(
     return out, lse
 
 
+def _stages(k: torch.Tensor) -> int:
+    """Blocks of keys and values that are loaded ahead: as many as a multiprocessor has room for beside the queries."""
+    if not k.is_cuda:
+        return 1
+    shared = triton.runtime.driver.active.utils.get_device_properties(k.device.index)["max_shared_mem"]
+    one = k.shape[2] * k.shape[3] * k.element_size()
+    return max(1, min(3, (shared // one - 1) // 2))
+
+
 def launch_errors(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    tokens: torch.Tensor,
     length: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
@@ -82,19 +90,22 @@ def launch_errors(
 ) -> Any:
     """``block_errors``. With ``warmup`` compile only, and return the kernel."""
     heads, rows, dim = q.shape
-    blocks, width = tokens.shape
+    blocks, width = k.shape[1:3]
     error = torch.empty(len(weights), heads, blocks, rows, dtype=torch.float32, device=q.device)
     mass = torch.empty(heads, blocks, rows, dtype=torch.float32, device=q.device)
-    tile, _ = _tile(dim)
+    tile = 128 if dim <= 128 else 32
     tiles = triton.cdiv(rows, tile)
     parts = min(triton.cdiv(_ENOUGH_PROGRAMS, max(1, tiles * heads)), blocks)
     each = triton.cdiv(blocks, max(1, parts))
-    args: list[Any] = [q.contiguous(), k, v, tokens.contiguous(), length, out.contiguous(), lse.contiguous()]
-    args += [weights.contiguous(), summaries.values.contiguous(), error, mass, rows, blocks, width, each]
-    args += [mass.numel(), heads * blocks * dim, scale, *k.stride()[:2], *v.stride()[:2]]
+    means = summaries.values.contiguous()
+    along = means @ out.mT
+    squares = torch.cat([means.square().sum(-1), (means[1] * means[2]).sum(-1)[None]])
+    args: list[Any] = [q.contiguous(), k.contiguous(), v.contiguous(), length, out.contiguous(), lse.contiguous()]
+    args += [weights.contiguous(), means, along, squares, error, mass, rows, blocks, each]
+    args += [mass.numel(), heads * blocks * dim, heads * blocks, scale]
     constants: dict[str, Any] = dict(
-        D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_M=tile,
-        BLOCK_N=max(16, triton.next_power_of_2(width)), num_warps=8 if dim > 64 else 4, num_stages=1,
+        D=dim, WIDTH=width, BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_M=tile,
+        BLOCK_N=max(16, triton.next_power_of_2(width)), num_warps=8 if dim > 64 else 4, num_stages=_stages(k),
     )  # fmt: skip
     grid = (tiles, heads, triton.cdiv(blocks, each))
     if warmup:

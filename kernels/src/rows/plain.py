@@ -26,12 +26,11 @@ class Summaries:
     variance: torch.Tensor
 
 
-def summaries_of(k: torch.Tensor, v: torch.Tensor, tokens: torch.Tensor, length: torch.Tensor) -> Summaries:
-    """Of keys and values ``[H, S, D]``; ``tokens``, ``length``: as in :func:`block_errors`."""
-    (heads, _, dim), (blocks, width) = k.shape, tokens.shape
+def summaries_of(k: torch.Tensor, v: torch.Tensor, length: torch.Tensor) -> Summaries:
+    """Of keys and values ``[H, N, W, D]`` of blocks, as in :func:`block_errors`."""
+    heads, blocks, width, dim = k.shape
     inside = (torch.arange(width, device=k.device) < length[:, None])[..., None]
-    at = tokens.reshape(-1)
-    keys, values = (x[:, at].float().view(heads, blocks, width, dim) * inside for x in (k, v))
+    keys, values = (x.float() * inside for x in (k, v))
     keys, values = keys.flatten(0, 1), values.flatten(0, 1)
     every = length.repeat(heads)
     mean_k, mean_v, variance = summarize(keys, values, every, moments=True)
@@ -91,7 +90,6 @@ def block_errors(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    tokens: torch.Tensor,
     length: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
@@ -106,10 +104,10 @@ def block_errors(
     error = torch.empty(len(weights), heads, blocks, rows, dtype=wide, device=q.device)
     mass = torch.empty(heads, blocks, rows, dtype=wide, device=q.device)
     for j in range(blocks):
-        at = tokens[j, : int(length[j])]
-        part = ((q.to(wide) * scale) @ k[:, at].to(wide).mT - lse[..., None]).exp()
+        keys, values = (x[:, j, : int(length[j])].to(wide) for x in (k, v))
+        part = ((q.to(wide) * scale) @ keys.mT - lse[..., None]).exp()
         z = mass[:, j] = part.sum(-1)
-        computed = part @ v[:, at].to(wide)
+        computed = part @ values
         mean, moments, first, second = weights[:, :, j].to(wide)[..., None]
         whole, low, high = summaries.values[:, :, j].to(wide)[:, :, None]
         for tail, (stands, weight) in enumerate(

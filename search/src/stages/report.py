@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 import diffsparse
-from diffsparse.entry import HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels import sparse_attention
 from diffsparse.kernels.costs import CostTable
@@ -19,7 +18,7 @@ from diffsparse.search.environment import environment
 from diffsparse.search.layers import main_grid
 from diffsparse.search.load import shape_rule
 from diffsparse.search.measured import HeadFigures, PooledAttention, plan_digest
-from diffsparse.search.options import FamilyTable
+from diffsparse.search.options import Option
 from diffsparse.search.workspace import Workspace
 
 __all__ = ["measured", "search_record", "traced_steps"]
@@ -77,18 +76,13 @@ def measured(work: Workspace, chosen: Candidate) -> PooledAttention:
     phases, heads = plan.schedule.num_phases, work.architecture.heads
     traced, orders = work.trace_levels, work.probe.orders
     members = [traced_steps(plan.schedule, traced, p) for p in range(phases)]
-    # Orders cut a ragged grid into different numbers of blocks; the bins are equally many for all.
-    side = min(80, *(len(t.weight) for t in work.tables.values()))
-    pooled = np.zeros((phases, len(work.layers), heads, side, side), np.float16)
+    pooled = np.zeros((phases, len(work.layers), heads, work.side, work.side), np.float16)
     kept = np.zeros((phases, len(work.layers), heads))
-    for j, (layer, grid) in enumerate(work.grids.items()):
-        for head in range(heads):
-            table = work.table(grid, orders[layer][head])
-            for p in range(phases):
-                steps = members[p]
-                masses = [work.mass(prompt, layer, head, steps) for prompt in work.traced()]
-                pooled[p, j, head] = _shrink(masses[0], side)
-                kept[p, j, head] = _kept_mass(plan.entries[plan.index[p, j, head]], np.mean(masses, axis=0), table)
+    for p in range(phases):
+        for j, layer in enumerate(work.layers):
+            pooled[p, j] = work.picture(layer, members[p])
+            for head, option in enumerate(chosen.options[p][j]):
+                kept[p, j, head] = _kept_mass(work, layer, head, option, members[p])
     figures = HeadFigures(chosen.error, kept, plan_digest(plan))
     by_layer = {layer: list(row) for layer, row in orders.items()}
     return PooledAttention(pooled, by_layer, main_grid(work.grids), plan.block_size, figures)
@@ -102,17 +96,9 @@ def traced_steps(schedule: Schedule, traced: list[float], phase: int) -> list[in
     return found or [min(range(len(traced)), key=lambda step: abs(traced[step] - middle))]
 
 
-def _kept_mass(entry: HeadEntry, mass: np.ndarray, table: FamilyTable) -> float:
-    """Share of the attention that an entry computes exactly, by the ``mass [NB, NB]`` of the blocks of its order."""
-    if entry.is_whole or entry.execution.mode == "skip":  # in no order of their own
-        return float(entry.is_whole)
-    dropped = ~entry.pattern.block_mask(table.grid, entry.order, table.block_size)
-    share = table.weight.sum(1)  # of the queries, by block
-    return float(np.clip(1 - share @ (mass * dropped).sum(1), 0, 1))
-
-
-def _shrink(mass: np.ndarray, side: int) -> np.ndarray:
-    """Pool a square matrix to ``[side, side]``, keeping rows' sums: queries are averaged, keys are summed."""
-    edges = np.linspace(0, len(mass), side + 1).astype(int)[:-1]
-    rows = np.diff([*edges, len(mass)])[:, None]
-    return np.add.reduceat(np.add.reduceat(mass, edges, 0) / rows, edges, 1)
+def _kept_mass(work: Workspace, layer: str, head: int, option: Option, steps: list[int]) -> float:
+    """Share of the attention weights that an option computes exactly."""
+    if option.kind in ("dense", "skip"):
+        return float(option.kind == "dense")
+    table = work.table(work.grids[layer], work.orders[layer, head])
+    return float(np.clip(1 - work.dropped(layer, head, table.place(option), steps), 0, 1))

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from diffsparse.entry import TAILS, Execution, HeadEntry
+from diffsparse.entry import HeadEntry
 from diffsparse.layout import BlockLayout
-from diffsparse.patterns import Bitmap
 from diffsparse.pipelines import tap_attention
 from diffsparse.search.layers import layouts_by_call
 from diffsparse.search.observe import final_latents, replaying, step_effect
-from diffsparse.search.options import reference_mask
+from diffsparse.search.options import FamilyTable, head_entry
 from diffsparse.search.perturb import partial_error, stale_outputs
 from diffsparse.search.trial import strides
-from diffsparse.search.workspace import Workspace
+from diffsparse.search.workspace import Probe, Workspace
 
-__all__ = ["amplification", "effects", "layer_groups", "reference", "reuse_factor"]
+__all__ = [
+    "amplification",
+    "effect_steps",
+    "effects",
+    "inject_steps",
+    "layer_groups",
+    "most_groups",
+    "reference",
+    "reuse_factor",
+]
 
+#: One of ``BITMAP_DENSITIES``.
 REFERENCE_DENSITY = 0.06
 INJECTED_SHARE = 0.25
 #: Generations that are taken up again for each of the steps, at most: a model of more layers is perturbed in groups.
 MOST_GROUPS = 10
+#: Groups of a model so slow that all of them would take longer than this, in seconds.
+FEWER_GROUPS, GROUPS_SECONDS = 5, 240.0
 # Errors of outputs that are used again may add up with those of the blocks that are left out: (a + b)^2 is at most
 # 2 (a^2 + b^2).
 MARGIN = 2.0
@@ -35,12 +47,18 @@ def effect_steps(work: Workspace) -> tuple[int, ...]:
     return tuple(sorted({min(n - 1, n // 8), n // 2}))
 
 
-def layer_groups(layers: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """Neighbouring layers that are perturbed together, in at most :data:`MOST_GROUPS` groups.
+def most_groups(probe: Probe) -> int:
+    """How many groups of layers are perturbed one after another, at most."""
+    seconds = MOST_GROUPS * 2 * probe.branches * probe.forward_seconds
+    return MOST_GROUPS if seconds <= GROUPS_SECONDS else FEWER_GROUPS
+
+
+def layer_groups(layers: tuple[str, ...], most: int = MOST_GROUPS) -> list[tuple[str, ...]]:
+    """Neighbouring layers that are perturbed together, in at most so many groups.
 
     The first ones are smaller: from layer to layer, that is where it changes most how much of an error comes through.
     """
-    count = min(len(layers), MOST_GROUPS)
+    count = min(len(layers), most)
     even = np.linspace(0, 1, count + 1)
     edges = np.rint(len(layers) * (even if count == len(layers) else even**1.5)).astype(int)
     edges = np.maximum(edges, np.arange(count + 1))  # none is empty
@@ -54,7 +72,7 @@ def inject_steps(work: Workspace) -> tuple[int, ...]:
 
 
 def reference(work: Workspace) -> tuple[dict[str, list[HeadEntry]], np.ndarray]:
-    """Sparse entries of every layer, equal at all steps: bitmaps of the reference density, each head's best tail.
+    """Sparse entries of every layer, equal at all steps: masks of the reference density, each head's best tail.
 
     Also the squared error that they should make in every layer at every traced step: ``[steps, layers]``.
     """
@@ -63,20 +81,29 @@ def reference(work: Workspace) -> tuple[dict[str, list[HeadEntry]], np.ndarray]:
     for j, (layer, grid) in enumerate(work.grids.items()):
         found[layer] = []
         for head in range(work.architecture.heads):
-            order = work.orders[layer, head]
-            table = work.table(grid, order)
+            table = work.table(grid, work.orders[layer, head])
             steps = [work.scores(layer, head, {s: 1.0}) for s in range(work.trace_length)]
-            together = work.scores(layer, head, {s: 1 / max(x.energy, 1e-30) for s, x in enumerate(steps)})
-            tries = []
-            for t, tail in enumerate(TAILS):
-                mask = reference_mask(together.mean[t], table.weight, REFERENCE_DENSITY)
-                left = [x.corrected(t, float(x.mean[t][~mask].sum())) for x in steps]
-                tries.append((float(np.sum(left)), tail, mask, left))
-            _, tail, mask, left = min(tries, key=lambda x: x[0])
-            predicted[:, j] += left
-            bitmap = Bitmap.from_mask(mask, grid, order, work.config.block)
-            found[layer].append(HeadEntry(order, bitmap, execution=Execution(tail=tail)))
+            options = _reference_options(table)
+            # [steps, tails]; a step counts by what it leaves of its output
+            left = np.array([table.errors(scores)[options] for scores in steps])
+            energy = np.maximum([scores.energy for scores in steps], 1e-30)
+            best = int((left / energy[:, None]).sum(0).argmin())
+            predicted[:, j] += left[:, best]
+            weights = {s: 1 / e for s, e in enumerate(energy.tolist())}
+            option = table.options[options[best]]
+            found[layer].append(head_entry(option, partial(work.value, layer, head, weights), table))
     return found, predicted
+
+
+def _reference_options(table: FamilyTable) -> list[int]:
+    """Places of the measured masks of the reference density, one a tail; on very few blocks of the least there is.
+
+    Nothing but tails where there is one block.
+    """
+    kinds = [(o.kind, o.density) for o in table.options]
+    densities = [d for kind, d in kinds if kind == "bitmap" and d >= REFERENCE_DENSITY]
+    wanted = ("bitmap", min(densities)) if densities else ("family", 0.0)
+    return [i for i, kind in enumerate(kinds) if kind == wanted]
 
 
 def effects(work: Workspace, entries: dict[str, list[HeadEntry]], predicted: np.ndarray) -> np.ndarray:
@@ -86,7 +113,7 @@ def effects(work: Workspace, entries: dict[str, list[HeadEntry]], predicted: np.
     at once, and each layer counts as its group does.
     """
     steps = [s for s in effect_steps(work) if s < work.trace_length]
-    groups = layer_groups(work.layers)
+    groups = layer_groups(work.layers, most_groups(work.probe))
     todo = [(s, names) for s in steps for names in groups if not work.has_effect(s, names[0])]
     find = layouts_by_call(entries, work.config.block)
     settings = work.config.settings(work.config.trace_steps)

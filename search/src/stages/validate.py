@@ -29,13 +29,13 @@ def held_out(work: Workspace) -> tuple[str, ...]:
     return work.prompts[len(work.traced()) :]
 
 
-def cases(work: Workspace) -> list[tuple[str, int]]:
-    """Prompt and seed of every clip of validation.
+def cases(work: Workspace, traced: int | None = None) -> list[tuple[str, int]]:
+    """Prompt and seed of every clip of validation. ``traced``: how many prompts are, before the probe has ended.
 
     Prompts that were not traced; where every one was, another seed is the best there is. A target is of several clips:
     it takes further seeds where there are too few prompts.
     """
-    config, prompts = work.config, held_out(work)
+    config, prompts = work.config, held_out(work) if traced is None else work.prompts[traced:]
     count = config.clips if config.goal is not None else min(config.clips, max(1, len(prompts)))
     pool = prompts or work.prompts
     return [(pool[i % len(pool)], config.seed + SEED_OFFSET + i // len(pool)) for i in range(count)]

@@ -1,0 +1,123 @@
+"""Takes the scores of a prompt's traced steps into the search's sums and maps, part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from diffsparse.entry import TAILS
+from diffsparse.order import TokenOrder
+from diffsparse.search.masks import levels_of
+from diffsparse.search.scored import CallScores
+from diffsparse.search.tally import LayerSums, sum_up
+from diffsparse.search.workspace import Workspace
+
+__all__ = ["PromptSums"]
+
+#: What only the first prompt is measured for.
+OF_THE_FIRST = ("summed", "true", "pooled")
+
+
+class PromptSums:
+    """The sums and maps of one prompt, which are written layer by layer when the last step of a part is over.
+
+    Nothing is held but one part, and what masks of earlier prompts compute in it. A part that has the prompt already,
+    because a search was killed after it, is left alone. ``seen``: steps and layers that scores came of.
+    """
+
+    def __init__(self, work: Workspace, prompt: int) -> None:
+        self.work, self.prompt = work, prompt
+        self.alone = len(work.traced()) == 1
+        self.seen: set[tuple[int, str]] = set()
+        self._part: int | None = None
+        self._sums: dict[tuple[int, str], LayerSums] = {}
+        self._drift: dict[tuple[int, str], np.ndarray] = {}
+        self._maps: dict[tuple[str, TokenOrder], torch.Tensor] = {}
+        self._done: dict[str, int] = {}
+        # By layer and window: the run of parts that masks were made of, and what they compute.
+        self._levels: dict[tuple[str, int], tuple[list[int], dict[TokenOrder, torch.Tensor]]] = {}
+        self._tails = {layer: [TAILS.index(tail) for tail in tails] for layer, tails in work.probe.tails.items()}
+
+    def wants(self, step: int, layer: str) -> bool:
+        """Whether scores of this layer at this step are still to be taken in."""
+        if layer not in self.work.grids:
+            return False
+        if (part := self.work.part(step)) != self._part:
+            self.flush()
+            self._part = part
+        self.seen.add((step, layer))
+        if layer not in self._done:
+            self._done[layer] = self.work.traced_in(part, layer)
+        return self._done[layer] <= self.prompt
+
+    def add(
+        self, step: int, layer: str, order: TokenOrder, heads: Sequence[int], scores: CallScores, items: int
+    ) -> None:
+        """Scores of all heads of a call that have the same order."""
+        table = self.work.table(self.work.grids[layer], order)
+        tails = torch.tensor([self._tails[layer][head] for head in heads], device=scores.error.device)
+        value = scores.error[tails, torch.arange(len(heads), device=tails.device)]
+        windows = range(len(self.work.windows))
+        if self.alone:  # no other prompt tells what its masks leave
+            levels = [levels_of(value, table.device_weight(value.device))] * len(windows)
+        elif self._done[layer]:
+            levels = [self._made_before(layer, window, value.device)[order].to(value.device) for window in windows]
+        else:
+            levels = [torch.full_like(value, 255, dtype=torch.uint8)] * len(windows)
+        side = self.work.side if self.prompt == 0 else None
+        sums = self._sums.setdefault((step, layer), LayerSums(self.work.architecture.heads))
+        sums.add(heads, sum_up(scores, table, levels, side), items)
+        # Items of all calls of a step count alike.
+        share = items / (self.work.probe.branches * self.work.probe.items)
+        found = (value * share).to(torch.bfloat16).cpu()
+        known = self._maps.get((layer, order))
+        self._maps[layer, order] = found if known is None else known.add_(found)
+
+    def add_drift(self, step: int, layer: str, drift: np.ndarray) -> None:
+        """How fast each head's output changes: that of the step's last call counts, which knows of all."""
+        self._drift[step, layer] = drift
+
+    def _made_before(self, layer: str, window: int, device: torch.device) -> dict[TokenOrder, torch.Tensor]:
+        """What masks of the prompts before this one compute, by densities, on the host: ``[heads, NB, NB]``."""
+        run = next(members for members in self.work.windows[window] if self._part in members)
+        known = self._levels.get((layer, window))
+        if known is None or known[0] != run:
+            total = self.work.maps(run[0], layer, device)
+            for part in run[1:]:
+                for order, value in self.work.maps(part, layer, device).items():
+                    total[order] += value
+            grid = self.work.grids[layer]
+            levels = {o: levels_of(v, self.work.table(grid, o).device_weight(device)).cpu() for o, v in total.items()}
+            known = self._levels[layer, window] = run, levels
+        return known[1]
+
+    def flush(self) -> None:
+        """Write the part that is over."""
+        for layer in dict.fromkeys(layer for _, layer in self._sums):
+            self._write(layer)
+        self._sums, self._drift, self._maps, self._done = {}, {}, {}, {}
+
+    def _write(self, layer: str) -> None:
+        assert self._part is not None
+        steps = sorted(step for step, name in self._sums if name == layer)
+        new = {
+            name: np.stack([self._sums[step, layer].arrays[name] for step in steps])
+            for name in self._sums[steps[0], layer].arrays
+        }
+        drift = np.stack([self._drift[step, layer] for step in steps])
+        known = np.isfinite(drift)
+        new |= {"drift": np.where(known, drift, 0.0).astype(np.float32), "known": known.astype(np.float32)}
+        judged = int(self.alone or self._done[layer] > 0)
+        device = self.work.device
+        maps = {order: self._maps[layer, order].to(device).float() for order in self.work.heads_of(layer)}
+        if self._done[layer]:
+            old = self.work.sums(self._part, layer)
+            judged += int(old["judged"])
+            first = {name: old[name] for name in OF_THE_FIRST}
+            new = {name: array + old[name] for name, array in new.items() if name not in OF_THE_FIRST} | first
+            for order, value in self.work.maps(self._part, layer, device).items():
+                maps[order] += value
+        counts = {"prompts": np.array(self._done[layer] + 1), "judged": np.array(judged)}
+        self.work.put_part(self._part, layer, new | counts, maps)
