@@ -308,10 +308,11 @@ class Composer:
         """The best plan with this number of dense steps."""
         trial, items = self._scheduled(dense, scan[dense])
         room = self.room(trial.dense)
+        made: dict[tuple[int, Option], HeadEntry] = {}
         for _ in range(_TRIES):
             items, result = self._settled(trial, items, room)
             plan = SparsityPlan.from_table(
-                self._entries(trial, items, result),
+                self._entries(trial, items, result, made),
                 schedule=trial.schedule(self.levels, self.switch, self.second),
                 block_size=self.config.block,
                 architecture=self.search.architecture,
@@ -436,17 +437,22 @@ class Composer:
                 found.update(steps.items)
         return found
 
-    def _entries(self, trial: Trial, items: Items, result: Assignment) -> dict[str, list[list[HeadEntry]]]:
+    def _entries(
+        self, trial: Trial, items: Items, result: Assignment, made: dict[tuple[int, Option], HeadEntry]
+    ) -> dict[str, list[list[HeadEntry]]]:
+        """``made``: entries of items by their options, for the next try."""
         rows: dict[str, list[list[HeadEntry]]] = {}
-        chosen = zip(items.options, items.weights, result.choice, strict=True)
+        chosen = zip(range(len(items.options)), items.options, items.weights, result.choice, strict=True)
         for layer in self.layers:
             rows[layer] = [[] for _ in range(trial.phases)]
             for head in range(self.heads):
                 table = self.search.table(self.grids[layer], self.orders[layer, head])
                 for phase in range(trial.phases):
-                    options, weights, choice = next(chosen)
-                    value = partial(self.search.value, layer, head, weights)
-                    rows[layer][phase].append(head_entry(options[choice], value, table))
+                    item, options, weights, choice = next(chosen)
+                    if (key := (item, options[choice])) not in made:
+                        value = partial(self.search.value, layer, head, weights)
+                        made[key] = head_entry(options[choice], value, table)
+                    rows[layer][phase].append(made[key])
         return rows
 
     def _attention_time(self, trial: Trial, items: Items, result: Assignment) -> float:
