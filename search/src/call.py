@@ -1,10 +1,10 @@
-"""One call of a pipeline: a prompt, a seed and settings go in, its output comes out, and mistakes are one line."""
+"""One call of a pipeline: an input, a seed and settings go in, its output comes out, and mistakes are one line."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
@@ -13,6 +13,8 @@ import torch
 
 from diffsparse.search.columns import printable, shorten
 from diffsparse.search.errors import BadInput
+from diffsparse.search.inputs import GenerationInput, as_input
+from diffsparse.search.modular import call_modular, is_modular
 from diffsparse.search.signature import inputs_beside_prompt
 
 __all__ = ["call_pipeline", "denoisers", "sizes_seen"]
@@ -27,15 +29,16 @@ def denoisers(pipe: Any) -> list[torch.nn.Module]:
     return [module for module in found if isinstance(module, torch.nn.Module)]
 
 
-def call_pipeline(pipe: Any, prompt: str, seed: int, settings: Any, output_type: str, **more: Any) -> Any:
-    """``pipe(prompt, ...)`` with a :class:`GenerationSettings`; ``more`` goes to the call as it is.
+def call_pipeline(pipe: Any, prompt: GenerationInput, seed: int, settings: Any, output_type: str, **more: Any) -> Any:
+    """``pipe(prompt, ...)``, or with other inputs, under a :class:`GenerationSettings`; ``more`` goes along as it is.
 
     The noise comes from a generator on the CPU, so a seed means the same noise on every device.
 
     Raises :class:`BadInput` where the pipeline stops before its first step, with its own words; where it does not take
     an argument or needs another one; and where it makes another size than was asked for, before the first step.
     """
-    arguments = settings.arguments(pipe) | {"prompt": prompt, "output_type": output_type} | more
+    source = as_input(prompt)
+    arguments = settings.arguments(pipe, source.arguments) | source.load(pipe) | {"output_type": output_type} | more
     try:
         return _call(pipe, seed, arguments)
     except _OtherSize as other:
@@ -53,13 +56,14 @@ def _call(pipe: Any, seed: int, arguments: dict[str, Any]) -> Any:
     handles = [m.register_forward_pre_hook(begin, prepend=True) for m in denoisers(pipe)]
     try:
         with torch.no_grad(), _size_kept(pipe, _asked(arguments)):
-            return pipe(generator=generator, **arguments)
+            arguments = arguments | {"generator": generator}
+            return call_modular(pipe, arguments) if is_modular(pipe) else pipe(**arguments)
     except (_OtherSize, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         if begun:
             raise
-        raise BadInput(_before_first_step(pipe, error)) from error
+        raise BadInput(_before_first_step(pipe, error, arguments)) from error
     finally:
         for handle in handles:
             handle.remove()
@@ -68,15 +72,15 @@ def _call(pipe: Any, seed: int, arguments: dict[str, Any]) -> Any:
 # -- what a pipeline says ----------------------------------------------------------------------------------------------
 
 
-def _before_first_step(pipe: Any, error: Exception) -> str:
+def _before_first_step(pipe: Any, error: Exception, given: Collection[str]) -> str:
     """Why the pipeline did not come to its first step, in one line."""
     name = type(pipe).__name__
     if (package := _missing_package(error)) is not None:
         return f"{name} needs the package {package}, which is not installed: pip install {package}"
     words = printable(shorten(str(error), 300)).rstrip(".: ")
     line = f"{name} stopped before its first step: {type(error).__name__}" + (f": {words}" if words else "")
-    if inputs := inputs_beside_prompt(pipe):
-        line += f". Its call also takes {', '.join(inputs)}, which a prompt file cannot give"
+    if inputs := [name for name in inputs_beside_prompt(pipe) if name not in given]:
+        line += f". Its call also takes {', '.join(inputs)}: inputs in JSON lines can give them"
     return line
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
@@ -15,7 +16,7 @@ from diffsparse.search.columns import shorten
 from diffsparse.search.errors import BadInput
 from diffsparse.search.generate import MAX_SEED, GenerationSettings
 from diffsparse.search.metrics import SSIM_WINDOW
-from diffsparse.search.signature import check_generates, parameters
+from diffsparse.search.signature import PLAIN, check_generates, parameters
 from diffsparse.search.verdict import SAME_SSIM
 from diffsparse.tokens import BLOCK_SIZES
 
@@ -167,12 +168,13 @@ class SearchConfig:
             return self.candidates
         return 3 if self.goal is None else 1
 
-    def resolved(self, pipe: Any) -> SearchConfig:
+    def resolved(self, pipe: Any, given: Collection[str] = PLAIN) -> SearchConfig:
         """The same with the pipeline's own steps, guidance and sizes where this has None.
 
-        Raises :class:`BadInput` where no search is possible with this pipeline, with the reason.
+        ``given``: the arguments of the inputs. Raises :class:`BadInput` where no search is possible with them and this
+        pipeline, with the reason.
         """
-        check_generates(pipe)
+        check_generates(pipe, given)
         if "num_inference_steps" not in parameters(pipe):
             raise BadInput(
                 f"{type(pipe).__name__} takes no num_inference_steps, and a search measures generations of few steps; "

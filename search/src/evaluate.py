@@ -23,6 +23,7 @@ from diffsparse.search.clip_report import ClipReport, clip_report
 from diffsparse.search.errors import BadInput
 from diffsparse.search.executed import executed_work
 from diffsparse.search.generate import Clip, GenerationSettings, check_seeds, generate_clip, generate_clips
+from diffsparse.search.inputs import GenerationInput, as_input, as_inputs, check_inputs, steps_to_ask
 from diffsparse.search.statistics import Mean, mean_of
 from diffsparse.search.verdict import verdict
 
@@ -56,8 +57,8 @@ class NoiseFloor:
 class DenseSet:
     """Dense clips to compare plans with.
 
-    ``clips``: by (prompt, seed), in the order of generation. ``other_seed_psnr``: mean PSNR between two dense clips of
-    the same prompt and different seeds, the distance that "a different clip" has.
+    ``clips``: by (input's name, seed), in the order of generation. ``other_seed_psnr``: mean PSNR between two dense
+    clips of the same input and different seeds, the distance that "a different clip" has.
     """
 
     clips: dict[tuple[str, int], Clip]
@@ -241,14 +242,15 @@ def _other_dense_kernel(device: torch.device) -> Iterator[str]:
         yield f"torch SDPA, {backend.name.lower()}"
 
 
-def _warm_up(pipe: Any, prompt: str, settings: GenerationSettings) -> None:
+def _warm_up(pipe: Any, prompt: GenerationInput, settings: GenerationSettings) -> None:
     """A short generation whose output is not used: it compiles kernels, allocates memory and builds layouts."""
-    generate_clip(pipe, prompt, 0, settings.brief(pipe, WARM_UP_STEPS))
+    steps = steps_to_ask(pipe, as_input(prompt), WARM_UP_STEPS)
+    generate_clip(pipe, prompt, 0, settings.brief(pipe, steps))
 
 
 def generate_dense(
     pipe: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[GenerationInput],
     seeds: Sequence[int],
     settings: GenerationSettings,
     *,
@@ -257,28 +259,29 @@ def generate_dense(
     warm_up: bool = True,
     progress: bool = True,
 ) -> DenseSet:
-    """The dense clips of every prompt with every seed.
+    """The dense clips of every prompt, or other input, with every seed.
 
     ``noise_floor`` makes the first clip again on another dense kernel. ``other_seed`` gives the PSNR between two seeds;
     with a single seed that takes one more clip of the first prompt. ``warm_up`` first makes two steps that are not
     timed. Sparse attention must be off.
     """
-    prompts, settings = list(dict.fromkeys(prompts)), settings.resolved(pipe)
+    inputs, settings = as_inputs(prompts), settings.resolved(pipe)
     seeds = check_seeds(seeds)
-    if not prompts:
+    if not inputs:
         raise BadInput("there is no prompt to generate")
+    check_inputs(pipe, inputs)
     if warm_up:
-        _warm_up(pipe, prompts[0], settings)
-    made = generate_clips(pipe, prompts, seeds, settings, label="dense", progress=progress)
+        _warm_up(pipe, inputs[0], settings)
+    made = generate_clips(pipe, inputs, seeds, settings, label="dense", progress=progress)
     clips = {(c.prompt, c.seed): c for c in made}
-    pairs = [(clips[p, a], clips[p, b]) for p in prompts for a, b in combinations(seeds, 2)]
+    pairs = [(clips[i.name, a], clips[i.name, b]) for i in inputs for a, b in combinations(seeds, 2)]
     if other_seed and not pairs:
-        pairs = [(made[0], generate_clip(pipe, prompts[0], seeds[0] + 1, settings))]
+        pairs = [(made[0], generate_clip(pipe, inputs[0], seeds[0] + 1, settings))]
     apart = mean_of([metrics.psnr(a.frames, b.frames) for a, b in pairs]) if other_seed else None
     floor = None
     if noise_floor:
         with _other_dense_kernel(pipe.device) as kernel:
-            again = generate_clip(pipe, prompts[0], seeds[0], settings).frames
+            again = generate_clip(pipe, inputs[0], seeds[0], settings).frames
         floor = NoiseFloor(kernel, metrics.psnr(again, made[0].frames), metrics.ssim(again, made[0].frames))
     return DenseSet(clips, settings, apart.mean if apart else None, floor)
 
@@ -323,11 +326,11 @@ def compare(
     first = next(iter(dense.clips.values()))
     with pipelines.sparse_attention(pipe, plan, backend=backend):
         if warm_up:
-            _warm_up(pipe, first.prompt, dense.settings)
+            _warm_up(pipe, first.made_from, dense.settings)
         before = executed_work(pipelines.sparse_attention_summary(pipe))
         label = name or _plan_name(plan)
         with tqdm(dense.clips, desc=f"sparse ({label})", unit="clip", disable=not progress, leave=False) as bar:
-            sparse.extend(generate_clip(pipe, prompt, seed, dense.settings) for prompt, seed in bar)
+            sparse.extend(generate_clip(pipe, dense.clips[at].made_from, at[1], dense.settings) for at in bar)
         summary = pipelines.sparse_attention_summary(pipe)
     model = metrics.load_lpips(pipe.device) if lpips else None
     if lpips and model is None:
@@ -370,7 +373,7 @@ def _why_dense(summary: pipelines.SparseSummary) -> str | None:
 def evaluate_plan(
     pipe: Any,
     plan: SparsityPlan | str,
-    prompts: Sequence[str],
+    prompts: Sequence[GenerationInput],
     *,
     seeds: Sequence[int] = (1000, 1001),
     num_inference_steps: int | None = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -13,7 +13,8 @@ import torch
 from diffsparse.search.call import call_pipeline, denoisers
 from diffsparse.search.columns import shorten
 from diffsparse.search.errors import BadInput
-from diffsparse.search.signature import check_generates, default_of, parameters
+from diffsparse.search.inputs import GenerationInput, Input, as_input, as_inputs
+from diffsparse.search.signature import PLAIN, check_generates, default_of, parameters
 
 __all__ = [
     "MAX_SEED",
@@ -50,14 +51,16 @@ class GenerationSettings:
         if self.num_inference_steps is not None and self.num_inference_steps < 1:
             raise BadInput(f"the number of steps must be at least 1, got {self.num_inference_steps}")
 
-    def arguments(self, pipe: Any) -> dict[str, Any]:
-        """Keyword arguments for this pipeline's call.
+    def arguments(self, pipe: Any, given: Collection[str] = PLAIN) -> dict[str, Any]:
+        """Keyword arguments for this pipeline's call, beside those that an input gives: ``given``.
 
-        Raises :class:`BadInput` for one that it does not take, and where it needs more than a prompt.
+        Raises :class:`BadInput` for one that it does not take, and where it needs more than all of them.
         """
-        check_generates(pipe)
+        check_generates(pipe, given)
         wanted = {name: value for name, value in asdict(self).items() if value is not None}
-        if self.true_cfg_scale is not None and self.true_cfg_scale > 1:
+        if "negative_prompt" in wanted and "negative_prompt" in given:
+            raise BadInput("a negative_prompt is given for all inputs, and one of them has its own; leave one out")
+        if self.true_cfg_scale is not None and self.true_cfg_scale > 1 and "negative_prompt" not in given:
             wanted.setdefault("negative_prompt", "")  # without one these pipelines do not guide at all
         if unknown := sorted(set(wanted) - set(parameters(pipe))):
             raise BadInput(f"{type(pipe).__name__} takes no {', '.join(unknown)}; leave it out")
@@ -80,8 +83,8 @@ class GenerationSettings:
 class Clip:
     """One generated clip.
 
-    ``frames``: float32 ``[frames, channels, height, width]`` in [0, 1], on the CPU. An image is a clip of one frame.
-    ``noise_levels``: ``timestep / num_train_timesteps`` of every step.
+    ``prompt``: the name of its input. ``frames``: float32 ``[frames, channels, height, width]`` in [0, 1], on the CPU.
+    An image is a clip of one frame. ``noise_levels``: ``timestep / num_train_timesteps`` of every step that ran.
     ``loop_seconds``: from the start of the first denoiser call to the end of the last one.
     ``seconds``: the whole call, text encoding and decoding included.
     """
@@ -92,6 +95,12 @@ class Clip:
     noise_levels: tuple[float, ...]
     loop_seconds: float
     seconds: float
+    source: Input | None = None
+
+    @property
+    def made_from(self) -> GenerationInput:
+        """What it was generated from."""
+        return self.prompt if self.source is None else self.source
 
 
 class LoopTimer:
@@ -157,21 +166,29 @@ def _frames(output: Any) -> torch.Tensor:
 
 def _noise_levels(pipe: Any) -> tuple[float, ...]:
     scheduler = pipe.scheduler
-    return tuple((scheduler.timesteps.double() / scheduler.config.num_train_timesteps).clamp(0, 1).tolist())
+    # Where a given picture or clip is changed only in part, the pipeline leaves the first steps out. Some tell the
+    # scheduler so, and others keep the number of those that are left.
+    every = len(scheduler.timesteps)
+    left = min(every - (getattr(scheduler, "begin_index", None) or 0), getattr(pipe, "num_timesteps", None) or every)
+    ran = scheduler.timesteps[every - left :]
+    return tuple((ran.double() / scheduler.config.num_train_timesteps).clamp(0, 1).tolist())
 
 
 def generate_clip(
     pipe: Any,
-    prompt: str,
+    prompt: GenerationInput,
     seed: int,
     settings: GenerationSettings,
     *,
     on_step: Callable[[int, torch.Tensor], None] | None = None,
 ) -> Clip:
-    """One clip. The noise comes from a generator on the CPU, so a seed means the same noise on every device.
+    """One clip of a prompt or other input.
+
+    The noise comes from a generator on the CPU, so a seed means the same noise on every device.
 
     ``on_step`` gets every step's index and latents when it has ended; what it raises ends the generation.
     """
+    source = as_input(prompt)
     more: dict[str, Any] = {}
     if on_step is not None:
         if "callback_on_step_end" not in parameters(pipe):
@@ -185,10 +202,10 @@ def generate_clip(
     timer = LoopTimer(denoisers(pipe))
     start = time.perf_counter()
     with timer.running():
-        output = call_pipeline(pipe, prompt, seed, settings, "pt", **more)
+        output = call_pipeline(pipe, source, seed, settings, "pt", **more)
     frames = _frames(output)  # waits for the device
     seconds = time.perf_counter() - start
-    return Clip(prompt, seed, frames, _noise_levels(pipe), timer.seconds, seconds)
+    return Clip(source.name, seed, frames, _noise_levels(pipe), timer.seconds, seconds, source)
 
 
 def check_seeds(seeds: Iterable[int]) -> tuple[int, ...]:
@@ -201,16 +218,19 @@ def check_seeds(seeds: Iterable[int]) -> tuple[int, ...]:
 
 def generate_clips(
     pipe: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[GenerationInput],
     seeds: Sequence[int],
     settings: GenerationSettings,
     *,
     label: str = "generate",
     progress: bool = True,
 ) -> list[Clip]:
-    """Every prompt with every seed, prompts outermost, one clip at a time. ``progress`` shows a bar on stderr."""
+    """Every prompt or other input with every seed, inputs outermost, one clip at a time.
+
+    ``progress`` shows a bar on stderr.
+    """
     from tqdm import tqdm
 
-    jobs = [(prompt, seed) for prompt in prompts for seed in check_seeds(seeds)]
+    jobs = [(prompt, seed) for prompt in as_inputs(prompts) for seed in check_seeds(seeds)]
     with tqdm(jobs, desc=label, unit="clip", disable=not progress, leave=False) as bar:
         return [generate_clip(pipe, prompt, seed, settings) for prompt, seed in bar]

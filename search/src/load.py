@@ -40,8 +40,10 @@ __all__ = [
     "load_plan",
     "load_shapes",
     "model_class",
+    "prompts_in",
     "quiet_libraries",
     "read_prompts",
+    "text_of",
 ]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -51,25 +53,34 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # -- prompts -----------------------------------------------------------------------------------------------------------
 
 
-def read_prompts(path: str | os.PathLike[str]) -> list[str]:
-    """The prompts of a file, one a line, each once; empty lines and lines that start with ``#`` do not count."""
+def text_of(path: str | os.PathLike[str]) -> str:
+    """The content of a file of prompts or other inputs. Raises :class:`BadInput` where there is none to read."""
     file = Path(path)
     if not file.is_file():
-        raise BadInput(f"no prompts file at {str(path)!r}; it is a text file with one prompt a line")
+        raise BadInput(f"no prompts file at {str(path)!r}; it is a text file with one prompt a line, or JSON lines")
     try:
-        # By newlines alone, whatever else Unicode calls the end of a line: a prompt may hold it.
-        lines = file.read_text("utf-8-sig").split("\n")
+        return file.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadInput(
             f"{str(path)!r} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
         ) from None
     except OSError as error:
         raise BadInput(f"{str(path)!r} cannot be read: {error.strerror}") from None
-    prompts = [line.strip() for line in lines]
+
+
+def prompts_in(text: str, path: str | os.PathLike[str]) -> list[str]:
+    """The prompts of a file's text, as :func:`read_prompts` gives them."""
+    # By newlines alone, whatever else Unicode calls the end of a line: a prompt may hold it.
+    prompts = [line.strip() for line in text.split("\n")]
     prompts = list(dict.fromkeys(p for p in prompts if p and not p.startswith("#")))
     if not prompts:
         raise BadInput(f"{str(path)!r} holds no prompt; write one a line (lines that start with # do not count)")
     return prompts
+
+
+def read_prompts(path: str | os.PathLike[str]) -> list[str]:
+    """The prompts of a file, one a line, each once; empty lines and lines that start with ``#`` do not count."""
+    return prompts_in(text_of(path), path)
 
 
 # -- devices -----------------------------------------------------------------------------------------------------------

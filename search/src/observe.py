@@ -26,6 +26,7 @@ from diffsparse.pipelines.context import CTX
 from diffsparse.search.call import call_pipeline
 from diffsparse.search.drift import DriftMeter
 from diffsparse.search.generate import GenerationSettings
+from diffsparse.search.inputs import GenerationInput
 from diffsparse.search.layers import merged_grid
 from diffsparse.search.perturb import sparse_callback
 from diffsparse.search.score import BlockIndex, CallScores, projection_roots, score_call
@@ -45,7 +46,7 @@ __all__ = [
 ]
 
 
-def final_latents(pipe: Any, prompt: str, seed: int, settings: GenerationSettings) -> torch.Tensor:
+def final_latents(pipe: Any, prompt: GenerationInput, seed: int, settings: GenerationSettings) -> torch.Tensor:
     """One generation without decoding: the final latents as fp32 on the CPU."""
     output = call_pipeline(pipe, prompt, seed, settings, "latent")
     latents = output.frames if hasattr(output, "frames") else output.images
@@ -260,7 +261,9 @@ def watched_updates(pipe: Any, callback: Callable[[torch.Tensor], None]) -> Iter
         scheduler.__class__ = cls
 
 
-def record(pipe: Any, prompt: str, seed: int, settings: GenerationSettings, tracer: Tracer | None) -> Recording:
+def record(
+    pipe: Any, prompt: GenerationInput, seed: int, settings: GenerationSettings, tracer: Tracer | None
+) -> Recording:
     """Run a dense generation and keep what is needed to take it up again; with a tracer, score it too."""
     counter = tracer.counter if tracer else StepCounter()
     outputs: list[tuple[int, Any]] = []
@@ -324,7 +327,7 @@ def replaying(pipe: Any, recording: Recording, until: int) -> Iterator[None]:
         _put_back(originals)
 
 
-def call_levels(pipe: Any, prompt: str, seed: int, settings: GenerationSettings) -> list[float]:
+def call_levels(pipe: Any, prompt: GenerationInput, seed: int, settings: GenerationSettings) -> list[float]:
     """The noise level of every model call of a generation, in order.
 
     The pipeline itself is asked, since only it knows which levels it runs: sigmas of its own, a shift that depends on
@@ -376,7 +379,7 @@ class _Reached(Exception):
 
 
 def first_step(
-    pipe: Any, prompt: str, seed: int, settings: GenerationSettings, callback: Callable[[Any], None]
+    pipe: Any, prompt: GenerationInput, seed: int, settings: GenerationSettings, callback: Callable[[Any], None]
 ) -> dict[str, str]:
     """Show the attention calls of a generation's first step to ``callback``, and end it there.
 
@@ -395,7 +398,7 @@ def first_step(
 def step_effect(
     pipe: Any,
     recording: Recording,
-    prompt: str,
+    prompt: GenerationInput,
     seed: int,
     settings: GenerationSettings,
     step: int,

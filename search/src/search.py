@@ -18,6 +18,7 @@ from diffsparse.search.compose import Candidate
 from diffsparse.search.config import FREE_SETTINGS, SearchConfig, thoroughness
 from diffsparse.search.errors import BadInput, writing
 from diffsparse.search.identity import model_identity
+from diffsparse.search.inputs import GenerationInput, as_inputs, check_inputs, contents
 from diffsparse.search.layers import common_architecture, main_grid
 from diffsparse.search.stages.compose import compose_plans, composer_of, layer_costs
 from diffsparse.search.stages.probe import run_probe
@@ -40,7 +41,7 @@ STORE_FORMAT = 8
 
 def search_plan(
     pipe: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[GenerationInput],
     config: SearchConfig,
     out: Path,
     *,
@@ -57,17 +58,18 @@ def search_plan(
     if not prompts:
         raise BadInput("a search needs at least one prompt")
     say = say or log.info
-    out = Path(out)
-    config = config.resolved(pipe).for_heads(common_architecture(pipe).head_dim)
+    out, inputs = Path(out), as_inputs(prompts)
+    check_inputs(pipe, inputs)
+    config = config.resolved(pipe, inputs[0].arguments).for_heads(common_architecture(pipe).head_dim)
     with SearchStore(out / "search.sqlite") as store:
-        work = Workspace(pipe, tuple(prompts), config, store, progress, say, on_stage or (lambda *_: None))
+        work = Workspace(pipe, inputs, config, store, progress, say, on_stage or (lambda *_: None))
         resumed = store.claim(
             {
                 "format": STORE_FORMAT,
                 "version": diffsparse.__version__,
                 "architecture": work.architecture.fingerprint,
                 **model_identity(pipe),
-                "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
+                "prompts": hashlib.sha256(json.dumps(contents(inputs)).encode()).hexdigest(),
                 **{k: v for k, v in asdict(config).items() if k not in FREE_SETTINGS},
             }
         )
@@ -78,6 +80,7 @@ def search_plan(
 
 def _run(work: Workspace, out: Path) -> SparsityPlan:
     config, begin = work.config, time.perf_counter()
+    work.check_steps()
     run_probe(work, partial(_announce, work))
     grid = main_grid(work.grids)
     if dense := work.probe.dense:

@@ -2,16 +2,56 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from diffsparse.search.errors import BadInput
+from diffsparse.search.modular import is_modular, modular_parameters
 
-__all__ = ["check_generates", "default_of", "inputs_beside_prompt", "makes_videos", "parameters"]
+__all__ = [
+    "PLAIN",
+    "RESERVED",
+    "SHORTENING",
+    "check_generates",
+    "default_of",
+    "inputs_beside_prompt",
+    "makes_videos",
+    "parameters",
+    "takes_files",
+]
+
+#: The arguments of an input that is a prompt and nothing else.
+PLAIN = ("prompt",)
+
+#: Arguments of which a part of the steps depends: of those that are asked for, only this share runs.
+SHORTENING = ("strength", "denoise_strength")
+
+#: Arguments that are no part of an input, with what sets them.
+RESERVED = {
+    "num_inference_steps": "it is the same for all inputs: --steps, or steps=",
+    "guidance_scale": "it is the same for all inputs: --guidance-scale, or guidance_scale=",
+    "true_cfg_scale": "it is the same for all inputs: --true-cfg-scale, or true_cfg_scale=",
+    "height": "it is the same for all inputs: --height, or height=",
+    "width": "it is the same for all inputs: --width, or width=",
+    "num_frames": "it is the same for all inputs: --num-frames, or num_frames=",
+    "generator": "the noise comes from the seed",
+    "latents": "the noise comes from the seed",
+    "output_type": "it is set by the search and the evaluation",
+    "return_dict": "it is set by the search and the evaluation",
+    "callback_on_step_end": "it is set by the search and the evaluation",
+    "callback_on_step_end_tensor_inputs": "it is set by the search and the evaluation",
+    "num_images_per_prompt": "each input makes one image",
+    "num_videos_per_prompt": "each input makes one clip",
+    "timesteps": "the steps are the scheduler's own",
+    "sigmas": "the steps are the scheduler's own",
+}
 
 #: Arguments of a call that stand for a picture, a clip or another condition, by the words of their names.
 CONDITIONS = ("image", "images", "video", "mask", "control", "controls", "conditions", "class_labels", "keyframes")
+#: Words of arguments whose text is the path of a file, a picture or a clip.
+FILES = ("image", "images", "video", "videos", "mask", "control", "controls", "keyframes")
 #: What the names of settings end in that only speak of such an input.
 SETTINGS = ("_scale", "_mask", "_strength", "_embeds", "_start", "_end", "_mode", "_per_prompt", "_ids", "_sigma_min")
 
@@ -32,6 +72,8 @@ GIVEN = (
 
 def parameters(pipe: Any) -> Mapping[str, inspect.Parameter]:
     """The arguments of the pipeline's call by name, without ``self``."""
+    if is_modular(pipe):
+        return modular_parameters(pipe)
     found = dict(inspect.signature(type(pipe).__call__).parameters)
     found.pop("self", None)
     return found
@@ -58,6 +100,14 @@ def inputs_beside_prompt(pipe: Any) -> list[str]:
     ]
 
 
+def takes_files(argument: str) -> bool:
+    """Whether an argument's text is the path of a picture or a clip, by diffusers' usual names."""
+    words = argument.split("_")
+    if not any(word in FILES for word in words) or argument.startswith("num_"):
+        return False
+    return not any(word in ("embeds", "latents", "attention", "prompt", "mode", "id", "ids", "scale") for word in words)
+
+
 def _needed(known: Mapping[str, inspect.Parameter]) -> list[str]:
     """Arguments without which the call cannot work, beside the prompt.
 
@@ -74,19 +124,37 @@ def _needed(known: Mapping[str, inspect.Parameter]) -> list[str]:
     return needed
 
 
-def check_generates(pipe: Any) -> None:
-    """Raises :class:`BadInput` where this pipeline cannot generate from a prompt alone, with what it needs."""
+def check_generates(pipe: Any, given: Collection[str] = PLAIN) -> None:
+    """Raises :class:`BadInput` where this pipeline cannot generate from an input with these arguments.
+
+    With what it needs or does not take. ``given``: a prompt and nothing else, unless it says more.
+    """
     name, known = type(pipe).__name__, parameters(pipe)
-    needed = _needed(known)
-    if "prompt" not in known:
-        takes = ", ".join(needed or inputs_beside_prompt(pipe)) or "other arguments"
+    lacking = [argument for argument in _needed(known) if argument not in given]
+    alone = not set(given) - set(PLAIN)
+    if "prompt" in given and "prompt" not in known:
+        takes = ", ".join(lacking or inputs_beside_prompt(pipe)) or "other arguments"
         raise BadInput(f"{name} takes no prompt (its call takes {takes}); {_instead(known)}")
-    if needed:
+    any_name = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    for argument in given:
+        if argument not in known and not any_name:
+            raise BadInput(f"{name} takes no {argument}; {_similar(argument, pipe)}")
+    if lacking:
+        example = ", ".join(f'"{argument}": "FILE"' for argument in lacking)
         raise BadInput(
-            f"{name} cannot generate from a prompt alone: its call needs {', '.join(needed)}, which a prompt file "
-            f"cannot give; {_instead(known)}"
+            f"{name} cannot generate from {'a prompt alone' if alone else ', '.join(sorted(given))}: its call needs "
+            f'{", ".join(lacking)}; give inputs as JSON lines, {{"prompt": "...", {example}}}'
+            + (f", or {_instead(known)}" if alone else "")
         )
     _check_transformers(pipe)
+
+
+def _similar(argument: str, pipe: Any) -> str:
+    """What to write in the place of an argument that a pipeline does not take."""
+    known = [n for n in parameters(pipe) if n not in RESERVED]
+    if near := difflib.get_close_matches(argument, known, 1):
+        return f"did you mean {near[0]}?"
+    return f"its call takes {', '.join(['prompt', *inputs_beside_prompt(pipe)])}"
 
 
 def _instead(known: Mapping[str, inspect.Parameter]) -> str:

@@ -20,7 +20,9 @@ from diffsparse.pipelines.policy import Machine
 from diffsparse.search.candidates import BITMAP_DENSITIES, orders_for
 from diffsparse.search.codes import from_codes, to_codes
 from diffsparse.search.config import SearchConfig
-from diffsparse.search.generate import Clip
+from diffsparse.search.errors import BadInput
+from diffsparse.search.generate import Clip, GenerationSettings
+from diffsparse.search.inputs import Input, shortens, steps_to_ask
 from diffsparse.search.layers import common_architecture
 from diffsparse.search.observe import Recording, call_levels, record
 from diffsparse.search.options import FamilyTable, HeadScores
@@ -33,6 +35,9 @@ MAP_BYTES = 2.8e9
 
 #: Host memory for dense clips of validation: two of 81 frames of 720p. More are generated again for every comparison.
 MAX_CLIP_BYTES = 2**31
+
+#: How many numbers of steps are tried until enough of them run.
+TRIED_STEPS = 4
 
 
 class Stage:
@@ -131,7 +136,7 @@ class Workspace:
     """The state that stages share; everything costly is in the store, and read and written through the names here."""
 
     pipe: Any
-    prompts: tuple[str, ...]
+    prompts: tuple[Input, ...]
     config: SearchConfig
     store: SearchStore
     progress: bool
@@ -358,6 +363,43 @@ class Workspace:
             self.dense_clips[case] = clip
         return clip
 
+    # -- steps -----------------------------------------------------------------------------------------------------
+
+    def settings(self, steps: int) -> GenerationSettings:
+        """Of a generation in which at least so many steps run, all else as it is searched for.
+
+        A pipeline that changes a given picture or clip only in part runs fewer steps than it is asked for, so it is
+        asked for more; how many, is found out once and kept.
+        """
+        if shortens(self.pipe, self.prompts[0]) == 1:
+            return self.config.settings(steps)
+        if (name := f"asked/{steps}") not in self.store:
+            self.store.put_json(name, self._to_ask(steps))
+        return self.config.settings(int(self.store.get_json(name)))
+
+    def _to_ask(self, steps: int) -> int:
+        first = steps_to_ask(self.pipe, self.prompts[0], steps)
+        for asked in range(first, first + TRIED_STEPS):
+            levels = call_levels(self.pipe, self.prompts[0], self.config.seed, self.config.settings(asked))
+            if len(set(levels)) >= steps:
+                return asked
+        raise BadInput(
+            f"{type(self.pipe).__name__} ran {len(set(levels))} of {asked} steps, too few to search with; give the "
+            "inputs a larger strength"
+        )
+
+    def check_steps(self) -> None:
+        """Raises :class:`BadInput` where a pipeline that leaves out first steps runs too few to search for."""
+        if shortens(self.pipe, self.prompts[0]) == 1:
+            return
+        ran, dense = len(set(self.call_levels())), self.config.dense_steps or 0
+        if ran <= dense:
+            raise BadInput(
+                f"with this strength {type(self.pipe).__name__} runs {ran} of {self.config.steps} steps"
+                + (f", and {dense} are to be dense" if dense else "")
+                + "; ask for more steps, or give the inputs a larger strength"
+            )
+
     def call_levels(self) -> list[float]:
         """The noise level of every model call of the generation that the plan is for."""
         name = f"levels/{self.config.steps}"
@@ -369,7 +411,7 @@ class Workspace:
     def dense_recording(self) -> Recording:
         """The recorded generation of the first prompt; run again where an earlier process made it."""
         if self.recording is None:
-            settings = self.config.settings(self.config.trace_steps)
+            settings = self.settings(self.config.trace_steps)
             self.recording = record(self.pipe, self.prompts[0], self.config.seed, settings, None)
         return self.recording
 

@@ -279,7 +279,7 @@ def test_interrupted(cli: Cli, arguments: list[str], hint: str, monkeypatch: pyt
     def interrupt(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(load, "read_prompts", interrupt)
+    monkeypatch.setattr("diffsparse.search.inputs.read_inputs", interrupt)
     code, out, err = cli(*arguments)
     assert (code, out, err.count("\n")) == (130, "", 1)
     assert err.startswith("interrupted: ") and hint in err
@@ -294,7 +294,7 @@ def test_search_passes_on_what_was_asked(
 ) -> None:
     seen: list[Any] = []
 
-    def search_plan(pipe: Any, prompts: list[str], config: Any, out: Path, **options: Any) -> Any:
+    def search_plan(pipe: Any, prompts: Any, config: Any, out: Path, **options: Any) -> Any:
         print("a library prints this")
         seen.append((prompts, config, out))
         return make_plan()
@@ -308,7 +308,7 @@ def test_search_passes_on_what_was_asked(
     data = json.loads(out)
     assert data["plan"] == str(tmp_path / "plan") and len(data["layers"]) == 4
     prompts, config, folder = seen[0]
-    assert prompts == PROMPTS and folder == tmp_path / "plan"
+    assert [one.name for one in prompts] == PROMPTS and folder == tmp_path / "plan"
     assert (config.budget, config.density, config.seed, config.guidance_scale) == (None, 0.3, 7, 4.0)
     assert (config.height, config.width, config.num_frames, config.steps) == (48, 48, 9, 2)
     code, out, _ = cli(*common)

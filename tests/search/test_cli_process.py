@@ -39,7 +39,7 @@ def test_eval_prints_one_json_object(model_folder: Path, prompts_file: Path) -> 
     assert done.returncode == 0, done.stderr
     data = json.loads(done.stdout)
     assert data["plan"] == "window" and data["passed"] and len(data["clips"]) == 2
-    assert "2 prompts x 1 seeds" in done.stderr
+    assert "2 inputs x 1 seeds" in done.stderr
 
 
 @pytest.mark.slow(reason="a search, an evaluation and a table, each in a process that loads the libraries")

@@ -152,9 +152,9 @@ def test_broken_clips_fail(pipe: Any, dense: DenseSet, monkeypatch: pytest.Monke
 
     real = module.generate_clip
 
-    def black_second(pipe: Any, prompt: str, seed: int, settings: GenerationSettings) -> Any:
+    def black_second(pipe: Any, prompt: Any, seed: int, settings: GenerationSettings) -> Any:
         clip = real(pipe, prompt, seed, settings)
-        return replace(clip, frames=clip.frames * torch.nan) if seed == 2 and prompt == PROMPTS[0] else clip
+        return replace(clip, frames=clip.frames * torch.nan) if seed == 2 and clip.prompt == PROMPTS[0] else clip
 
     monkeypatch.setattr(module, "generate_clip", black_second)
     report = compare(pipe, preset("window"), dense, progress=False)

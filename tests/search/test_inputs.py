@@ -63,20 +63,20 @@ def no_steps(pipe: Any) -> list[object]:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("WanImageToVideoPipeline", "its call needs image,"),
-        ("HunyuanVideo15ImageToVideoPipeline", "its call needs image,"),
-        ("WanAnimatePipeline", "its call needs image, pose_video, face_video,"),
-        ("LucyEditPipeline", "its call needs video,"),
-        ("WanVideoToVideoPipeline", "its call needs video,"),
-        ("CogVideoXVideoToVideoPipeline", "its call needs video,"),
-        ("CogVideoXFunControlPipeline", "its call needs control_video,"),
-        ("Cosmos2_5_TransferPipeline", "its call needs controls,"),
-        ("FluxImg2ImgPipeline", "its call needs image,"),
-        ("StableDiffusion3Img2ImgPipeline", "its call needs image,"),
-        ("FluxFillPipeline", "its call needs image, mask_image,"),
-        ("QwenImageInpaintPipeline", "its call needs image, mask_image,"),
-        ("FluxControlPipeline", "its call needs control_image,"),
-        ("ZImageControlNetPipeline", "its call needs control_image,"),
+        ("WanImageToVideoPipeline", "its call needs image;"),
+        ("HunyuanVideo15ImageToVideoPipeline", "its call needs image;"),
+        ("WanAnimatePipeline", "its call needs image, pose_video, face_video;"),
+        ("LucyEditPipeline", "its call needs video;"),
+        ("WanVideoToVideoPipeline", "its call needs video;"),
+        ("CogVideoXVideoToVideoPipeline", "its call needs video;"),
+        ("CogVideoXFunControlPipeline", "its call needs control_video;"),
+        ("Cosmos2_5_TransferPipeline", "its call needs controls;"),
+        ("FluxImg2ImgPipeline", "its call needs image;"),
+        ("StableDiffusion3Img2ImgPipeline", "its call needs image;"),
+        ("FluxFillPipeline", "its call needs image, mask_image;"),
+        ("QwenImageInpaintPipeline", "its call needs image, mask_image;"),
+        ("FluxControlPipeline", "its call needs control_image;"),
+        ("ZImageControlNetPipeline", "its call needs control_image;"),
         ("DiTPipeline", "takes no prompt (its call takes class_labels)"),
         ("VisualClozePipeline", "takes no prompt (its call takes image)"),
     ],
@@ -271,7 +271,7 @@ def test_what_a_pipeline_says_of_its_inputs_is_one_line() -> None:
         call_pipeline(pipe, "a", 0, GenerationSettings(), "pt")
     line = str(caught.value)
     assert line.startswith("Stub stopped before its first step: ValueError: Input is in incorrect format ! !")
-    assert line.endswith(". Its call also takes image, which a prompt file cannot give")
+    assert line.endswith(". Its call also takes image: inputs in JSON lines can give them")
     assert len(line) < 500 and "\n" not in line and isinstance(caught.value.__cause__, ValueError)
 
 

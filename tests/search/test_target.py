@@ -134,7 +134,7 @@ def test_it_takes_no_more_generations_than_it_says(pipe: Any, tmp_path: Path, mo
     points = plan.record["search"]["points"]
     assert 2 + 2 + sum(point["clips"] for point in points) == len(made) <= 10
     assert all(point["clips"] == 2 for point in points if point is points[0] or point["ssim_worst"] >= BETWEEN)
-    assert {prompt for prompt, _ in made} == set(FOUR[2:]) and {seed for _, seed in made} == {1000}
+    assert {prompt.name for prompt, _ in made} == set(FOUR[2:]) and {seed for _, seed in made} == {1000}
     assert plan.record["quality"]["held_out"] is True
     again: list[str] = []
     search(pipe, tmp_path, again, FOUR, density=0.5, target=None)

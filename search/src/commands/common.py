@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Annotated, Any, NoReturn
 
@@ -46,7 +46,14 @@ Plan = Annotated[
     str,
     typer.Argument(metavar="PLAN", help="A plan's folder, a Hub repository, or dense, window, radial or conservative."),
 ]
-Prompts = Annotated[str, typer.Option("--prompts", metavar="FILE", help="A text file with one prompt a line.")]
+Prompts = Annotated[
+    str,
+    typer.Option(
+        "--prompts",
+        metavar="FILE",
+        help='A text file with one prompt a line, or JSON lines: {"prompt": ..., "image": ...}.',
+    ),
+]
 Height = Annotated[int | None, typer.Option("--height", help="In pixels.")]
 Width = Annotated[int | None, typer.Option("--width", help="In pixels.")]
 Frames = Annotated[int | None, typer.Option("--num-frames", help="Frames of a clip.")]
@@ -104,18 +111,20 @@ def interruptible(resume: str) -> Callable[[Callable[..., None]], Callable[..., 
     return decorate
 
 
-def asked_settings(pipe: Any, record: dict[str, Any], asked: dict[str, Any]) -> Any:
+def asked_settings(pipe: Any, record: dict[str, Any], asked: dict[str, Any], inputs: Sequence[Any]) -> Any:
     """What was asked for; else what the plan was searched with; else None, which is the pipeline's own.
 
-    ``asked``: values of options by their names, None where one was not given. What only the plan's record says, and
+    ``asked``: values of options by their names, None where one was not given. ``inputs``: what is generated, checked
+    here against what the pipeline's call takes. What only the plan's record says, and
     this pipeline does not take, is left out.
     """
     from diffsparse.search.generate import GenerationSettings
+    from diffsparse.search.inputs import check_inputs
     from diffsparse.search.load import check_shape
     from diffsparse.search.recorded import recorded_value
-    from diffsparse.search.signature import check_generates, parameters
+    from diffsparse.search.signature import parameters
 
-    check_generates(pipe)
+    check_inputs(pipe, inputs)
     known, values = parameters(pipe), {}
     for option, value in asked.items():
         argument = "num_inference_steps" if option == "steps" else option
@@ -124,7 +133,7 @@ def asked_settings(pipe: Any, record: dict[str, Any], asked: dict[str, Any]) -> 
         values[argument] = value
     settings = GenerationSettings(**values)
     check_shape(pipe, settings.height, settings.width, settings.num_frames)
-    settings.arguments(pipe)
+    settings.arguments(pipe, inputs[0].arguments)
     return settings
 
 

@@ -68,8 +68,9 @@ def eval_command(
         check_numbers(height=height, width=width, num_frames=num_frames)
         check_numbers(guidance_scale=guidance_scale, true_cfg_scale=true_cfg_scale)
         from diffsparse.search import load
+        from diffsparse.search.inputs import read_inputs
 
-        found = load.read_prompts(prompts)
+        found = read_inputs(prompts)
         load.check_model_name(model)
         chosen = load.load_plan(plan)
         place = load.choose_device(device)
@@ -82,10 +83,10 @@ def eval_command(
         load.check_plan_runs(chosen, pipe, backend)
         asked: dict[str, Any] = {"height": height, "width": width, "num_frames": num_frames, "steps": steps}
         asked |= {"guidance_scale": guidance_scale, "true_cfg_scale": true_cfg_scale}
-        settings = asked_settings(pipe, chosen.record, asked)
+        settings = asked_settings(pipe, chosen.record, asked, found)
         from diffsparse.search.evaluate import compare, generate_dense
 
-        say(f"{len(found)} prompts x {seeds} seeds: {len(found) * seeds} clips dense, then as many sparse")
+        say(f"{len(found)} inputs x {seeds} seeds: {len(found) * seeds} clips dense, then as many sparse")
         dense = generate_dense(pipe, found, range(first_seed, first_seed + seeds), settings)
         report = compare(pipe, chosen, dense, backend=backend, name=plan, lpips=lpips)
         data = report.to_dict()

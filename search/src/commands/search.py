@@ -134,8 +134,9 @@ def search_command(
         check_numbers(repair_rows=repair_rows)
         check_rows(repair_rows, repair)
         from diffsparse.search import load
+        from diffsparse.search.inputs import read_inputs
 
-        found = load.read_prompts(prompts)
+        found = read_inputs(prompts)
         load.check_model_name(model)
         place = load.choose_device(device)
         precision = load.choose_dtype(dtype, place)
@@ -146,7 +147,7 @@ def search_command(
         pipe = load.load_pipeline(model, device=place, dtype=precision)
         asked: dict[str, Any] = {"height": height, "width": width, "num_frames": num_frames, "steps": steps}
         asked |= {"guidance_scale": guidance_scale, "true_cfg_scale": true_cfg_scale}
-        settings = asked_settings(pipe, {}, asked)
+        settings = asked_settings(pipe, {}, asked, found)
         config = SearchConfig(
             budget=budget,
             density=density,

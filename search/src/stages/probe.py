@@ -68,7 +68,7 @@ def run_probe(work: Workspace, announce: Callable[[Probe], None]) -> Probe:
     if work.has_probe:
         announce(work.probe)
     else:
-        settings, first = work.config.settings(3), Tracer(work.pipe, work.config.block, work.config.seed)
+        settings, first = work.settings(3), Tracer(work.pipe, work.config.block, work.config.seed)
         on_gpu = work.device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(work.device)

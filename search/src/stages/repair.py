@@ -65,12 +65,13 @@ def _fit(work: Workspace, plan: SparsityPlan) -> tuple[dict[str, np.ndarray], fl
     runs += [(prompts[0], config.seed + 1)] if len(runs) == 1 else []
     # A generation as short as those that were traced may have no step in a short phase.
     some = set(plan.schedule.phases(work.trace_levels))
-    steps = config.trace_steps if some >= set(range(plan.schedule.num_phases)) else config.steps
+    short = some >= set(range(plan.schedule.num_phases))
+    settings = work.settings(config.trace_steps) if short else config.settings(config.steps)
     with work.bar(len(runs), "repair") as bar:
         for i, (prompt, seed) in enumerate(runs):
             tap.half = i * 2 // len(runs)
             with tap_attention(work.pipe, tap):
-                final_latents(work.pipe, work.prompts[prompt], seed, config.settings(steps))
+                final_latents(work.pipe, work.prompts[prompt], seed, settings)
             bar.update()
     found, share = fit_repair(plan, tap.sums)
     return ({} if found is None else found.to_parts()), share

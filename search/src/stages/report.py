@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from diffsparse.kernels.costs import CostTable
 from diffsparse.schedule import Schedule
 from diffsparse.search.compose import Candidate
 from diffsparse.search.environment import environment
+from diffsparse.search.inputs import contents
 from diffsparse.search.layers import main_grid
 from diffsparse.search.load import shape_rule
 from diffsparse.search.measured import HeadFigures, PooledAttention, plan_digest
 from diffsparse.search.options import Option
+from diffsparse.search.signature import SHORTENING
 from diffsparse.search.workspace import Workspace
 
 __all__ = ["measured", "search_record", "traced_steps"]
@@ -32,7 +35,7 @@ def search_record(work: Workspace, grid: TokenGrid, costs: CostTable) -> dict[st
     return {
         "model": {"id": Path(str(name)).name, "pipeline": type(work.pipe).__name__},
         "calibration": {
-            "prompts_sha256": hashlib.sha256("\n".join(work.prompts).encode()).hexdigest(),
+            **_inputs(work),
             "traced_prompts": len(work.traced()),
             "seed": config.seed,
             "grid": str(grid),
@@ -53,6 +56,16 @@ def search_record(work: Workspace, grid: TokenGrid, costs: CostTable) -> dict[st
         "costs": costs.to_dict(),
         "environment": environment(next(work.transformer.parameters()).device),
     }
+
+
+def _inputs(work: Workspace) -> dict[str, Any]:
+    """A hash of the inputs, with files by their content, and what they have beside a prompt."""
+    found = contents(work.prompts)
+    if all(one.is_plain for one in work.prompts):
+        return {"prompts_sha256": hashlib.sha256("\n".join(found).encode()).hexdigest()}
+    names = sorted({name for one in work.prompts for name in one.arguments})
+    shares = {n: value for n in SHORTENING if (value := work.prompts[0].arguments.get(n)) is not None}
+    return {"inputs_sha256": hashlib.sha256(json.dumps(found).encode()).hexdigest(), "inputs": names, **shares}
 
 
 def _size_that_ran(work: Workspace, grid: TokenGrid) -> dict[str, int]:

@@ -116,7 +116,7 @@ def effects(work: Workspace, entries: dict[str, list[HeadEntry]], predicted: np.
     groups = layer_groups(work.layers, most_groups(work.probe))
     todo = [(s, names) for s in steps for names in groups if not work.has_effect(s, names[0])]
     find = layouts_by_call(entries, work.config.block)
-    settings = work.config.settings(work.config.trace_steps)
+    settings = work.settings(work.config.trace_steps)
     if todo:
         with work.bar(len(todo), "sensitivity") as bar:
             for step, names in todo:
@@ -153,7 +153,7 @@ def amplification(work: Workspace, entries: dict[str, list[HeadEntry]], output_e
     todo = [s for s in steps if not work.has_injected(s)]
     if todo:
         find = layouts_by_call(entries, work.config.block)
-        settings = work.config.settings(work.config.trace_steps)
+        settings = work.settings(work.config.trace_steps)
         with work.bar(len(todo), "schedule") as bar:
             for step in todo:
                 recording = work.dense_recording()
@@ -185,7 +185,7 @@ def reuse_factor(work: Workspace, layers: np.ndarray, growth: np.ndarray, memory
     chosen, recording = _layers_within(work, memory), work.dense_recording()
     stale, changed = stale_outputs(chosen, share, first)
     with work.bar(1, "reuse") as bar, tap_attention(work.pipe, stale):
-        settings = work.config.settings(work.config.trace_steps)
+        settings = work.settings(work.config.trace_steps)
         latents = final_latents(work.pipe, work.prompts[0], work.config.seed, settings)
         bar.update()
     if not changed:  # too few steps to use anything again

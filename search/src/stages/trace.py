@@ -38,7 +38,7 @@ def _trace(work: Workspace, p: int) -> None:
         sink=sums,
         ladder=p == 0,  # a ratio that hardly depends on the prompt
     )
-    settings = work.config.settings(work.config.trace_steps)
+    settings = work.settings(work.config.trace_steps)
     recording = record(work.pipe, work.prompts[p], work.config.seed + p, settings, tracer)
     if p == 0:
         work.recording = recording

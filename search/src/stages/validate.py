@@ -14,6 +14,7 @@ from diffsparse.search.columns import shorten
 from diffsparse.search.compose import Candidate
 from diffsparse.search.errors import BadInput
 from diffsparse.search.generate import Clip, generate_clip
+from diffsparse.search.inputs import Input
 from diffsparse.search.load import sparse_backend
 from diffsparse.search.measured import plan_digest
 from diffsparse.search.workspace import Validation, Workspace
@@ -24,12 +25,12 @@ __all__ = ["cases", "held_out", "validate"]
 SEED_OFFSET = 1000
 
 
-def held_out(work: Workspace) -> tuple[str, ...]:
+def held_out(work: Workspace) -> tuple[Input, ...]:
     """The prompts that are not traced."""
     return work.prompts[len(work.traced()) :]
 
 
-def cases(work: Workspace, traced: int | None = None) -> list[tuple[str, int]]:
+def cases(work: Workspace, traced: int | None = None) -> list[tuple[Input, int]]:
     """Prompt and seed of every clip of validation. ``traced``: how many prompts are, before the probe has ended.
 
     Prompts that were not traced; where every one was, another seed is the best there is. A target is of several clips:
