@@ -72,6 +72,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
         "sparse_attention_summary",
         "register_family",
     ),
+    "diffsparse.search.api": ("evaluate_plan", "search_plan"),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 
@@ -120,6 +121,8 @@ if TYPE_CHECKING:  # the same table, for type checkers and editors (a test compa
     from diffsparse.plan import SparsityPlan as SparsityPlan
     from diffsparse.presets import preset as preset
     from diffsparse.schedule import Schedule as Schedule
+    from diffsparse.search.api import evaluate_plan as evaluate_plan
+    from diffsparse.search.api import search_plan as search_plan
     from diffsparse.tokens import TokenLayout as TokenLayout
 
 

@@ -182,7 +182,9 @@ class SearchConfig:
             )
         own = self.settings(self.steps).resolved(pipe)
         if own.num_inference_steps is None:
-            raise BadInput(f"{type(pipe).__name__} has no number of steps of its own; give it: --steps, or steps=")
+            raise BadInput(
+                f"{type(pipe).__name__} has no number of steps of its own; give it: --steps, or num_inference_steps="
+            )
         for name in ("height", "width"):
             if self.goal is not None and (side := getattr(own, name)) is not None and side < SSIM_WINDOW:
                 raise BadInput(

@@ -1,7 +1,7 @@
 """A plan against dense attention, clip by clip: same prompt, same seed, same noise.
 
 Dense clips are the costly part and do not depend on the plan, so they are made once (:func:`generate_dense`) and any
-number of plans is compared with them (:func:`compare`). :func:`evaluate` does both for one plan.
+number of plans is compared with them (:func:`compare`). ``diffsparse.evaluate_plan`` does both for one plan.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
     "NoiseFloor",
     "check_plan",
     "compare",
-    "evaluate_plan",
+    "device_of",
     "generate_dense",
     "paired",
 ]
@@ -73,7 +73,10 @@ class DenseSet:
 
 @dataclass(frozen=True)
 class EvalReport:
-    """What :func:`compare` found. ``sparse_clips`` holds the clips themselves and is left out of :meth:`to_dict`."""
+    """What :func:`compare` found.
+
+    ``sparse_clips`` and ``dense`` hold the clips themselves and are left out of :meth:`to_dict`.
+    """
 
     plan: str
     clips: list[ClipReport]
@@ -86,21 +89,26 @@ class EvalReport:
     notes: list[str]
     environment: dict[str, Any]
     sparse_clips: list[Clip] = field(default_factory=list, repr=False, compare=False)
+    dense: DenseSet | None = field(default=None, repr=False, compare=False)
 
     @property
     def psnr(self) -> Mean | None:
+        """To the dense clips, in dB; None where no clip has one."""
         return mean_of([c.psnr for c in self.clips])
 
     @property
     def above_other_seed(self) -> Mean | None:
+        """How much more PSNR that is than another seed's clip has, in dB."""
         return mean_of([c.above_other_seed for c in self.clips])
 
     @property
     def ssim(self) -> Mean | None:
+        """To the dense clips; None where the pictures are too small."""
         return mean_of([c.ssim for c in self.clips])
 
     @property
     def lpips(self) -> Mean | None:
+        """To the dense clips; None where it was not computed."""
         return mean_of([c.lpips for c in self.clips])
 
     @property
@@ -242,6 +250,11 @@ def _other_dense_kernel(device: torch.device) -> Iterator[str]:
         yield f"torch SDPA, {backend.name.lower()}"
 
 
+def device_of(pipe: Any) -> torch.device:
+    """Where the pipeline runs, also where its models are kept elsewhere between calls."""
+    return torch.device(getattr(pipe, "_execution_device", pipe.device))
+
+
 def _warm_up(pipe: Any, prompt: GenerationInput, settings: GenerationSettings) -> None:
     """A short generation whose output is not used: it compiles kernels, allocates memory and builds layouts."""
     steps = steps_to_ask(pipe, as_input(prompt), WARM_UP_STEPS)
@@ -280,7 +293,7 @@ def generate_dense(
     apart = mean_of([metrics.psnr(a.frames, b.frames) for a, b in pairs]) if other_seed else None
     floor = None
     if noise_floor:
-        with _other_dense_kernel(pipe.device) as kernel:
+        with _other_dense_kernel(device_of(pipe)) as kernel:
             again = generate_clip(pipe, inputs[0], seeds[0], settings).frames
         floor = NoiseFloor(kernel, metrics.psnr(again, made[0].frames), metrics.ssim(again, made[0].frames))
     return DenseSet(clips, settings, apart.mean if apart else None, floor)
@@ -332,7 +345,7 @@ def compare(
         with tqdm(dense.clips, desc=f"sparse ({label})", unit="clip", disable=not progress, leave=False) as bar:
             sparse.extend(generate_clip(pipe, dense.clips[at].made_from, at[1], dense.settings) for at in bar)
         summary = pipelines.sparse_attention_summary(pipe)
-    model = metrics.load_lpips(pipe.device) if lpips else None
+    model = metrics.load_lpips(device_of(pipe)) if lpips else None
     if lpips and model is None:
         notes.append("LPIPS needs the package lpips and its weights; pip install 'diffsparse[metrics]'")
     reports = [
@@ -352,7 +365,7 @@ def compare(
         noise_floor=dense.noise_floor,
         attention=summary.to_dict(),
         notes=notes,
-        environment=environment(pipe.device),
+        environment=environment(device_of(pipe)),
         sparse_clips=sparse,
     )
 
@@ -368,40 +381,6 @@ def _why_dense(summary: pipelines.SparseSummary) -> str | None:
     if not reasons:
         return None
     return "calls that ran dense (warm-up included): " + "; ".join(f"{n} x {reason}" for reason, n in reasons.items())
-
-
-def evaluate_plan(
-    pipe: Any,
-    plan: SparsityPlan | str,
-    prompts: Sequence[GenerationInput],
-    *,
-    seeds: Sequence[int] = (1000, 1001),
-    num_inference_steps: int | None = None,
-    guidance_scale: float | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    num_frames: int | None = None,
-    negative_prompt: str | None = None,
-    true_cfg_scale: float | None = None,
-    backend: str = "auto",
-    dense: DenseSet | None = None,
-    noise_floor: bool = True,
-    lpips: bool = False,
-    progress: bool = True,
-) -> EvalReport:
-    """Compares ``plan`` with dense attention on every prompt with every seed.
-
-    Steps, guidance and sizes that are not given are the pipeline's own. ``dense`` (of :func:`generate_dense`) spares
-    making the dense clips again; its own prompts, seeds and settings hold.
-    Sparse attention must be off, and is off again afterwards. The plan is checked before the first clip is made.
-    """
-    check_plan(pipe, plan, backend)
-    if dense is None:
-        settings = GenerationSettings(
-            num_inference_steps, guidance_scale, height, width, num_frames, negative_prompt, true_cfg_scale
-        )
-        dense = generate_dense(pipe, prompts, seeds, settings, noise_floor=noise_floor, progress=progress)
-    return compare(pipe, plan, dense, backend=backend, lpips=lpips, progress=progress)
 
 
 def paired(a: EvalReport, b: EvalReport, value: Callable[[ClipReport], float | None] = lambda c: c.psnr) -> Mean | None:

@@ -30,7 +30,7 @@ SHORTENING = ("strength", "denoise_strength")
 
 #: Arguments that are no part of an input, with what sets them.
 RESERVED = {
-    "num_inference_steps": "it is the same for all inputs: --steps, or steps=",
+    "num_inference_steps": "it is the same for all inputs: --steps, or num_inference_steps=",
     "guidance_scale": "it is the same for all inputs: --guidance-scale, or guidance_scale=",
     "true_cfg_scale": "it is the same for all inputs: --true-cfg-scale, or true_cfg_scale=",
     "height": "it is the same for all inputs: --height, or height=",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ def place(_known_tails: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     from diffsparse.kernels.backends import registry as backends
     from diffsparse.patterns import registry
     from diffsparse.pipelines import family
+    from diffsparse.search import api
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
@@ -85,6 +87,13 @@ def place(_known_tails: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(DiffusionPipeline, "to", on_the_cpu)
     for cls in (WanPipeline, FluxPipeline):
         monkeypatch.setattr(cls, "__call__", _smaller(cls.__call__))
+    settings = api._settings
+
+    def small_settings(*args: Any, **kwargs: Any) -> Any:
+        found = settings(*args, **kwargs)
+        return replace(found, **{n: min(getattr(found, n) or most, most) for n, most in LARGEST.items()})
+
+    monkeypatch.setattr(api, "_settings", small_settings)
     return tmp_path
 
 

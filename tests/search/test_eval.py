@@ -12,9 +12,9 @@ import torch
 
 from diffsparse.pipelines import sparse_attention_summary
 from diffsparse.presets import preset
-from diffsparse.search import metrics
+from diffsparse.search import evaluate_plan, metrics
 from diffsparse.search.errors import BadInput
-from diffsparse.search.evaluate import DenseSet, compare, evaluate_plan, generate_dense, paired
+from diffsparse.search.evaluate import DenseSet, compare, generate_dense, paired
 from diffsparse.search.generate import GenerationSettings, LoopTimer, generate_clip, generate_clips
 from tests.search.plans import make_plan
 from tests.search.tiny import PROMPTS, SHAPE

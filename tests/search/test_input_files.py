@@ -136,7 +136,7 @@ def test_what_cannot_be_told_apart_is_refused() -> None:
         ('{"prompt": "a", "video": "broken.mp4"}', "'broken.mp4'"),
         ('{"prompt": "a", "conditions": [{"image": "none.png"}]}', "no file at 'none.png'"),
         ('{"prompt": "a", "height": 480}', "height cannot be given for one input: it is the same for all inputs"),
-        ('{"prompt": "a", "num_inference_steps": 8}', "--steps, or steps="),
+        ('{"prompt": "a", "num_inference_steps": 8}', "--steps, or num_inference_steps="),
         ('{"prompt": "a", "guidance_scale": 8}', "--guidance-scale, or guidance_scale="),
         ('{"prompt": "a", "generator": 1}', "generator cannot be given for one input: the noise comes from the seed"),
         ('{"prompt": "a", "num_videos_per_prompt": 2}', "each input makes one clip"),

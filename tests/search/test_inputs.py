@@ -13,11 +13,10 @@ import diffusers
 import pytest
 import torch
 
-from diffsparse.search import load
+from diffsparse.search import evaluate_plan, load
 from diffsparse.search.call import call_pipeline, sizes_seen
 from diffsparse.search.cli import main
 from diffsparse.search.errors import BadInput
-from diffsparse.search.evaluate import evaluate_plan
 from diffsparse.search.generate import MAX_SEED, GenerationSettings, check_seeds, generate_clip
 from diffsparse.search.search import SearchConfig, search_plan
 from diffsparse.search.signature import check_generates, makes_videos, parameters

@@ -12,8 +12,7 @@ import torch
 from diffsparse.order import RasterOrder, TileOrder
 from diffsparse.pipelines.resolve import resolve_plans
 from diffsparse.presets import PRESETS, preset
-from diffsparse.search import cli, evaluate, load
-from diffsparse.search.commands import evaluate as eval_module
+from diffsparse.search import api, cli, evaluate, load
 from diffsparse.search.errors import BadInput
 from diffsparse.search.explain import explain, shape_for
 from tests.pipelines.models import flux, wan
@@ -42,7 +41,7 @@ def test_eval_judges_the_plan_that_runs(
 
     for module, what, stand_in in (
         (load, "load_pipeline", lambda *args, **options: pipe),
-        (eval_module, "asked_settings", lambda *args: None),
+        (api, "_settings", lambda *args, **options: None),
         (evaluate, "generate_dense", lambda *args, **options: None),
         (evaluate, "compare", compare),
     ):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Annotated, Any, NoReturn
 
@@ -31,7 +31,6 @@ __all__ = [
     "TrueCfg",
     "Width",
     "answers",
-    "asked_settings",
     "check_numbers",
     "check_rows",
     "check_share",
@@ -109,32 +108,6 @@ def interruptible(resume: str) -> Callable[[Callable[..., None]], Callable[..., 
         return wrapped
 
     return decorate
-
-
-def asked_settings(pipe: Any, record: dict[str, Any], asked: dict[str, Any], inputs: Sequence[Any]) -> Any:
-    """What was asked for; else what the plan was searched with; else None, which is the pipeline's own.
-
-    ``asked``: values of options by their names, None where one was not given. ``inputs``: what is generated, checked
-    here against what the pipeline's call takes. What only the plan's record says, and
-    this pipeline does not take, is left out.
-    """
-    from diffsparse.search.generate import GenerationSettings
-    from diffsparse.search.inputs import check_inputs
-    from diffsparse.search.load import check_shape
-    from diffsparse.search.recorded import recorded_value
-    from diffsparse.search.signature import parameters
-
-    check_inputs(pipe, inputs)
-    known, values = parameters(pipe), {}
-    for option, value in asked.items():
-        argument = "num_inference_steps" if option == "steps" else option
-        if value is None and argument in known:
-            value = recorded_value(record, option)
-        values[argument] = value
-    settings = GenerationSettings(**values)
-    check_shape(pipe, settings.height, settings.width, settings.num_frames)
-    settings.arguments(pipe, inputs[0].arguments)
-    return settings
 
 
 def check_numbers(**values: int | float | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -21,7 +21,6 @@ from diffsparse.search.commands.common import (
     TrueCfg,
     Width,
     answers,
-    asked_settings,
     check_numbers,
     interruptible,
     say,
@@ -81,21 +80,31 @@ def eval_command(
         pipe = load.load_pipeline(model, device=place, dtype=precision)
         chosen = load.load_plan(plan, load.model_class(pipe)) if plan in load.PRESETS else chosen
         load.check_plan_runs(chosen, pipe, backend)
-        asked: dict[str, Any] = {"height": height, "width": width, "num_frames": num_frames, "steps": steps}
-        asked |= {"guidance_scale": guidance_scale, "true_cfg_scale": true_cfg_scale}
-        settings = asked_settings(pipe, chosen.record, asked, found)
-        from diffsparse.search.evaluate import compare, generate_dense
+        from diffsparse.search.api import evaluate_plan
 
-        say(f"{len(found)} inputs x {seeds} seeds: {len(found) * seeds} clips dense, then as many sparse")
-        dense = generate_dense(pipe, found, range(first_seed, first_seed + seeds), settings)
-        report = compare(pipe, chosen, dense, backend=backend, name=plan, lpips=lpips)
+        report = evaluate_plan(
+            pipe,
+            chosen,
+            found,
+            seeds=range(first_seed, first_seed + seeds),
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            true_cfg_scale=true_cfg_scale,
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            backend=backend,
+            lpips=lpips,
+            name=plan,
+            say=say,
+        )
         data = report.to_dict()
         text = report.table()
-        if folder is not None:
+        if folder is not None and report.dense is not None:
             from diffsparse.search.report import write_report
 
             try:
-                data["files"] = [str(p) for p in write_report(folder, report, dense)]
+                data["files"] = [str(p) for p in write_report(folder, report, report.dense)]
             except BadInput:
                 answer(data, text)  # what was measured is not lost with the files
                 raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -19,7 +19,6 @@ from diffsparse.search.commands.common import (
     TrueCfg,
     Width,
     answers,
-    asked_settings,
     check_numbers,
     check_rows,
     check_share,
@@ -141,32 +140,33 @@ def search_command(
         place = load.choose_device(device)
         precision = load.choose_dtype(dtype, place)
         folder = load.check_output(out)
-        from diffsparse.search.search import SearchConfig, search_plan, thoroughness
+        from diffsparse.search.api import search_plan
 
         load.quiet_libraries()
         pipe = load.load_pipeline(model, device=place, dtype=precision)
-        asked: dict[str, Any] = {"height": height, "width": width, "num_frames": num_frames, "steps": steps}
-        asked |= {"guidance_scale": guidance_scale, "true_cfg_scale": true_cfg_scale}
-        settings = asked_settings(pipe, {}, asked, found)
-        config = SearchConfig(
+        plan = search_plan(
+            pipe,
+            found,
+            out=folder,
+            target=target,
             budget=budget,
             density=density,
-            target=target,
-            height=settings.height,
-            width=settings.width,
-            num_frames=settings.num_frames,
-            steps=settings.num_inference_steps,
-            guidance_scale=settings.guidance_scale,
-            true_cfg_scale=settings.true_cfg_scale,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            true_cfg_scale=true_cfg_scale,
+            height=height,
+            width=width,
+            num_frames=num_frames,
             seed=seed,
-            validation_prompts=validate,
+            points=points,
+            validate=validate,
+            trace_prompts=trace_prompts,
+            samples=samples,
             repair=repair,
             repair_rows=repair_rows,
-            points=points,
             reuse_memory=reuse_memory,
-            **thoroughness(place, trace_prompts, samples),
+            say=say,
         )
-        plan = search_plan(pipe, found, config, folder, say=say)
         from diffsparse.search.measured import figures_beside
         from diffsparse.search.show import describe, grid_of, plan_table
 

@@ -54,7 +54,7 @@ def search_record(work: Workspace, grid: TokenGrid, costs: CostTable) -> dict[st
             "kernel": _kernel_version(),
         },
         "costs": costs.to_dict(),
-        "environment": environment(next(work.transformer.parameters()).device),
+        "environment": environment(work.device),
     }
 
 
