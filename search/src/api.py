@@ -51,6 +51,7 @@ def search_plan(
     repair: bool = True,
     repair_rows: int = 0,
     reuse_memory: float | None = None,
+    about: Mapping[str, Any] | None = None,
     progress: bool = True,
     say: Callable[[str], None] | None = None,
     on_stage: Callable[[str, int, int], None] | None = None,
@@ -84,6 +85,7 @@ def search_plan(
         repair: whether what the plan's heads get wrong is fitted, so that a run corrects it.
         repair_rows: where not 0, each call of a run fits its repair by so many rows, and the search fits none.
         reuse_memory: GB of outputs that a run may keep; a quarter of what the dense run takes on a GPU, else 1.
+        about: what else the plan's record is to say of the model, as JSON values: LoRA, offloading and the like.
         progress: whether bars are shown on stderr.
         say: receives the lines meant for a user: the estimate, what was chosen. They are logged where not given.
         on_stage: receives a stage's name, how many of its parts are done, and of how many.
@@ -135,7 +137,9 @@ def search_plan(
         **thoroughness(device_of(pipe), trace_prompts, samples),
     )
     with intact(pipe), eager(pipe):
-        return engine.search_plan(pipe, given, config, Path(out), progress=progress, say=say, on_stage=on_stage)
+        return engine.search_plan(
+            pipe, given, config, Path(out), progress=progress, say=say, on_stage=on_stage, about=about
+        )
 
 
 def evaluate_plan(

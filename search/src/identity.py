@@ -30,6 +30,11 @@ def model_identity(pipe: Any) -> dict[str, str]:
         for path, parameter in sorted(model.named_parameters()):
             total.update(f"{name}.{path} {tuple(parameter.shape)}\n".encode())
             total.update(_sample(parameter))
+        for path, module in model.named_modules():
+            # Of LoRA layers: how much each adapter counts is no parameter.
+            if isinstance(scaling := getattr(module, "scaling", None), dict):
+                active = sorted(getattr(module, "active_adapters", scaling))
+                total.update(f"{name}.{path} {[(n, scaling.get(n)) for n in active]}\n".encode())
     dtypes = {str(next(t.parameters()).dtype).removeprefix("torch.") for t in find_transformers(pipe).values()}
     return {
         "weights": total.hexdigest()[:16],

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from diffsparse.grid import TokenGrid
+    from diffsparse.search.setup import Setup
 
 __all__ = [
     "DTYPES",
@@ -181,8 +182,8 @@ def check_model_name(model: str) -> None:
         )
 
 
-def load_pipeline(model: str, *, device: torch.device, dtype: torch.dtype) -> Any:
-    """A diffusers pipeline whose transformer diffsparse knows, on ``device``. Raises :class:`BadInput`."""
+def load_pipeline(model: str, *, device: torch.device, dtype: torch.dtype, setup: Setup | None = None) -> Any:
+    """A diffusers pipeline whose transformer diffsparse knows, on ``device``, and set up. Raises :class:`BadInput`."""
     check_model_name(model)
     from diffusers import DiffusionPipeline
     from safetensors import SafetensorError
@@ -202,7 +203,10 @@ def load_pipeline(model: str, *, device: torch.device, dtype: torch.dtype) -> An
         find_transformers(pipe)
     except UnsupportedModelError as error:
         raise BadInput(f"{model!r}: {error}") from None
-    pipe.to(device)
+    if setup is None:
+        pipe.to(device)
+    else:
+        setup.apply(pipe, device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

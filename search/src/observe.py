@@ -29,6 +29,7 @@ from diffsparse.search.generate import GenerationSettings
 from diffsparse.search.inputs import GenerationInput
 from diffsparse.search.layers import merged_grid
 from diffsparse.search.perturb import sparse_callback
+from diffsparse.search.projection import output_projection
 from diffsparse.search.score import BlockIndex, CallScores, projection_roots, score_call
 from diffsparse.search.steps import StepCounter
 
@@ -51,14 +52,6 @@ def final_latents(pipe: Any, prompt: GenerationInput, seed: int, settings: Gener
     output = call_pipeline(pipe, prompt, seed, settings, "latent")
     latents = output.frames if hasattr(output, "frames") else output.images
     return torch.as_tensor(latents).detach().to("cpu", torch.float32)
-
-
-def _output_projection(transformer: torch.nn.Module, layer: str) -> torch.Tensor | None:
-    module = transformer.get_submodule(layer)
-    projection = getattr(module, "to_out", None)
-    linear = projection[0] if isinstance(projection, torch.nn.ModuleList) else projection
-    weight = getattr(linear, "weight", None)
-    return weight if isinstance(weight, torch.Tensor) and weight.ndim == 2 else None
 
 
 def error_left(error: torch.Tensor, pairs: int) -> torch.Tensor:
@@ -140,7 +133,7 @@ class Tracer:
         # The experts of a pipeline have layers of the same names, and each its own projection.
         key = (call.transformer, call.layer)
         if key not in self._roots:
-            weight = _output_projection(self._transformers[call.transformer], call.layer)
+            weight = output_projection(self._transformers[call.transformer], call.layer)
             self._roots[key] = projection_roots(weight, call.q.shape[2], call.q.shape[3], call.q.device)
         return self._roots[key]
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -48,11 +48,13 @@ def search_plan(
     progress: bool = True,
     say: Callable[[str], None] | None = None,
     on_stage: Callable[[str, int, int], None] | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> SparsityPlan:
     """Search a plan and write it to ``out``, with ``search.sqlite`` (to go on after a kill) and the pictures' data.
 
     ``say`` receives the lines meant for the user (the estimate, what was chosen), ``on_stage`` a stage's name, how many
     of its parts are done, and of how many. What they raise ends the search; the same call then goes on where it was.
+    ``about``: what else the record says of the model.
     Raises :class:`BadInput` for settings that cannot work, :class:`StoreMismatch` where ``out`` holds another search.
     """
     if not prompts:
@@ -75,10 +77,10 @@ def search_plan(
         )
         if resumed:
             say(f"going on with the search in {out}")
-        return _run(work, out)
+        return _run(work, out, about or {})
 
 
-def _run(work: Workspace, out: Path) -> SparsityPlan:
+def _run(work: Workspace, out: Path, model: Mapping[str, Any]) -> SparsityPlan:
     config, begin = work.config, time.perf_counter()
     work.check_steps()
     run_probe(work, partial(_announce, work))
@@ -101,6 +103,7 @@ def _run(work: Workspace, out: Path) -> SparsityPlan:
     if quality is not None:
         plan.record["quality"] = quality
     about = search_record(work, grid, costs[grid])
+    about["model"] |= model
     about["search"] |= plan.record["search"] | {"seconds": round(seconds, 1)}
     plan.record.update(about)
     about = plan.record["search"]

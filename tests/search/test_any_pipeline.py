@@ -173,3 +173,12 @@ def test_the_command_line_takes_json_lines(
     ]
     assert (tmp_path / "report" / "eval.json").is_file()
     assert {type(t).__name__ for t in find_transformers(pipe).values()} == {"FluxTransformer2DModel"}
+
+
+@pytest.mark.slow(reason="pictures of a megapixel")
+def test_pictures_of_two_shapes_are_one_line(files: Path, tmp_path: Path) -> None:
+    """The pipeline makes its result in the shape of the picture, and a search needs one size."""
+    pipe = PIPELINES["qwen_edit"].build()
+    inputs = [as_input({"prompt": "a", "image": f"{name}0.png"}, files) for name in ("picture", "square")]
+    with pytest.raises(BadInput, match="tokens; a search needs one size"):
+        search_plan(pipe, inputs, config("qwen_edit", trace_prompts=2), tmp_path, progress=False, say=quiet)

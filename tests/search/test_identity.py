@@ -86,7 +86,7 @@ def test_a_record_of_another_model_is_not_gone_on_with(tmp_path: Path, monkeypat
     class Began(Exception):
         pass
 
-    def begins(search: Any, out: Path) -> None:
+    def begins(search: Any, out: Path, about: Any) -> None:
         raise Began
 
     monkeypatch.setattr(searches, "_run", begins)

@@ -24,9 +24,13 @@ __all__ = [
     "Height",
     "INTERRUPTED",
     "Json",
+    "Loras",
     "Model",
+    "Offload",
     "Plan",
     "Prompts",
+    "Quantize",
+    "Scheduler",
     "Steps",
     "TrueCfg",
     "Width",
@@ -64,6 +68,17 @@ TrueCfg = Annotated[
     float | None,
     typer.Option("--true-cfg-scale", help="The same for Flux and Qwen-Image, which call it so; above 1 it guides."),
 ]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option("--lora", metavar="FILE[:WEIGHT]", help="LoRA weights, a .safetensors file; may be given again."),
+]
+Scheduler = Annotated[
+    str | None, typer.Option("--scheduler", metavar="NAME", help="Another scheduler of diffusers, as UniPC.")
+]
+Offload = Annotated[
+    str, typer.Option("--offload", help="none, model or group: what is kept on the CPU while it is not needed.")
+]
+Quantize = Annotated[str, typer.Option("--quantize", help="none, or int8: the transformers' weights, by torchao.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto (bfloat16 on a GPU), float32, bfloat16 or float16.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and everything else to stderr.")]

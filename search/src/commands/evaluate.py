@@ -14,9 +14,13 @@ from diffsparse.search.commands.common import (
     Guidance,
     Height,
     Json,
+    Loras,
     Model,
+    Offload,
     Plan,
     Prompts,
+    Quantize,
+    Scheduler,
     Steps,
     TrueCfg,
     Width,
@@ -46,6 +50,10 @@ def eval_command(
     true_cfg_scale: TrueCfg = None,
     lpips: Annotated[bool, typer.Option("--lpips/--no-lpips", help="LPIPS too, where it is installed.")] = True,
     backend: Annotated[str, typer.Option("--backend", help="Attention backend: auto, or a name of `env`.")] = "auto",
+    lora: Loras = None,
+    scheduler: Scheduler = None,
+    offload: Offload = "none",
+    quantize: Quantize = "none",
     device: Device = "auto",
     dtype: Dtype = "auto",
     out: Annotated[
@@ -68,8 +76,10 @@ def eval_command(
         check_numbers(guidance_scale=guidance_scale, true_cfg_scale=true_cfg_scale)
         from diffsparse.search import load
         from diffsparse.search.inputs import read_inputs
+        from diffsparse.search.setup import Setup
 
         found = read_inputs(prompts)
+        setup = Setup.parse(lora or (), scheduler, offload, quantize)
         load.check_model_name(model)
         chosen = load.load_plan(plan)
         place = load.choose_device(device)
@@ -77,9 +87,11 @@ def eval_command(
         load.check_backend(backend)
         folder = load.check_output(out) if out else None
         load.quiet_libraries()
-        pipe = load.load_pipeline(model, device=place, dtype=precision)
+        pipe = load.load_pipeline(model, device=place, dtype=precision, setup=setup)
         chosen = load.load_plan(plan, load.model_class(pipe)) if plan in load.PRESETS else chosen
         load.check_plan_runs(chosen, pipe, backend)
+        if (differs := setup.differs(chosen.record)) is not None:
+            say(differs)
         from diffsparse.search.api import evaluate_plan
 
         report = evaluate_plan(

@@ -13,8 +13,12 @@ from diffsparse.search.commands.common import (
     Guidance,
     Height,
     Json,
+    Loras,
     Model,
+    Offload,
     Prompts,
+    Quantize,
+    Scheduler,
     Steps,
     TrueCfg,
     Width,
@@ -99,6 +103,10 @@ def search_command(
             "[default: a quarter of the dense run's memory on a GPU, else 1]",
         ),
     ] = None,
+    lora: Loras = None,
+    scheduler: Scheduler = None,
+    offload: Offload = "none",
+    quantize: Quantize = "none",
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -114,6 +122,7 @@ def search_command(
       diffsparse search Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompts prompts.txt --out plan
       diffsparse search Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompts prompts.txt --out plan --target 0.9
       diffsparse search Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompts prompts.txt --out plan --budget 0.4
+      diffsparse search Wan-AI/Wan2.1-I2V-14B-480P-Diffusers --prompts inputs.jsonl --out plan
     """
     with answers(as_json) as answer:
         asked_for = {"--budget": budget, "--density": density, "--target": target}
@@ -134,8 +143,10 @@ def search_command(
         check_rows(repair_rows, repair)
         from diffsparse.search import load
         from diffsparse.search.inputs import read_inputs
+        from diffsparse.search.setup import Setup
 
         found = read_inputs(prompts)
+        setup = Setup.parse(lora or (), scheduler, offload, quantize)
         load.check_model_name(model)
         place = load.choose_device(device)
         precision = load.choose_dtype(dtype, place)
@@ -143,7 +154,7 @@ def search_command(
         from diffsparse.search.api import search_plan
 
         load.quiet_libraries()
-        pipe = load.load_pipeline(model, device=place, dtype=precision)
+        pipe = load.load_pipeline(model, device=place, dtype=precision, setup=setup)
         plan = search_plan(
             pipe,
             found,
@@ -165,6 +176,7 @@ def search_command(
             repair=repair,
             repair_rows=repair_rows,
             reuse_memory=reuse_memory,
+            about=setup.about,
             say=say,
         )
         from diffsparse.search.measured import figures_beside
