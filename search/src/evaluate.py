@@ -23,7 +23,8 @@ from diffsparse.search.clip_report import ClipReport, clip_report
 from diffsparse.search.errors import BadInput
 from diffsparse.search.executed import executed_work
 from diffsparse.search.generate import Clip, GenerationSettings, check_seeds, generate_clip, generate_clips
-from diffsparse.search.inputs import GenerationInput, as_input, as_inputs, check_inputs, steps_to_ask
+from diffsparse.search.inputs import GenerationInput, as_input, as_inputs, check_inputs
+from diffsparse.search.shortened import steps_to_ask
 from diffsparse.search.statistics import Mean, mean_of
 from diffsparse.search.verdict import verdict
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,8 +25,6 @@ from diffsparse.search.signature import (
     RESERVED,
     SHORTENING,
     check_generates,
-    default_of,
-    parameters,
     takes_files,
 )
 
@@ -39,8 +36,6 @@ __all__ = [
     "check_inputs",
     "contents",
     "read_inputs",
-    "shortens",
-    "steps_to_ask",
 ]
 
 #: Endings of files with one JSON object a line.
@@ -266,19 +261,6 @@ def _with_place(one: Input, check: Any) -> None:
         check()
     except BadInput as error:
         raise BadInput(f"{_place(one)}{error}") from None
-
-
-def shortens(pipe: Any, one: Input) -> float:
-    """The share of the steps asked for that should run: by a strength, the pipeline's own where none is given."""
-    # Where there is one of denoising, ``strength`` says something else.
-    name = next((name for name in reversed(SHORTENING) if name in parameters(pipe)), None)
-    value = one.arguments.get(name, default_of(pipe, name)) if name else None
-    return float(value) if isinstance(value, (int, float)) and 0 < value < 1 else 1.0
-
-
-def steps_to_ask(pipe: Any, one: Input, steps: int) -> int:
-    """How many steps to ask for so that this many run, as far as the arguments tell."""
-    return max(1, math.ceil(steps / shortens(pipe, one) - 1e-9))
 
 
 def _loaded(value: Any, pipe: Any) -> Any:

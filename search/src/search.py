@@ -20,6 +20,7 @@ from diffsparse.search.errors import BadInput, writing
 from diffsparse.search.identity import model_identity
 from diffsparse.search.inputs import GenerationInput, as_inputs, check_inputs, contents
 from diffsparse.search.layers import common_architecture, main_grid
+from diffsparse.search.shortened import check_steps
 from diffsparse.search.stages.compose import compose_plans, composer_of, layer_costs
 from diffsparse.search.stages.probe import run_probe
 from diffsparse.search.stages.repair import mended, repaired
@@ -82,7 +83,7 @@ def search_plan(
 
 def _run(work: Workspace, out: Path, model: Mapping[str, Any]) -> SparsityPlan:
     config, begin = work.config, time.perf_counter()
-    work.check_steps()
+    check_steps(work)
     run_probe(work, partial(_announce, work))
     grid = main_grid(work.grids)
     if dense := work.probe.dense:

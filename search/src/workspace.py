@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -20,12 +20,12 @@ from diffsparse.pipelines.policy import Machine
 from diffsparse.search.candidates import BITMAP_DENSITIES, orders_for
 from diffsparse.search.codes import from_codes, to_codes
 from diffsparse.search.config import SearchConfig
-from diffsparse.search.errors import BadInput
 from diffsparse.search.generate import Clip, GenerationSettings
-from diffsparse.search.inputs import Input, shortens, steps_to_ask
+from diffsparse.search.inputs import Input
 from diffsparse.search.layers import common_architecture
 from diffsparse.search.observe import Recording, call_levels, record
 from diffsparse.search.options import FamilyTable, HeadScores
+from diffsparse.search.shortened import find_asked, shortens
 from diffsparse.search.store import SearchStore
 
 __all__ = ["Probe", "Stage", "Validation", "Workspace"]
@@ -35,9 +35,6 @@ MAP_BYTES = 2.8e9
 
 #: Host memory for dense clips of validation: two of 81 frames of 720p. More are generated again for every comparison.
 MAX_CLIP_BYTES = 2**31
-
-#: How many numbers of steps are tried until enough of them run.
-TRIED_STEPS = 4
 
 
 class Stage:
@@ -368,37 +365,15 @@ class Workspace:
     def settings(self, steps: int) -> GenerationSettings:
         """Of a generation in which at least so many steps run, all else as it is searched for.
 
-        A pipeline that changes a given picture or clip only in part runs fewer steps than it is asked for, so it is
-        asked for more; how many, is found out once and kept.
+        A pipeline that leaves out first steps is asked for more; how many, is found out once and kept.
         """
         if shortens(self.pipe, self.prompts[0]) == 1:
             return self.config.settings(steps)
         if (name := f"asked/{steps}") not in self.store:
-            self.store.put_json(name, self._to_ask(steps))
+            levels = partial(call_levels, self.pipe, self.prompts[0], self.config.seed)
+            asked = find_asked(self.pipe, self.prompts[0], steps, lambda n: levels(self.config.settings(n)))
+            self.store.put_json(name, asked)
         return self.config.settings(int(self.store.get_json(name)))
-
-    def _to_ask(self, steps: int) -> int:
-        first = steps_to_ask(self.pipe, self.prompts[0], steps)
-        for asked in range(first, first + TRIED_STEPS):
-            levels = call_levels(self.pipe, self.prompts[0], self.config.seed, self.config.settings(asked))
-            if len(set(levels)) >= steps:
-                return asked
-        raise BadInput(
-            f"{type(self.pipe).__name__} ran {len(set(levels))} of {asked} steps, too few to search with; give the "
-            "inputs a larger strength"
-        )
-
-    def check_steps(self) -> None:
-        """Raises :class:`BadInput` where a pipeline that leaves out first steps runs too few to search for."""
-        if shortens(self.pipe, self.prompts[0]) == 1:
-            return
-        ran, dense = len(set(self.call_levels())), self.config.dense_steps or 0
-        if ran <= dense:
-            raise BadInput(
-                f"with this strength {type(self.pipe).__name__} runs {ran} of {self.config.steps} steps"
-                + (f", and {dense} are to be dense" if dense else "")
-                + "; ask for more steps, or give the inputs a larger strength"
-            )
 
     def call_levels(self) -> list[float]:
         """The noise level of every model call of the generation that the plan is for."""

@@ -16,8 +16,9 @@ from diffsparse.search.errors import BadInput
 from diffsparse.search.evaluate import compare, generate_dense
 from diffsparse.search.explain import explain, shape_for
 from diffsparse.search.generate import GenerationSettings, generate_clip
-from diffsparse.search.inputs import as_input, check_inputs, read_inputs, steps_to_ask
+from diffsparse.search.inputs import as_input, check_inputs, read_inputs
 from diffsparse.search.search import SearchConfig, search_plan
+from diffsparse.search.shortened import steps_to_ask
 from tests.search.conditioned import PIPELINES, write_files
 
 STEPS = 4
