@@ -21,6 +21,9 @@ from diffsparse.search.scored import CallScores
 
 __all__ = ["LayerSums", "pooled", "sum_up"]
 
+#: Block pairs that are summed up together.
+PIECE = 1024
+
 
 def sum_up(
     scores: CallScores, table: FamilyTable, levels: Sequence[torch.Tensor] = (), side: int | None = None
@@ -43,10 +46,9 @@ def sum_up(
     options = families + len(levels) * densities
     left = torch.zeros(heads, tails, options, device=error.device)
     dropped = torch.zeros(heads, options, device=error.device)
-    outside = table.dropped_pairs(error.device)
-    left[:, :, table.places] = torch.matmul(error, outside).transpose(0, 1)
-    dropped[:, table.places] = mass @ outside
     both = torch.cat([error, mass[None]])
+    sums = _long_product(both.flatten(0, 1), table.dropped_pairs(error.device)).unflatten(0, (tails + 1, heads))
+    left[:, :, table.places], dropped[:, table.places] = sums[:-1].transpose(0, 1), sums[-1]
     for scale, level in enumerate(levels):
         flat = level.reshape(heads, -1)
         sums = torch.stack([(both * (flat > i)).sum(2) for i in range(densities)], 2)  # [tails + 1, H, densities]
@@ -60,6 +62,17 @@ def sum_up(
         "true": scores.true.transpose(0, 1),
     }
     return found if side is None else found | {"pooled": pooled(scores.mass, side)}
+
+
+def _long_product(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """``rows [R, N] @ columns [N, C]`` for few rows and columns and a large N.
+
+    In pieces of N: a GPU takes such a product as one long sum on few of its multiprocessors.
+    """
+    count = rows.shape[1] // PIECE
+    whole = count * PIECE
+    pieces = rows[:, :whole].unflatten(1, (count, PIECE)).transpose(0, 1) @ columns[:whole].unflatten(0, (count, PIECE))
+    return pieces.sum(0) + rows[:, whole:] @ columns[whole:]
 
 
 def pooled(mass: torch.Tensor, side: int) -> torch.Tensor:
