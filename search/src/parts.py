@@ -84,8 +84,10 @@ class PromptSums:
         run = next(members for members in self.work.windows[window] if self._part in members)
         known = self._levels.get((layer, window))
         if known is None or known[0] != run:
-            total = self.work.maps(run[0], layer, device)
-            for part in run[1:]:
+            # A pipeline may run fewer steps than it is asked for: parts in which no step is were not written.
+            first, *others = [part for part in run if self.work.traced_in(part, layer)]
+            total = self.work.maps(first, layer, device)
+            for part in others:
                 for order, value in self.work.maps(part, layer, device).items():
                     total[order] += value
             grid = self.work.grids[layer]

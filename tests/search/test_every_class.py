@@ -91,6 +91,24 @@ def test_every_supported_class_can_be_searched(model_class: str, tmp_path: Path)
     assert summary.density == pytest.approx(plan.record["search"]["trajectory_density"], abs=0.03)
 
 
+def test_a_pipeline_that_runs_fewer_steps_than_it_is_asked_for(tmp_path: Path) -> None:
+    class Hasty(zoo.StandIn):
+        """Two steps at most."""
+
+        def __call__(
+            self,
+            prompt: str,
+            num_inference_steps: int = 2,
+            guidance_scale: float = 1.0,
+            generator: Any = None,
+            output_type: str = "latent",
+        ) -> Any:
+            return super().__call__(prompt, min(num_inference_steps, 2), guidance_scale, generator, output_type)
+
+    plan, _ = search(Hasty(CASES["flux"]), tmp_path, trace_steps=8, trace_prompts=2, steps=4)
+    assert plan.record["search"]["of_steps"] == 2
+
+
 def test_a_generation_of_two_sizes_is_refused(tmp_path: Path) -> None:
     class Growing(zoo.StandIn):
         """The second step is made on a larger grid."""
