@@ -19,9 +19,11 @@ from diffsparse.order import TokenOrder
 from diffsparse.patterns import Full
 from diffsparse.work import block_fill
 
-__all__ = ["measure_costs"]
+__all__ = ["MEASUREMENTS", "measure_costs"]
 
 DENSITIES = (0.02, 0.1, 0.3, 0.6)
+#: How often :func:`measure_costs` measures.
+MEASUREMENTS = 1 + len(TAILS) * len(DENSITIES)
 #: Random masks of a measurement; more heads than that share them.
 MASKS = 4
 
@@ -39,15 +41,20 @@ def measure_costs(
     block_size: int,
     device: torch.device,
     dtype: torch.dtype,
+    done: Callable[[], None] = lambda: None,
     seconds: float = 0.3,
 ) -> CostTable:
-    """Time dense and sparse calls on random inputs and random lists; sixteen measurements of ``seconds`` each."""
+    """Time dense and sparse calls on random inputs and random lists: :data:`MEASUREMENTS` of ``seconds`` each.
+
+    ``done`` is called after each of them.
+    """
     generator = torch.Generator(device).manual_seed(0)
     shape = (1, grid.seq_len, heads, head_dim)
     q, k, v = (torch.randn(shape, generator=generator, device=device, dtype=dtype) for _ in range(3))
     dense = _median_seconds(
         lambda: F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)), device, seconds
     )
+    done()
     share: dict[str, tuple[float, ...]] = {}
     rng = np.random.default_rng(0)
     full = build_layout(grid, [HeadEntry(order, Full())], block_size)
@@ -66,6 +73,7 @@ def measure_costs(
             every = [masks[head % len(masks)] for head in range(heads)]
             layout = build_layout(grid, entries, block_size, masks=every).to(device)
             times.append(_median_seconds(partial(sparse_attention, q, k, v, layout), device, seconds))
+            done()
         share[tail] = tuple(t / dense for t in times)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     return CostTable.of_call(name, dense, DENSITIES, share, block_fill(order, grid, block_size))

@@ -52,9 +52,16 @@ class Stage:
         self._bar.close()
 
     def update(self, count: int = 1) -> None:
-        self._bar.update(count)
-        self._done += count
-        self._on_stage(self._label, self._done, self._total)
+        """Some more parts are done; never more than there are."""
+        self.reach(self._done + count)
+
+    def reach(self, done: int) -> None:
+        """So many parts are done, if they were not before."""
+        done = min(done, self._total)
+        if done > self._done:
+            self._bar.update(done - self._done)
+            self._done = done
+            self._on_stage(self._label, done, self._total)
 
 
 @dataclass(frozen=True)
@@ -191,11 +198,15 @@ class Workspace:
         """Every head's best order."""
         return {(n, h): order for n, row in self.probe.orders.items() for h, order in enumerate(row)}
 
-    def costs(self, grid: TokenGrid, measure: Callable[[], CostTable]) -> CostTable:
+    def has_costs(self, grid: TokenGrid) -> bool:
+        return f"costs/{grid}" in self.store
+
+    def costs(self, grid: TokenGrid) -> CostTable:
         """Costs on a grid, measured once per search: a resumed one must end in the same plan."""
-        if (name := f"costs/{grid}") not in self.store:
-            self.store.put_json(name, measure().to_dict())
-        return CostTable.from_dict(self.store.get_json(name))
+        return CostTable.from_dict(self.store.get_json(f"costs/{grid}"))
+
+    def put_costs(self, grid: TokenGrid, costs: CostTable) -> None:
+        self.store.put_json(f"costs/{grid}", costs.to_dict())
 
     def machine(self, find: Callable[[], Machine]) -> Machine:
         """What kernels can do on the machine of the search, asked once per search for the same reason."""

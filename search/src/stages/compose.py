@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels.costs import CostTable
 from diffsparse.pipelines.policy import Machine, compute_dtype, machine_for
 from diffsparse.search.compose import Candidate, Composer
-from diffsparse.search.cost import measure_costs
+from diffsparse.search.cost import MEASUREMENTS, measure_costs
 from diffsparse.search.errors import BadInput
 from diffsparse.search.layers import switch_level
 from diffsparse.search.stages.sensitivity import amplification, effects, reference, reuse_factor
@@ -27,12 +25,18 @@ def layer_costs(work: Workspace) -> dict[TokenGrid, CostTable]:
     """Costs on every grid of a layer, measured where a search has not measured them yet."""
     dtype = next(work.transformer.parameters()).dtype
     shape = (work.architecture.heads, work.probe.head_dim)
-    found: dict[TokenGrid, CostTable] = {}
-    for grid in dict.fromkeys(work.grids.values()):
-        order = work.layer_orders(grid)[0]
-        measure = partial(measure_costs, grid, *shape, order, work.config.block, work.device, dtype)
-        found[grid] = work.costs(grid, measure)
-    return found
+    grids = dict.fromkeys(work.grids.values())
+    todo = [grid for grid in grids if not work.has_costs(grid)]
+    if todo:
+        with work.bar(len(todo) * MEASUREMENTS, "costs") as bar:
+            for i, grid in enumerate(todo, 1):
+                order = work.layer_orders(grid)[0]
+                work.put_costs(
+                    grid,
+                    measure_costs(grid, *shape, order, work.config.block, work.device, dtype, bar.update),
+                )
+                bar.reach(i * MEASUREMENTS)
+    return {grid: work.costs(grid) for grid in grids}
 
 
 def run_machine(work: Workspace) -> Machine:

@@ -15,13 +15,15 @@ from diffsparse.entry import TAILS
 from diffsparse.order import TokenOrder
 from diffsparse.search.call import denoisers, sizes_seen
 from diffsparse.search.errors import BadInput
-from diffsparse.search.observe import Tracer, first_step, record
+from diffsparse.search.observe import Tracer, first_step, record, watched_updates
 from diffsparse.search.workspace import Probe, Workspace
 
 __all__ = ["run_probe", "why_unseen"]
 
 #: Queries of a block that are measured in a step, for calls of fewer tokens: of more blocks fewer tell enough.
 SAMPLES = ((20_000, 12), (60_000, 6), (math.inf, 4))
+#: Steps of the generation that is looked at first.
+PROBE_STEPS = 3
 #: Seconds that the traced generations may take beside what they cost anyway, for more prompts than two.
 TRACE_SECONDS = 240.0
 #: A first model call that is shorter than this may have spent much of it on getting started.
@@ -68,7 +70,7 @@ def run_probe(work: Workspace, announce: Callable[[Probe], None]) -> Probe:
     if work.has_probe:
         announce(work.probe)
     else:
-        settings, first = work.settings(3), Tracer(work.pipe, work.config.block, work.config.seed)
+        settings, first = work.settings(PROBE_STEPS), Tracer(work.pipe, work.config.block, work.config.seed)
         on_gpu = work.device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(work.device)
@@ -105,9 +107,9 @@ def run_probe(work: Workspace, announce: Callable[[Probe], None]) -> Probe:
             screen_orders=work.layer_orders,
             screen_steps=(1, 2),
         )
-        with work.bar(1, "probe") as bar:
+        with work.bar(PROBE_STEPS, "probe") as bar, watched_updates(work.pipe, lambda _: bar.update()):
             record(work.pipe, work.prompts[0], work.config.seed, settings, tracer)
-            bar.update()
+            bar.reach(PROBE_STEPS)
         seen = [n for n in work.architecture.layers if all(n in layers for layers in tracer.steps.values())]
         if not seen:
             raise BadInput(f"no layer can be searched at every step: {why_unseen(tracer.unseen)}")

@@ -12,7 +12,7 @@ from diffsparse.plan import SparsityPlan
 from diffsparse.repair import Repair
 from diffsparse.search.compose import Candidate
 from diffsparse.search.measured import plan_digest
-from diffsparse.search.observe import final_latents
+from diffsparse.search.observe import final_latents, watched_updates
 from diffsparse.search.repair import RepairTap, fit_repair
 from diffsparse.search.stages.validate import validate
 from diffsparse.search.workspace import Workspace
@@ -67,11 +67,13 @@ def _fit(work: Workspace, plan: SparsityPlan) -> tuple[dict[str, np.ndarray], fl
     some = set(plan.schedule.phases(work.trace_levels))
     short = some >= set(range(plan.schedule.num_phases))
     settings = work.settings(config.trace_steps) if short else config.settings(config.steps)
-    with work.bar(len(runs), "repair") as bar:
+    each = config.trace_steps if short else config.steps
+    assert each is not None  # the settings are resolved
+    with work.bar(len(runs) * each, "repair") as bar, watched_updates(work.pipe, lambda _: bar.update()):
         for i, (prompt, seed) in enumerate(runs):
             tap.half = i * 2 // len(runs)
             with tap_attention(work.pipe, tap):
                 final_latents(work.pipe, work.prompts[prompt], seed, settings)
-            bar.update()
+            bar.reach((i + 1) * each)
     found, share = fit_repair(plan, tap.sums)
     return ({} if found is None else found.to_parts()), share

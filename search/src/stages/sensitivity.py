@@ -12,7 +12,7 @@ from diffsparse.entry import HeadEntry
 from diffsparse.layout import BlockLayout
 from diffsparse.pipelines import tap_attention
 from diffsparse.search.layers import layouts_by_call
-from diffsparse.search.observe import final_latents, replaying, step_effect
+from diffsparse.search.observe import final_latents, replaying, step_effect, watched_updates
 from diffsparse.search.options import FamilyTable, head_entry
 from diffsparse.search.perturb import partial_error, stale_outputs
 from diffsparse.search.trial import strides
@@ -154,15 +154,16 @@ def amplification(work: Workspace, entries: dict[str, list[HeadEntry]], output_e
     if todo:
         find = layouts_by_call(entries, work.config.block)
         settings = work.settings(work.config.trace_steps)
-        with work.bar(len(todo), "schedule") as bar:
-            for step in todo:
+        each = work.config.trace_steps
+        with work.bar(len(todo) * each, "schedule") as bar, watched_updates(work.pipe, lambda _: bar.update()):
+            for i, step in enumerate(todo, 1):
                 recording = work.dense_recording()
                 # Replayed calls make no attention call, so the first one that is counted belongs to this step.
                 inject = partial_error(find, INJECTED_SHARE, 1)
                 with replaying(work.pipe, recording, recording.first_call(step)), tap_attention(work.pipe, inject):
                     latents = final_latents(work.pipe, work.prompts[0], work.config.seed, settings)
                 work.put_injected(step, float((latents - recording.latents).double().square().sum()))
-                bar.update()
+                bar.reach(i * each)
     stride = strides(np.array(work.trace_levels))
     found = [work.injected(s) / max(INJECTED_SHARE**2 * float(output_error[s]) * stride[s] ** 2, 1e-30) for s in steps]
     return np.exp(np.interp(np.arange(work.trace_length), steps, np.log(np.maximum(found, 1e-30))))
@@ -184,10 +185,14 @@ def reuse_factor(work: Workspace, layers: np.ndarray, growth: np.ndarray, memory
     share = min(1.0, work.trace_length / len(set(work.call_levels())))
     chosen, recording = _layers_within(work, memory), work.dense_recording()
     stale, changed = stale_outputs(chosen, share, first)
-    with work.bar(1, "reuse") as bar, tap_attention(work.pipe, stale):
+    with (
+        work.bar(work.config.trace_steps, "reuse") as bar,
+        tap_attention(work.pipe, stale),
+        watched_updates(work.pipe, lambda _: bar.update()),
+    ):
         settings = work.settings(work.config.trace_steps)
         latents = final_latents(work.pipe, work.prompts[0], work.config.seed, settings)
-        bar.update()
+        bar.reach(work.config.trace_steps)
     if not changed:  # too few steps to use anything again
         return work.put_reuse_factor(1.0)
     measured = float((latents - recording.latents).double().square().sum())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from diffsparse.search.drift import DriftMeter
 from diffsparse.search.errors import BadInput
-from diffsparse.search.observe import Tracer, record
+from diffsparse.search.observe import Tracer, record, watched_updates
 from diffsparse.search.parts import PromptSums
 from diffsparse.search.stages.probe import why_unseen
 from diffsparse.search.workspace import Workspace
@@ -17,10 +17,11 @@ def run_trace(work: Workspace) -> None:
     todo = [p for p in work.traced() if not work.is_traced(p)]
     if not todo:
         return
-    with work.bar(len(todo), "trace") as bar:
-        for p in todo:
+    steps = work.config.trace_steps
+    with work.bar(len(todo) * steps, "trace") as bar, watched_updates(work.pipe, lambda _: bar.update()):
+        for i, p in enumerate(todo, 1):
             _trace(work, p)
-            bar.update()
+            bar.reach(i * steps)
 
 
 def _trace(work: Workspace, p: int) -> None:

@@ -17,6 +17,7 @@ from diffsparse.search.generate import Clip, generate_clip
 from diffsparse.search.inputs import Input
 from diffsparse.search.load import sparse_backend
 from diffsparse.search.measured import plan_digest
+from diffsparse.search.observe import watched_updates
 from diffsparse.search.workspace import Validation, Workspace
 
 __all__ = ["cases", "held_out", "validate"]
@@ -56,21 +57,27 @@ def validate(
     config, clips = work.config, cases(work)
     settings = config.settings(config.steps)
     keys = [plan_digest(candidate.plan) for candidate in candidates]
-    with work.bar(len(clips) * (1 + len(candidates)), "validate") as bar:
+    each = config.steps
+    assert each is not None  # the settings are resolved
+    with (
+        work.bar(len(clips) * (1 + len(candidates)) * each, "validate") as bar,
+        watched_updates(work.pipe, lambda _: bar.update()),
+    ):
         for i, (prompt, seed) in enumerate(clips):
             todo = [(k, c) for k, c in zip(keys, candidates, strict=True) if work.validation(i, k) is None]
-            bar.update(len(candidates) - len(todo) + (not todo))
+            begun = i * (1 + len(candidates)) + len(candidates) - len(todo) + (not todo)
+            bar.reach(begun * each)
             if todo:
                 dense = work.dense_clip(i, lambda: generate_clip(work.pipe, prompt, seed, settings))  # noqa: B023
                 _check_dense(work, dense)
-                bar.update()
-            for key, candidate in todo:
+                bar.reach((begun + 1) * each)
+            for j, (key, candidate) in enumerate(todo, 2):
                 with attached(work.pipe, candidate.plan, backend=sparse_backend(work.pipe, candidate.plan)):
                     clip = generate_clip(work.pipe, prompt, seed, settings)
                 work.put_validation(i, key, _measured(work, clip, dense))
-                bar.update()
+                bar.reach((begun + j) * each)
             if least is not None and _all_below(work, i, keys, least):
-                bar.update((len(clips) - i - 1) * (1 + len(candidates)))
+                bar.reach(len(clips) * (1 + len(candidates)) * each)
                 clips = clips[: i + 1]
                 break
     rows = {key: [row for i in range(len(clips)) if (row := work.validation(i, key)) is not None] for key in keys}
