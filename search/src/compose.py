@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
@@ -27,13 +27,13 @@ from diffsparse.search.items import Items, LayerSteps, Measurements
 from diffsparse.search.options import (
     NOTHING,
     Option,
+    errors_by_head,
     head_entry,
     is_stable,
-    prune,
     pruned,
-    reusing,
 )
 from diffsparse.search.pricing import Pricing
+from diffsparse.search.reusing import with_reuse
 from diffsparse.search.schedules import Outlook
 from diffsparse.search.trial import Trial, distinct, strides
 
@@ -158,6 +158,11 @@ class Composer:
                 done += plan.step_densities(grid, self.levels, layers) * len(layers) * self.work[layers[0]]
         return float(np.average(done / sum(self.work.values()), weights=self.calls))
 
+    @property
+    def _holds_all(self) -> bool:
+        """Whether there is room for the outputs of all heads."""
+        return self.heads * sum(self.bytes.values()) <= self.memory
+
     def holds_at(self, members: list[int]) -> list[Hold]:
         """The ways to use outputs again in a phase of these steps."""
         return holds_for(self.levels[members].tolist()) if self.memory > 0 else []
@@ -168,20 +173,18 @@ class Composer:
         steps = [trial.members(phase) for phase in range(trial.phases)]
         holds = [self.holds_at(members) for members in steps]
         for j, layer in enumerate(self.layers):
-            for head in range(self.heads):
-                table = self.search.table(self.grids[layer], self.orders[layer, head])
+            weights = [self._weights(members, push, j) for members in steps]
+            every = [self.search.layer_scores(layer, each) for each in weights]
+            tables = [self.search.table(self.grids[layer], self.orders[layer, head]) for head in range(self.heads)]
+            errors_of = [errors_by_head(tables, scores) for scores in every]
+            for head, table in enumerate(tables):
                 drift = self.search.drift(layer, head) if self.memory > 0 else np.zeros(0)
+                cost = partial(self.pricing.cost, layer=layer, order=table.order)
                 for phase, members in enumerate(steps):
-                    weights: dict[int, float] = {}
-                    for i in members:
-                        traced = int(self.bins[i])
-                        weights[traced] = weights.get(traced, 0.0) + float(push[i] * self.effects[traced, j])
-                    scores = self.search.scores(layer, head, weights)
+                    scores, told = every[phase][head], errors_of[phase][head]
                     stable = is_stable(scores, table)
                     if not stable:
                         found.unstable.add((layer, head))
-                    cost = partial(self.pricing.cost, layer=layer, order=table.order)
-                    told = table.errors(scores)
                     may = np.flatnonzero(~table.is_measured | stable)
                     kept = may[pruned(told[may], self.pricing.of_table(table, layer)[may])]
                     options = [replace(table.options[i], error=float(told[i])) for i in kept]
@@ -189,7 +192,9 @@ class Composer:
                     if holds[phase]:
                         bins = self.bins[members]
                         late = self.reuse_factor * push[members] * self.effects[bins, j] * drift[bins]
-                        options, errors, prices = self._reusing(options, cost, holds[phase], members, late)
+                        options, errors, prices = with_reuse(
+                            options, cost, holds[phase], self.calls[members], late, self._holds_all
+                        )
                     found.options.append(options)
                     found.per_call.append(np.array([cost(o) for o in options]))
                     found.bytes.append(np.array([self.bytes[layer] * (o.reuse > 0) for o in options]))
@@ -197,36 +202,16 @@ class Composer:
                     found.whole.append(int(self.calls[members].sum()) * self.weight[layer])
                     found.prices.append(prices * found.whole[-1])
                     found.scores.append(scores)
-                    found.weights.append(weights)
+                    found.weights.append(weights[phase])
         return found
 
-    def _reusing(
-        self,
-        options: list[Option],
-        cost: Callable[[Option], float],
-        holds: list[Hold],
-        members: list[int],
-        late: np.ndarray,
-    ) -> tuple[list[Option], np.ndarray, np.ndarray]:
-        """Those options, and the same with outputs that are used again, with errors and prices over a phase's calls.
-
-        ``late``: squared error of an output at each step, per squared fall of the noise level since it was computed.
-        """
-        calls = self.calls[members]
-        share = {hold.reuse: float(calls[list(hold.computed)].sum() / calls.sum()) for hold in holds}
-        late = np.where(np.isfinite(late), late, 1e300)
-        errors = {hold.reuse: float(np.sum(late[hold.since > 0] * hold.since[hold.since > 0] ** 2)) for hold in holds}
-
-        def price(option: Option) -> float:
-            return cost(option) * share.get(option.reuse, 1.0)
-
-        more = reusing(options, errors)
-        if self.heads * sum(self.bytes.values()) <= self.memory:
-            return prune(options + more, price)
-        # There may be no room for all that would be best, so that no other option is left aside for it.
-        more = prune(more, price)[0]
-        both = sorted(options + more, key=lambda o: (price(o), o.error))
-        return both, np.array([o.error for o in both]), np.array([price(o) for o in both])
+    def _weights(self, members: list[int], push: np.ndarray, j: int) -> dict[int, float]:
+        """Of the traced steps, in a phase of these steps, for errors of layer ``j``."""
+        found: dict[int, float] = {}
+        for i in members:
+            traced = int(self.bins[i])
+            found[traced] = found.get(traced, 0.0) + float(push[i] * self.effects[traced, j])
+        return found
 
     def least(self) -> float:
         """The share of a plan in which every head attends to something, as cheaply as it can.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -24,12 +24,12 @@ __all__ = [
     "HeadScores",
     "Option",
     "by_place",
+    "errors_by_head",
     "head_entry",
     "head_options",
     "is_stable",
     "prune",
     "pruned",
-    "reusing",
 ]
 
 #: Of the mask that tells whether a head's masks carry over.
@@ -74,13 +74,34 @@ class HeadScores:
 
     def corrected(self, tail: int, errors: np.ndarray) -> np.ndarray:
         """The errors to expect where the dropped blocks' scores add up to ``errors``."""
-        errors = np.maximum(errors, 0.0)
-        known = (self.summed[tail] > 0) & (self.true[tail] > 0)
-        if not known.any():
-            return errors
-        x, y = self.summed[tail][known][::-1], self.true[tail][known][::-1]
-        logs = np.log(np.where(errors > 0, errors, x[0]))
-        return np.asarray(errors * np.exp(np.interp(logs, np.log(x), np.log(y / x))))
+        return _corrected(errors[None], self.summed[tail][None], self.true[tail][None])[0]
+
+
+def _corrected(errors: np.ndarray, summed: np.ndarray, true: np.ndarray) -> np.ndarray:
+    """``errors [heads, N]`` by each head's ``summed`` and ``true [heads, L]``, which fall with ``L``.
+
+    What is true of a sum is interpolated between the sums that it was measured for, all of them by their logarithms.
+    """
+    errors = np.maximum(errors, 0.0)
+    known = (summed > 0) & (true > 0)
+    found = errors.copy()
+    # Heads of which some sums are nothing are few, and have knots of their own.
+    for head in np.flatnonzero(~known.all(1) & known.any(1)):
+        x, y = summed[head, known[head]], true[head, known[head]]
+        found[head] = _corrected(errors[head][None], x[None], y[None])[0] if len(x) < summed.shape[1] else errors[head]
+    whole = np.flatnonzero(known.all(1))
+    if not len(whole):
+        return found
+    e, x, y = errors[whole], np.log(summed[whole])[:, ::-1], np.log(true[whole] / summed[whole])[:, ::-1]
+    logs = np.log(np.where(e > 0, e, 1.0))
+    if x.shape[1] == 1:
+        found[whole] = e * np.exp(y)
+        return found
+    right = np.clip((logs[:, :, None] >= x[:, None]).sum(2), 1, x.shape[1] - 1)
+    (x0, x1), (y0, y1) = ((np.take_along_axis(k, right - 1, 1), np.take_along_axis(k, right, 1)) for k in (x, y))
+    at = np.clip((logs - x0) / np.where(x1 > x0, x1 - x0, 1.0), 0, 1)
+    found[whole] = e * np.exp(y0 + at * (y1 - y0))
+    return found
 
 
 class FamilyTable:
@@ -154,14 +175,17 @@ class FamilyTable:
         """Which of the options are measured masks: bool ``[options]``."""
         return np.array([option.kind == "bitmap" for option in self.options])
 
-    def errors(self, scores: HeadScores) -> np.ndarray:
-        """Of a head's options, float ``[options]``."""
+    def errors(self, scores: Sequence[HeadScores]) -> np.ndarray:
+        """Of some heads' options, float ``[heads, options]``."""
         tails, places = self.columns
-        found = np.empty(len(self.options))
-        found[:2] = 0.0, scores.energy
+        found = np.zeros((len(scores), len(self.options)))
+        found[:, 1] = [head.energy for head in scores]
         for tail in range(len(TAILS)):
             which = np.flatnonzero(tails == tail)
-            found[2 + which] = scores.corrected(tail, scores.left[tail, places[which]])
+            left, summed, true = (
+                np.stack([getattr(head, name)[tail] for head in scores]) for name in ("left", "summed", "true")
+            )
+            found[:, 2 + which] = _corrected(left[:, places[which]], summed, true)
         return found
 
     def place(self, option: Option) -> int:
@@ -169,6 +193,16 @@ class FamilyTable:
         if option.kind == "bitmap":
             return self.num_families + BITMAP_DENSITIES.index(option.density)
         return next(at for at, pattern in zip(self.places, self.patterns, strict=True) if pattern == option.pattern)
+
+
+def errors_by_head(tables: Sequence[FamilyTable], scores: Sequence[HeadScores]) -> list[np.ndarray]:
+    """Of the options of some heads, each with its own table; those with the same one at once."""
+    found: list[np.ndarray] = [np.empty(0)] * len(tables)
+    for table in dict.fromkeys(tables):
+        heads = [i for i, own in enumerate(tables) if own is table]
+        for i, errors in zip(heads, table.errors([scores[i] for i in heads]), strict=True):
+            found[i] = errors
+    return found
 
 
 def is_stable(scores: HeadScores, table: FamilyTable) -> bool:
@@ -187,7 +221,7 @@ def is_stable(scores: HeadScores, table: FamilyTable) -> bool:
 
 def head_options(scores: HeadScores, table: FamilyTable, *, bitmaps: bool) -> list[Option]:
     """All options of one head: dense, skip, measured masks and the families, with each tail."""
-    told = zip(table.options, table.errors(scores).tolist(), strict=True)
+    told = zip(table.options, table.errors([scores])[0].tolist(), strict=True)
     return [replace(option, error=error) for option, error in told if bitmaps or option.kind != "bitmap"]
 
 
@@ -215,20 +249,6 @@ def pruned(errors: np.ndarray, prices: np.ndarray) -> np.ndarray:
     order = np.lexsort((errors, prices))
     before = np.concatenate([[np.inf], np.minimum.accumulate(errors[order])[:-1]])
     return np.asarray(order[errors[order] < before])
-
-
-def reusing(options: list[Option], late: Mapping[float, float]) -> list[Option]:
-    """Each option with every way to use its outputs again. ``late``: the error of each ``reuse`` by itself.
-
-    What a sparse call gets wrong and what changes until a later step are taken to have nothing to do with each other,
-    so that their squares add up.
-    """
-    return [
-        replace(option, error=option.error + error, reuse=reuse)
-        for option in options
-        if option.kind != "skip"
-        for reuse, error in late.items()
-    ]
 
 
 def work_density(option: Option, grid: TokenGrid, blocks: int) -> float:

@@ -70,6 +70,9 @@ class Scores:
         sums = error.sum((1, 2))[:, None] * (1 - np.array(LADDER))
         return head_scores(error, self.table(GRID, TILE), float(3 * error.sum()), sums, 1.5 * sums)
 
+    def layer_scores(self, layer: str, weights: Mapping[int, float]) -> list[HeadScores]:
+        return [self.scores(layer, head, weights) for head in range(self.architecture.heads)]
+
     def value(self, layer: str, head: int, weights: Mapping[int, float]) -> np.ndarray:
         """What pairs of blocks are worth: their errors with the mean tail."""
         return np.asarray(self._mixed(layer, head, weights)[1])

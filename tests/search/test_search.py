@@ -288,6 +288,11 @@ def test_correction_follows_the_measured_errors() -> None:
     assert 20 < found[0] < 80 and found[1:].tolist() == pytest.approx([0.5, 0.0, 0.0])
     unknown = HeadScores(np.zeros((3, 4)), 1.0, np.zeros((3, 2)), np.zeros((3, 2)))
     assert unknown.corrected(0, np.array([2.0])) == 2.0
+    # What was measured for a mask without any score says nothing.
+    some = HeadScores(np.zeros((3, 4)), 1.0, np.array([[8.0, 4.0, 0.0]] * 3), np.array([[80.0, 20.0, 1.0]] * 3))
+    assert some.corrected(0, np.array([8.0, 4.0, 1.0])) == pytest.approx([80.0, 20.0, 5.0])
+    single = HeadScores(np.zeros((3, 4)), 1.0, np.array([[2.0]] * 3), np.array([[6.0]] * 3))
+    assert single.corrected(0, np.array([1.0, 0.0])) == pytest.approx([3.0, 0.0])
 
 
 def test_a_head_that_follows_the_prompt_is_unstable() -> None:

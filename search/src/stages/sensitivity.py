@@ -85,7 +85,7 @@ def reference(work: Workspace) -> tuple[dict[str, list[HeadEntry]], np.ndarray]:
             steps = [work.scores(layer, head, {s: 1.0}) for s in range(work.trace_length)]
             options = _reference_options(table)
             # [steps, tails]; a step counts by what it leaves of its output
-            left = np.array([table.errors(scores)[options] for scores in steps])
+            left = table.errors(steps)[:, options]
             energy = np.maximum([scores.energy for scores in steps], 1e-30)
             best = int((left / energy[:, None]).sum(0).argmin())
             predicted[:, j] += left[:, best]
