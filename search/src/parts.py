@@ -64,8 +64,8 @@ class PromptSums:
             levels = [levels_of(value, table.device_weight(value.device))] * len(windows)
         elif self._done[layer]:
             levels = [self._made_before(layer, window, value.device)[order].to(value.device) for window in windows]
-        else:
-            levels = [torch.full_like(value, 255, dtype=torch.uint8)] * len(windows)
+        else:  # nothing is left of this prompt by masks, which says nothing about them and is not counted (`judged`)
+            levels = [torch.zeros_like(value, dtype=torch.uint8)] * len(windows)
         side = self.work.side if self.prompt == 0 else None
         sums = self._sums.setdefault((step, layer), LayerSums(self.work.architecture.heads))
         sums.add(heads, sum_up(scores, table, levels, side), items)
@@ -86,9 +86,9 @@ class PromptSums:
         if known is None or known[0] != run:
             # A pipeline may run fewer steps than it is asked for: parts in which no step is were not written.
             first, *others = [part for part in run if self.work.traced_in(part, layer)]
-            total = self.work.maps(first, layer, device)
+            total = self.work.maps(first, layer, self.prompt, device)
             for part in others:
-                for order, value in self.work.maps(part, layer, device).items():
+                for order, value in self.work.maps(part, layer, self.prompt, device).items():
                     total[order] += value
             grid = self.work.grids[layer]
             levels = {o: levels_of(v, self.work.table(grid, o).device_weight(device)).cpu() for o, v in total.items()}
@@ -119,7 +119,7 @@ class PromptSums:
             judged += int(old["judged"])
             first = {name: old[name] for name in OF_THE_FIRST}
             new = {name: array + old[name] for name, array in new.items() if name not in OF_THE_FIRST} | first
-            for order, value in self.work.maps(self._part, layer, device).items():
+            for order, value in self.work.maps(self._part, layer, self.prompt, device).items():
                 maps[order] += value
         counts = {"prompts": np.array(self._done[layer] + 1), "judged": np.array(judged)}
         self.work.put_part(self._part, layer, new | counts, maps)

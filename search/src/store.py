@@ -161,6 +161,11 @@ class SearchStore:
         except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise self._damaged(f"{name} cannot be read") from error
 
+    def remove(self, prefix: str) -> None:
+        """Delete all values whose names begin so; what they took is there for others."""
+        with self._errors(), self._db:
+            self._db.execute("DELETE FROM item WHERE substr(name, 1, ?) = ?", (len(prefix), prefix))
+
     def names(self, prefix: str = "") -> list[str]:
         with self._errors():
             rows = self._db.execute("SELECT name FROM item WHERE name LIKE ? ORDER BY name", (prefix + "%",))

@@ -20,8 +20,9 @@ from diffsparse.search.store import SearchStore
 
 __all__ = ["StoredScores"]
 
-#: Bytes of all maps that measured masks are made from. Where they would be more, steps share one.
-MAP_BYTES = 2.8e9
+#: Bytes of all maps that measured masks are made from. Where they would be more, steps share one. While a prompt is
+#: traced there are those of the prompts before as well.
+MAP_BYTES = 1.95e9
 
 
 class StoredScores:
@@ -44,6 +45,11 @@ class StoredScores:
     @property
     def head_orders(self) -> dict[str, tuple[TokenOrder, ...]]:
         """Those layers' orders, by head."""
+        raise NotImplementedError
+
+    @property
+    def prompts_traced(self) -> int:
+        """How many prompts are traced."""
         raise NotImplementedError
 
     @property
@@ -95,9 +101,15 @@ class StoredScores:
         """Sums over prompts, ``[steps of the part, heads, ...]`` each: :class:`~diffsparse.search.tally.LayerSums`."""
         return self.store.get_arrays(f"sums/{part}/{layer}")
 
-    def maps(self, part: int, layer: str, device: torch.device | str = "cpu") -> dict[TokenOrder, torch.Tensor]:
-        """What pairs of blocks are worth in a part, by the order of the heads: float32 ``[heads, NB, NB]`` each."""
-        arrays = self.store.get_arrays(f"map/{part}/{layer}")
+    def maps(
+        self, part: int, layer: str, prompts: int, device: torch.device | str = "cpu"
+    ) -> dict[TokenOrder, torch.Tensor]:
+        """What pairs of blocks are worth in a part, by the order of the heads: float32 ``[heads, NB, NB]`` each.
+
+        ``prompts``: of the first so many. Those of one fewer are kept until the last one is traced: its masks are made
+        from them, also where a search goes on in the middle of it.
+        """
+        arrays = self.store.get_arrays(f"map/{prompts}/{part}/{layer}")
         orders = dict.fromkeys(self.head_orders[layer])
         return {order: from_codes(arrays[f"codes{i}"], arrays[f"peak{i}"], device) for i, order in enumerate(orders)}
 
@@ -111,11 +123,11 @@ class StoredScores:
     def put_part(
         self, part: int, layer: str, sums: dict[str, np.ndarray], maps: dict[TokenOrder, torch.Tensor]
     ) -> None:
-        """The sums of a part and its maps (:meth:`maps`), both or neither."""
+        """The sums of a part and its maps (:meth:`maps`) of as many prompts, both or neither."""
         codes: dict[str, np.ndarray] = {}
         for i, order in enumerate(dict.fromkeys(self.head_orders[layer])):
             codes[f"codes{i}"], codes[f"peak{i}"] = to_codes(maps[order])
-        self.store.put_all({f"sums/{part}/{layer}": sums, f"map/{part}/{layer}": codes})
+        self.store.put_all({f"sums/{part}/{layer}": sums, f"map/{int(sums['prompts'])}/{part}/{layer}": codes})
 
     def _means(self, layer: str) -> dict[str, np.ndarray]:
         """A layer's sums of all traced steps, ``[steps, heads, ...]``, as means over prompts."""
@@ -174,7 +186,7 @@ class StoredScores:
             self._held = layer, {}
         held = self._held[1]
         if part not in held:
-            held[part] = self.maps(part, layer)
+            held[part] = self.maps(part, layer, self.prompts_traced)
         return held[part]
 
     def drift(self, layer: str, head: int) -> np.ndarray:

@@ -218,6 +218,11 @@ class Workspace(StoredScores):
         """Numbers of the prompts that are traced."""
         return list(range(min(self.probe.prompts, len(self.prompts))))
 
+    @property
+    def prompts_traced(self) -> int:
+        """How many prompts are traced, when they are."""
+        return len(self.traced())
+
     def is_traced(self, prompt: int) -> bool:
         return f"trace/{prompt}/levels" in self.store
 
@@ -225,6 +230,7 @@ class Workspace(StoredScores):
         """A prompt is traced when this is there: noise levels of its steps, and the transformers that ran in each."""
         self.store.put_json(f"trace/{prompt}/parts", [sorted(names) for names in parts])
         self.store.put_json(f"trace/{prompt}/levels", list(levels))
+        self.store.remove(f"map/{prompt}/")
 
     @property
     def trace_levels(self) -> list[float]:

@@ -75,12 +75,16 @@ def search_command(
         int | None,
         typer.Option(
             "--trace-prompts",
-            help="Prompts to measure attention on: more make masks carry over better.  [default: 4 on a GPU, else 2]",
+            help="Prompts to measure attention on: more make masks carry over better.  "
+            "[default: 2; 4 on a GPU where that takes minutes]",
         ),
     ] = None,
     samples: Annotated[
         int | None,
-        typer.Option("--samples", help="Queries measured of every block of queries.  [default: 12 on a GPU, else 4]"),
+        typer.Option(
+            "--samples",
+            help="Queries measured of every block of queries.  [default: 4; 12 on a GPU, fewer of more than 20,000 tokens]",
+        ),
     ] = None,
     repair: Annotated[
         bool,
