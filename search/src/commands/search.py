@@ -83,7 +83,7 @@ def search_command(
         int | None,
         typer.Option(
             "--samples",
-            help="Queries measured of every block of queries.  [default: 4; 12 on a GPU, fewer of more than 20,000 tokens]",
+            help="Queries measured of every block of queries.  [default: 4; 12 on a GPU, fewer above 20,000 tokens]",
         ),
     ] = None,
     repair: Annotated[
