@@ -24,14 +24,7 @@ from diffsparse.search.curves import head_curves
 from diffsparse.search.drift import Hold, holds_for
 from diffsparse.search.errors import BadInput
 from diffsparse.search.items import Items, LayerSteps, Measurements
-from diffsparse.search.options import (
-    NOTHING,
-    Option,
-    errors_by_head,
-    head_entry,
-    is_stable,
-    pruned,
-)
+from diffsparse.search.options import NOTHING, Option, errors_by_head, head_entry, is_stable, pruned
 from diffsparse.search.pricing import Pricing
 from diffsparse.search.reusing import with_reuse
 from diffsparse.search.schedules import Outlook
