@@ -164,7 +164,8 @@ class CostTable:
             share = {tail: rows[0] for tail, rows in self.ratio.items()}
             told = {"device": self.device, "dense_seconds": self.dense_seconds, "densities": self.densities}
             return {**told, "share": share, "fill": self.fill}
-        return {name: value for name, value in asdict(self).items() if name not in ("dense_seconds", "fill")}
+        left_out = {"dense_seconds", "fill"} | ({"way"} if not self.way else set())
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> CostTable:
