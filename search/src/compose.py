@@ -39,7 +39,9 @@ PHASE_GAIN = 0.05
 # Whole-trajectory densities are kept this far below the wanted one: borders of blocks and short ones round up.
 DENSITY_MARGIN = 0.002
 # What is over all the same is taken off the budget, and the assignment made again, this many times at most.
-_TRIES = 4
+_TRIES = 6
+# By at least this share: masks have whole blocks.
+LEAST_STEP = 0.001
 # Plans with one phase only tell about how good others with the same dense steps will be, so that a few are made.
 LEAST_TRIED = 3
 # Numbers of dense steps whose predicted error is at most this many times the least are worth a generation.
@@ -299,7 +301,9 @@ class Composer:
             excess = self.trajectory_density(plan) - (self.config.density or 1.0)
             if excess <= 0:
                 break
-            room = max(room - 1.5 * excess * self.attention(), sum(float(p.min()) for p in items.prices))
+            room = max(
+                room - max(1.5 * excess, LEAST_STEP) * self.attention(), sum(float(p.min()) for p in items.prices)
+            )
         plan.record["search"] = {
             "dense_steps": len(trial.dense),
             "dense_at": trial.dense,

@@ -146,18 +146,25 @@ class StoredScores:
             self._known[layer] = found
         return self._known[layer]
 
-    def scores(self, layer: str, head: int, weights: Mapping[int, float]) -> HeadScores:
-        """Scores of a head over the traced steps in ``weights``, each with its weight."""
-        return self.layer_scores(layer, weights)[head]
+    def scores(
+        self, layer: str, head: int, weights: Mapping[int, float], masked: Sequence[int] | None = None
+    ) -> HeadScores:
+        """Scores of a head over the traced steps in ``weights``, each with its weight.
 
-    def layer_scores(self, layer: str, weights: Mapping[int, float]) -> list[HeadScores]:
+        ``masked``: the steps that share a measured mask; None: those steps.
+        """
+        return self.layer_scores(layer, weights, masked)[head]
+
+    def layer_scores(
+        self, layer: str, weights: Mapping[int, float], masked: Sequence[int] | None = None
+    ) -> list[HeadScores]:
         """Those of all heads of a layer."""
         steps, share = list(weights), np.array(list(weights.values()))
         means = self._means(layer)
         left, energy, summed, true = (
             np.tensordot(share, means[name][steps], 1) for name in ("left", "energy", "summed", "true")
         )
-        left = self._resolved(left, layer, steps)
+        left = self._resolved(left, layer, steps if masked is None else masked)
         return [HeadScores(left[h], float(energy[h]), summed[h], true[h]) for h in range(len(energy))]
 
     def _resolved(self, found: np.ndarray, layer: str, steps: Sequence[int]) -> np.ndarray:

@@ -107,6 +107,11 @@ def test_masks_are_judged_on_a_prompt_that_they_were_not_made_from(work: Workspa
             for place, mask in zip(table.places, table.masks, strict=True):
                 left = sum((mean_error(work, p, step, head) * ~mask).sum((1, 2)) / 2 for p in (0, 1) for step in steps)
                 assert found.left[:, place] == pytest.approx(left, rel=CODED, abs=CODED)
+        # A step by itself, with the mask that all steps share.
+        mask = mask_at(sum(made_from.values()), table.weight, BITMAP_DENSITIES[9])
+        left = (mean_error(work, 1, 3, head) * ~mask).sum((1, 2))
+        found = work.scores(LAYER, head, {3: 1.0}, range(STEPS))
+        assert found.left[:, table.num_families + 9] == pytest.approx(left, rel=CODED)
         # A plan's mask is made from both prompts.
         both = sum(mean_error(work, p, 2, head)[tails[head]] for p in (0, 1))
         assert work.value(LAYER, head, {2: 1.0}) == pytest.approx(both, rel=CODED)

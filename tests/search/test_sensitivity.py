@@ -48,7 +48,7 @@ def test_groups_say_what_their_layers_say(repo_root: Path, tmp_path: Path, monke
     )
     prompts = load.read_prompts(repo_root / "examples" / "tiny_wan" / "prompts" / "calibration.txt")
     config = SearchConfig(
-        density=0.5, height=64, width=64, num_frames=9, steps=8, trace_prompts=1, validation_prompts=0, repair=False
+        density=0.5, height=64, width=64, num_frames=9, steps=8, trace_prompts=2, validation_prompts=0, repair=False
     ).resolved(pipe)
     search_plan(pipe, prompts, config, tmp_path, progress=False)
     found = []
