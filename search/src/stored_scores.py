@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -25,7 +26,7 @@ __all__ = ["StoredScores"]
 MAP_BYTES = 1.95e9
 
 
-class StoredScores:
+class StoredScores(ABC):
     """Writes and reads them, for one search. What else it has to know is the workspace's."""
 
     config: SearchConfig
@@ -38,24 +39,24 @@ class StoredScores:
         self._held: tuple[str, dict[int, dict[TokenOrder, torch.Tensor]]] = "", {}
 
     @property
+    @abstractmethod
     def grids(self) -> dict[str, TokenGrid]:
         """The grid of every layer that is searched, in the model's order."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def head_orders(self) -> dict[str, tuple[TokenOrder, ...]]:
         """Those layers' orders, by head."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def prompts_traced(self) -> int:
         """How many prompts are traced."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def trace_length(self) -> int:
         """How many steps were traced."""
-        raise NotImplementedError
 
     @cached_property
     def side(self) -> int:

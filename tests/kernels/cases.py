@@ -138,7 +138,9 @@ def kernel_isas() -> tuple[str, ...]:
 def use_kernel(monkeypatch: pytest.MonkeyPatch, isa: str | None = None) -> None:
     """Let calls run in the compiled kernel: for ``isa``, else for what the environment asks for, else for the best."""
     if not kernel_isas():
-        pytest.skip("no C compiler")
+        pytest.skip(
+            "there is no C compiler ($CC, cc, gcc or clang) to compile the kernel with; calls run through torch"
+        )
     monkeypatch.delenv(SWITCH, raising=False)
     monkeypatch.setenv(ISA_SWITCH, isa or os.environ.get(ISA_SWITCH) or kernel_isas()[0])
 

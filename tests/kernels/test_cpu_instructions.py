@@ -17,7 +17,7 @@ from diffsparse.kernels.backends.cpu.compiler import SWITCH, compile_with
 from diffsparse.kernels.backends.cpu.instructions import ISA_SWITCH, Kernel, find_kernel
 from tests.kernels.cases import MIXED, inputs, kernel_isas, random_layout
 
-needs_compiler = pytest.mark.skipif(not kernel_isas(), reason="no C compiler")
+needs_compiler = pytest.mark.skipif(not kernel_isas(), reason="there is no C compiler ($CC, cc, gcc or clang)")
 posix = pytest.mark.skipif(os.name != "posix", reason="a shell script stands for the compiler")
 GRID = TokenGrid(1, 9, 13)
 

@@ -59,7 +59,8 @@ class Scores:
         rng = np.random.default_rng([j, head, step])
         n = len(self.table(GRID, TILE).weight)
         near = np.exp(-abs(np.arange(n)[:, None] - np.arange(n)) / (1 + 2 * j + head))
-        return np.stack([near * rng.random((n, n)) / (1 + t) for t in range(len(TAILS))]) * (not silent)
+        noise = rng.random((n, n))  # what a pair is worth without a tail it is mostly worth with one, too
+        return np.stack([near * noise / (1 + t) for t in range(len(TAILS))]) * (not silent)
 
     def head(self, layer: str, head: int, step: int) -> HeadScores:
         """Of one traced step."""

@@ -72,7 +72,8 @@ def test_an_options_work_is_that_of_its_entry(grid: TokenGrid, order: TokenOrder
             head_work(head_entry(option, lambda: error[1], known), grid, 64),
         )
         # Where blocks have different lengths, a mask of as much work may have a few pairs more.
-        off = 0.06 if option.kind == "bitmap" else 1e-12
+        ragged = len(set(known.weight.ravel().tolist())) > 1
+        off = 0.06 if option.kind == "bitmap" and ragged else 1e-12
         assert told.blocks == pytest.approx(real.blocks, abs=off) or option.kind == "skip"
         assert (told.tail, told.skipped, told.numerics) == (real.tail, real.skipped, real.numerics)
         assert told.gathered == real.gathered or option.kind == "skip"
