@@ -77,7 +77,7 @@ def search_plan(
         points: plans that are validated on the way to a target, at most; 4 where not given.
         validate: clips that plans are validated on, of inputs that were not measured; 2 for a target, else 1.
         candidates: plans among which they choose, under one budget; 3, and 1 for a target.
-        trace_prompts: how many inputs attention is measured on; 4 on a GPU, else 2.
+        trace_prompts: how many inputs attention is measured on; up to 8 on a GPU, by what that takes, else 2.
         trace_steps: steps of the generations that are measured.
         samples: queries that are measured of every block of queries; 12 on a GPU, else 4.
         dense_steps: fixes the number of dense first steps, which the search chooses otherwise.

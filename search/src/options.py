@@ -64,7 +64,7 @@ class HeadScores:
 
     ``left``: float ``[tails, options]``, sums of the scores of what each option of a :class:`FamilyTable` drops.
     ``energy``: the error of leaving the head out. ``summed``, ``true``: float ``[tails, L]``, sums of dropped blocks'
-    scores and the errors measured for them (:class:`~diffsparse.search.score.CallScores`).
+    scores and the errors measured for them, without or with a repair (:class:`~diffsparse.search.score.CallScores`).
     """
 
     left: np.ndarray

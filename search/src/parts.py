@@ -17,7 +17,7 @@ from diffsparse.search.workspace import Workspace
 __all__ = ["PromptSums"]
 
 #: What only the first prompt is measured for.
-OF_THE_FIRST = ("summed", "true", "pooled")
+OF_THE_FIRST = ("summed", "true", "repaired", "pooled")
 
 
 class PromptSums:

@@ -10,7 +10,8 @@ are first taken through the head's slice of the output projection, so scores of 
 
 Scores of blocks add up only while little is dropped: what many blocks leave out points the same way, and the softmax is
 normalised over less. So the true error of masks of a few sizes is measured beside their summed scores; their ratio
-corrects a sum of scores where it is used.
+corrects a sum of scores where it is used. A plan's repair takes away a part of that error, another one for every mask
+and head, which is estimated from the same queries.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ def score_call(
 
     q, k, v: ``[B, S, H, D]``. Items of the batch share the samples (each has at least one), and scores are the mean
     over them. ``key_mask``: bool ``[B, S]``, or ``[S]`` for all items, False where a key is padding. ``heads``: score
-    these heads only. ``ladder``: measure the true errors of masks too; else they and their sums are 0. Nothing of the
+    these heads only. ``ladder``: measure the true errors of masks too, and what a repair leaves of them; else these and
+    their sums are 0. Nothing of the
     size ``S x S`` is ever held, and nothing that grows with ``B``.
     """
     heads = list(range(q.shape[2])) if heads is None else heads
@@ -66,7 +68,7 @@ def score_call(
     mass = torch.zeros(len(heads), blocks, blocks, device=q.device)
     energy = torch.zeros(len(heads), device=q.device)
     summed = torch.zeros(len(TAILS), len(heads), len(LADDER), device=q.device)
-    found = CallScores(error, mass, energy, summed, torch.zeros_like(summed))
+    found = CallScores(error, mass, energy, summed, torch.zeros_like(summed), torch.zeros_like(summed))
     # Kernels and torch draw alike, and add up the same.
     add_item = score_plain.add_item if no_rows_kernel(q) is not None else score_rows.add_item
     masks = None if key_mask is None else torch.atleast_2d(key_mask).expand(batch, -1)
@@ -88,6 +90,6 @@ def score_call(
     # Guidance makes u + s (c - u) of a prompt's output c and the negative one's u: the errors of both pass into it,
     # times s and s - 1. These weights are nearly alike for the usual scales, and how much of a layer's error passes on
     # is measured afterwards; so both items count the same, with their errors as they are.
-    for part in (found.error, found.mass, found.energy, found.summed, found.true):
+    for part in (found.error, found.mass, found.energy, found.summed, found.true, found.repaired):
         part /= batch
     return found

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from diffsparse.entry import TAILS
 from diffsparse.kernels.summaries import half_lengths, summarize, summarize_halves
+from diffsparse.search.leave_one_out import repaired_error
 from diffsparse.search.scored import CHUNK_BYTES, LADDER, BlockIndex, CallScores, sample_queries, sample_text
 
 __all__ = ["add_item"]
@@ -47,6 +49,8 @@ def add_item(
         assert variance is not None
         half_keys, half_values = summarize_halves(block_keys, block_values, length)
         summary = (mean_value, *half_values)
+        outputs: list[torch.Tensor] = []
+        masked: list[list[torch.Tensor]] = [[] for _ in TAILS]
         for lo in range(0, blocks, rows):
             tokens = query_tokens[lo : lo + rows]
             queries = q[tokens.reshape(-1), head].float() * scale
@@ -70,6 +74,7 @@ def add_item(
             # In the order of entry.TAILS: weights, each with the place of its value in the summary.
             tails: list[list[tuple[torch.Tensor, int]]] = [[], [(first, 0)], [(second, 0)], [*zip(halves, (1, 2))]]
             share = length[lo : lo + rows] / samples
+            outputs.append(output)
             # What text tokens add, which are never dropped; without text nothing but rounding errors is left over.
             z_rest = 1 - z.sum(1)
             z_rest = torch.where(z_rest > 1e-5, z_rest, 0.0)
@@ -92,8 +97,15 @@ def add_item(
                 off = (left - output[:, None]).square().sum(-1).view(len(tokens), samples, -1).sum(1)
                 found.true[tail, i] += (off * share[:, None]).sum(0)
                 found.summed[tail, i] += ((d[:, None] * ~kept).sum(-1) * share[:, None]).sum(0)
+                masked[tail].append(left)
             found.mass[i, lo : lo + rows] += z.view(len(tokens), samples, blocks).mean(1)
             found.energy[i] += (o_norm.view(len(tokens), samples).sum(1) * share).sum()
+        if ladder:
+            every, stands = torch.cat(outputs), (length / samples).repeat_interleave(samples)
+            for tail, parts_of in enumerate(masked):
+                left = torch.cat(parts_of).transpose(0, 1)  # [ladder, queries, D]
+                whole = (every - left).square().sum(-1) @ stands
+                found.repaired[tail, i] += torch.minimum(repaired_error(left, every) @ stands, whole)
         for part in text.split(rows * samples):
             logits = (q[part, head].float() * scale) @ keys.T
             if key_mask is not None:

@@ -6,6 +6,7 @@ import torch
 
 from diffsparse.entry import TAILS
 from diffsparse.kernels.rows import attend_rows, block_errors, plain
+from diffsparse.search.leave_one_out import repaired_error
 from diffsparse.search.scored import CHUNK_BYTES, LADDER, BlockIndex, CallScores, sample_queries, sample_text
 
 __all__ = ["add_item"]
@@ -40,7 +41,9 @@ def add_item(
     chosen = _ladder_blocks(blocks, samples, q.device)
     # What grows with the heads of a group, in fp32: blocks of keys and values, the kernel's output, the ladder's sums.
     rows = blocks * samples
-    each = 4 * (4 * blocks * width * dim + 11 * rows * blocks + len(chosen) * samples * (blocks * dim + q.shape[0]))
+    each = 4 * (4 * blocks * width * dim + 11 * rows * blocks)
+    if ladder:
+        each += 4 * len(chosen) * samples * (blocks * dim + q.shape[0])
     count = max(1, _GROUP_BYTES // each)
     for first in range(0, len(heads), count):
         group = torch.tensor(heads[first : first + count], device=q.device)
@@ -117,14 +120,18 @@ class _Group:
             return
         # The chosen blocks stand for all.
         stands = share[chosen] * (self.index.length.sum() / self.index.length[chosen].sum())
-        summed, true = self._ladder(by_block[:, :, chosen], chosen, samples, stands)
+        summed, true, repaired = self._ladder(by_block[:, :, chosen], chosen, samples, stands)
         found.summed[:, at] += summed * unit[:, None]
         found.true[:, at] += true * unit[:, None]
+        found.repaired[:, at] += repaired * unit[:, None]
 
     def _ladder(
         self, error: torch.Tensor, chosen: torch.Tensor, samples: int, share: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Summed and true errors ``[tails, H, len(LADDER)]`` of masks; ``error`` ``[tails, H, chosen, blocks]``."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Summed, true and repaired errors of masks, ``[tails, H, len(LADDER)]`` each.
+
+        ``error`` ``[tails, H, chosen, blocks]``.
+        """
         heads, (blocks, width) = self.q.shape[0], self.index.tokens.shape
         rows = (chosen[:, None] * samples + torch.arange(samples, device=chosen.device)).reshape(-1)
         q, lse, out = self.q[:, rows].float(), self.lse[:, rows], self.out[:, rows]
@@ -141,7 +148,8 @@ class _Group:
         tails: list[list[tuple[torch.Tensor, int]]] = [[], [(mean, 0)], [(moments, 0)], [(first, 1), (second, 2)]]
         counts = torch.tensor([round(f * blocks) for f in LADDER], device=q.device)
         summed = torch.empty(len(TAILS), heads, len(LADDER), device=q.device)
-        true = torch.empty_like(summed)
+        true, repaired = torch.empty_like(summed), torch.empty_like(summed)
+        stands = share.repeat_interleave(samples)
         for tail, parts in enumerate(tails):
             d = error[tail]
             kept = d.argsort(2, descending=True).argsort(2)[:, :, None] < counts[:, None]  # [H, chosen, ladder, blocks]
@@ -155,6 +163,7 @@ class _Group:
                 weight += dropped.sum(-1)
             # A query without any key has the output zero.
             left = torch.where(weight[..., None] > 1e-12, value / weight.clamp_min(1e-12)[..., None], 0.0)
-            off = (left - out[:, :, None]).square().sum(-1).view(heads, len(chosen), samples, -1).sum(2)
-            true[tail] = (off * share[:, None]).sum(1)
-        return summed, true
+            left = left.transpose(1, 2)  # [H, ladder, queries, D]
+            true[tail] = (left - out[:, None]).square().sum(-1) @ stands
+            repaired[tail] = torch.minimum(repaired_error(left, out[:, None]) @ stands, true[tail])
+        return summed, true, repaired

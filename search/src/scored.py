@@ -60,7 +60,8 @@ class CallScores:
     ``energy``: fp32 ``[H]``: squared norm of the head's output over all queries, in the same units. Those of text are
     among them: whatever is dropped they see every key, but a head that is left out has no output for them either.
     ``summed``, ``true``: fp32 ``[tails, H, len(LADDER)]``: with the best key blocks of every query block kept, the sum
-    of the dropped blocks' scores and the error that dropping them all really makes.
+    of the dropped blocks' scores and the error that dropping them all really makes. ``repaired``: what a repair leaves
+    of that error, at most all of it.
     """
 
     error: torch.Tensor
@@ -68,6 +69,7 @@ class CallScores:
     energy: torch.Tensor
     summed: torch.Tensor
     true: torch.Tensor
+    repaired: torch.Tensor
 
 
 def sample_queries(index: BlockIndex, samples: int, generator: torch.Generator | None) -> torch.Tensor:

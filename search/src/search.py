@@ -37,7 +37,7 @@ __all__ = ["FREE_SETTINGS", "SearchConfig", "search_plan", "thoroughness"]
 log = logging.getLogger("diffsparse")
 
 # Counted up whenever what the store holds changes.
-STORE_FORMAT = 8
+STORE_FORMAT = 9
 
 
 def search_plan(

@@ -136,10 +136,10 @@ class StoredScores(ABC):
             parts = [self.sums(part, layer) for part in range(self.parts) if f"sums/{part}/{layer}" in self.store]
             found = {}
             measured = self.table(self.grids[layer], self.head_orders[layer][0]).num_families
-            for name in ("left", "dropped", "energy", "summed", "true", "drift", "known"):
+            for name in ("left", "dropped", "energy", "summed", "true", "repaired", "drift", "known"):
                 arrays = []
                 for part in parts:
-                    array = part[name] / (1 if name in ("summed", "true") else int(part["prompts"]))
+                    array = part[name] / (1 if name in ("summed", "true", "repaired") else int(part["prompts"]))
                     if name in ("left", "dropped"):  # masks are measured on the prompts after the first
                         array[..., measured:] *= int(part["prompts"]) / max(int(part["judged"]), 1)
                     arrays.append(array)
@@ -148,22 +148,34 @@ class StoredScores(ABC):
         return self._known[layer]
 
     def scores(
-        self, layer: str, head: int, weights: Mapping[int, float], masked: Sequence[int] | None = None
+        self,
+        layer: str,
+        head: int,
+        weights: Mapping[int, float],
+        masked: Sequence[int] | None = None,
+        repaired: bool | None = None,
     ) -> HeadScores:
         """Scores of a head over the traced steps in ``weights``, each with its weight.
 
-        ``masked``: the steps that share a measured mask; None: those steps.
+        ``masked``: the steps that share a measured mask; None: those steps. ``repaired``: whether errors are those that
+        a repair leaves; None: where the plan will have one.
         """
-        return self.layer_scores(layer, weights, masked)[head]
+        return self.layer_scores(layer, weights, masked, repaired)[head]
 
     def layer_scores(
-        self, layer: str, weights: Mapping[int, float], masked: Sequence[int] | None = None
+        self,
+        layer: str,
+        weights: Mapping[int, float],
+        masked: Sequence[int] | None = None,
+        repaired: bool | None = None,
     ) -> list[HeadScores]:
         """Those of all heads of a layer."""
         steps, share = list(weights), np.array(list(weights.values()))
         means = self._means(layer)
+        mended = self.config.repair if repaired is None else repaired
         left, energy, summed, true = (
-            np.tensordot(share, means[name][steps], 1) for name in ("left", "energy", "summed", "true")
+            np.tensordot(share, means[name][steps], 1)
+            for name in ("left", "energy", "summed", "repaired" if mended else "true")
         )
         left = self._resolved(left, layer, steps if masked is None else masked)
         return [HeadScores(left[h], float(energy[h]), summed[h], true[h]) for h in range(len(energy))]

@@ -36,7 +36,8 @@ def sum_up(
     Returns fp32 arrays. ``left`` ``[H, tails, options]``: squared error with only an option's pairs computed.
     The options are all families, and each of ``levels`` at all densities.
     ``dropped`` ``[H, options]``: share of the attention weights that it does not compute. ``energy`` ``[H]``,
-    ``summed`` and ``true`` ``[H, tails, L]`` as :class:`CallScores` has them. ``pooled`` ``[H, side, side]``.
+    ``summed``, ``true`` and ``repaired`` ``[H, tails, L]`` as :class:`CallScores` has them. ``pooled``
+    ``[H, side, side]``.
     """
     tails, heads = scores.error.shape[:2]
     error = scores.error.reshape(tails, heads, -1)
@@ -60,6 +61,7 @@ def sum_up(
         "energy": scores.energy,
         "summed": scores.summed.transpose(0, 1),
         "true": scores.true.transpose(0, 1),
+        "repaired": scores.repaired.transpose(0, 1),
     }
     return found if side is None else found | {"pooled": pooled(scores.mass, side)}
 

@@ -61,12 +61,14 @@ def scores(work: Workspace, prompt: int, step: int, call: int, head: int) -> Cal
     error = torch.rand(len(TAILS), 1, n, n, generator=draw).pow(4)
     sums = torch.rand(len(TAILS), 1, len(LADDER), generator=draw)
     energy = 10 * torch.rand(1, generator=draw)
-    return CallScores(error, (mass / mass.sum(1, keepdim=True))[None], energy, sums, 2 * sums)
+    return CallScores(error, (mass / mass.sum(1, keepdim=True))[None], energy, sums, 2 * sums, 1.5 * sums)
 
 
 def joined(parts: list[CallScores]) -> CallScores:
-    each = [[getattr(part, name) for part in parts] for name in ("error", "mass", "energy", "summed", "true")]
-    return CallScores(*(torch.cat(values, axis) for values, axis in zip(each, (1, 0, 0, 1, 1), strict=True)))
+    each = [
+        [getattr(part, name) for part in parts] for name in ("error", "mass", "energy", "summed", "true", "repaired")
+    ]
+    return CallScores(*(torch.cat(values, axis) for values, axis in zip(each, (1, 0, 0, 1, 1, 1), strict=True)))
 
 
 def trace(work: Workspace, prompt: int, stop: int = STEPS) -> None:

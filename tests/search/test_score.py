@@ -120,7 +120,7 @@ def test_items_of_a_batch_count_alike_each_with_its_mask():
         score_call(q[i : i + 1], k[i : i + 1], v[i : i + 1], index, samples=4, key_mask=mask[i], generator=generator)
         for i in range(2)
     ]
-    for name in ("error", "mass", "energy", "summed", "true"):
+    for name in ("error", "mass", "energy", "summed", "true", "repaired"):
         one, other = (getattr(scores, name) for scores in each)
         assert not near(one, other, ATTENTION)
         assert near(getattr(both, name), (one + other) / 2, ATTENTION), name
@@ -163,7 +163,7 @@ def test_scores_of_many_heads_at_once_are_those_of_one_after_another(grid, order
             heads=[2, 0],
         )
         found.append(scores)
-    for name in ("error", "mass", "energy", "summed", "true"):
+    for name in ("error", "mass", "energy", "summed", "true", "repaired"):
         want, got = (getattr(scores, name) for scores in found)
         assert want.abs().max() > 0
         assert_near(got, want, Work(length=grid.seq_len, sums=8))

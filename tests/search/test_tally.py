@@ -35,6 +35,7 @@ def scores_of(heads: int, blocks: int, seed: int = 0) -> CallScores:
         energy=torch.rand(heads, generator=draw),
         summed=torch.rand(len(TAILS), heads, len(LADDER), generator=draw),
         true=torch.rand(len(TAILS), heads, len(LADDER), generator=draw),
+        repaired=torch.rand(len(TAILS), heads, len(LADDER), generator=draw),
     )
 
 
@@ -59,6 +60,7 @@ def test_sums_are_those_of_every_options_mask(grid: TokenGrid, order: RasterOrde
             assert_near(found["dropped"][head, place].double(), torch.tensor(dropped), SUMS)
         assert torch.equal(found["summed"][head], scores.summed[:, head])
         assert torch.equal(found["true"][head], scores.true[:, head])
+        assert torch.equal(found["repaired"][head], scores.repaired[:, head])
     assert torch.equal(found["energy"], scores.energy)
     # Masks that compute nothing leave everything.
     nothing = found["left"][:, :, table.num_families : measured]

@@ -24,15 +24,16 @@ __all__ = ["run_probe", "why_unseen"]
 SAMPLES = ((20_000, 12), (60_000, 6), (math.inf, 4))
 #: Steps of the generation that is looked at first.
 PROBE_STEPS = 3
-#: Seconds that the traced generations may take beside what they cost anyway, for more prompts than two.
-TRACE_SECONDS = 240.0
+#: How many prompts are traced where their dense generations take at most so many seconds together; else two.
+TRACED = ((8, 60.0), (4, 240.0))
 #: A first model call that is shorter than this may have spent much of it on getting started.
 WARM_SECONDS = 5.0
 
 
-def _prompts(generation: float) -> int:
-    """How many generations of so many seconds are traced."""
-    return 4 if 4 * generation <= TRACE_SECONDS else 2
+def _prompts(generation: float, most: int) -> int:
+    """How many generations of so many seconds are traced; more than four only up to ``most``."""
+    found = next((count for count, seconds in TRACED if count * generation <= seconds), 2)
+    return found if found <= 4 else max(4, min(found, most))
 
 
 @contextmanager
@@ -94,7 +95,8 @@ def run_probe(work: Workspace, announce: Callable[[Probe], None]) -> Probe:
             items=first.items,
             peak_bytes=peak,
             dense={n: why_unseen(unseen, n) for n in work.architecture.layers if n not in first.grids},
-            prompts=work.config.trace_prompts or _prompts(forward * first.counter.calls * work.config.trace_steps),
+            prompts=work.config.trace_prompts
+            or _prompts(forward * first.counter.calls * work.config.trace_steps, len(work.prompts) - work.config.clips),
             samples=work.config.samples or next(count for most, count in SAMPLES if tokens < most),
         )
         announce(probe)

@@ -83,7 +83,7 @@ def reference(work: Workspace) -> tuple[dict[str, list[HeadEntry]], np.ndarray]:
         for head in range(work.architecture.heads):
             table = work.table(grid, work.orders[layer, head])
             every = range(work.trace_length)  # they share a mask
-            steps = [work.scores(layer, head, {s: 1.0}, every) for s in every]
+            steps = [work.scores(layer, head, {s: 1.0}, every, repaired=False) for s in every]
             options = _reference_options(table)
             # [steps, tails]; a step counts by what it leaves of its output
             left = table.errors(steps)[:, options]
