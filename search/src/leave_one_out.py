@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from diffsparse.kernels.repair.online import regularized_inverse
+
 __all__ = ["repaired_error"]
 
 
@@ -25,8 +27,7 @@ def repaired_error(left: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     products = x.mT @ x
     ridge = products.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     ridge = ridge.masked_fill(ridge <= 0, 1.0)
-    # In units of the ridge, so that the matrix is never near singular.
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(products / ridge + torch.eye(dim, device=left.device)))
+    inverse = regularized_inverse(products / ridge, torch.finfo(left.dtype).eps)
     seen = x @ (inverse / ridge)
     residual = wrong - seen @ (x.mT @ wrong)
     leverage = (seen * x).sum(-1) + 1 / count

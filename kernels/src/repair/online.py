@@ -13,7 +13,7 @@ from diffsparse.kernels.rows import attend_rows, no_rows_kernel
 from diffsparse.online import OnlineRepair
 from diffsparse.repair import HeadRepair
 
-__all__ = ["exact_rows", "mend_online_", "ridge_map"]
+__all__ = ["exact_rows", "mend_online_", "regularized_inverse", "ridge_map"]
 
 
 def mend_online_(out: torch.Tensor, call: AttentionCall, online: OnlineRepair) -> torch.Tensor:
@@ -67,11 +67,11 @@ def ridge_map(x: torch.Tensor, error: torch.Tensor) -> tuple[torch.Tensor, torch
     products, both = (x.mT @ x).to(wide), (x.mT @ error).to(wide)
     ridge = products.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     ridge = ridge.masked_fill(ridge <= 0, 1.0)  # torch.where would copy its number to the device, and wait
-    weight = (_inverse(products / ridge, torch.finfo(x.dtype).eps) @ (both / ridge)).to(x.dtype)
+    weight = (regularized_inverse(products / ridge, torch.finfo(x.dtype).eps) @ (both / ridge)).to(x.dtype)
     return weight, (mean_e - mean_x @ weight).view(*x.shape[:-2], dim)
 
 
-def _inverse(products: torch.Tensor, eps: float) -> torch.Tensor:
+def regularized_inverse(products: torch.Tensor, eps: float) -> torch.Tensor:
     """``(products + 1)^-1``, ``[..., D, D]``, to ``eps``, where the diagonal of ``products`` has a mean of at most 1.
 
     Eigenvalues are between 1 and ``D + 1``, then, so that Newton's iteration converges from a constant, in a number of
