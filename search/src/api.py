@@ -16,6 +16,7 @@ from diffsparse.search.generate import GenerationSettings, check_seeds
 from diffsparse.search.inputs import GenerationInput, Input, as_inputs, check_inputs
 from diffsparse.search.intact import check_dense, eager, intact
 from diffsparse.search.load import check_shape
+from diffsparse.search.ranks import Ranks
 from diffsparse.search.recorded import recorded_value
 from diffsparse.search.signature import parameters
 
@@ -55,6 +56,7 @@ def search_plan(
     progress: bool = True,
     say: Callable[[str], None] | None = None,
     on_stage: Callable[[str, int, int], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> SparsityPlan:
     """Search a sparsity plan for a pipeline, and write it to the folder ``out``.
 
@@ -89,6 +91,8 @@ def search_plan(
         progress: whether bars are shown on stderr.
         say: receives the lines meant for a user: the estimate, what was chosen. They are logged where not given.
         on_stage: receives a stage's name, how many of its parts are done, and of how many.
+        ranks: the processes that share the search, as ``diffsparse.search.ranks.join`` gives them. All call this with
+            the same arguments, each with a pipeline on a device of its own; all get the plan.
 
     Returns:
         The plan, as ``SparsityPlan.from_pretrained(out)`` reads it.
@@ -138,7 +142,15 @@ def search_plan(
     )
     with intact(pipe), eager(pipe):
         return engine.search_plan(
-            pipe, given, config, Path(out), progress=progress, say=say, on_stage=on_stage, about=about
+            pipe,
+            given,
+            config,
+            Path(out),
+            progress=progress,
+            say=say,
+            on_stage=on_stage,
+            about=about,
+            ranks=ranks,
         )
 
 

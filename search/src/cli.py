@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, NoReturn
 
 import typer
@@ -65,7 +66,9 @@ _ClickException: type[Exception] = next(c for c in typer.BadParameter.__mro__ if
 def main(arguments: list[str] | None = None) -> NoReturn:
     """The console script. Exit codes: 0; 1: an evaluation failed; 2: input that cannot work; 130: Ctrl-C."""
     try:
-        code = app(arguments, prog_name="diffsparse", standalone_mode=False)
+        # Commands that start themselves in further processes need their own arguments.
+        given = sys.argv[1:] if arguments is None else arguments
+        code = app(arguments, prog_name="diffsparse", standalone_mode=False, obj=given)
     except BadInput as error:
         stop(f"error: {error}", BAD_INPUT)
     except OSError as error:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -40,6 +41,7 @@ __all__ = [
     "call_levels",
     "final_latents",
     "first_step",
+    "recomputing",
     "record",
     "replaying",
     "step_effect",
@@ -210,6 +212,11 @@ class Recording:
     guided: list[tuple[int, torch.Tensor]]
     latents: torch.Tensor
 
+    def on(self, device: torch.device | str) -> Recording:
+        """The same on another device."""
+        outputs = [(step, _tree(output, lambda t: t.to(device))) for step, output in self.outputs]
+        return Recording(self.levels, outputs, [(step, t.to(device)) for step, t in self.guided], self.latents)
+
     def first_call(self, step: int) -> int:
         """Index of a step's first model call."""
         return next(i for i, (s, _) in enumerate(self.outputs) if s == step)
@@ -296,9 +303,14 @@ def _counting(counter: StepCounter) -> Callable[[Any], None]:
     return callback
 
 
-@contextmanager
-def replaying(pipe: Any, recording: Recording, until: int) -> Iterator[None]:
+def replaying(pipe: Any, recording: Recording, until: int) -> AbstractContextManager[None]:
     """Within, the first ``until`` model calls return what was recorded instead of computing it again."""
+    return recomputing(pipe, recording, range(until, sys.maxsize))
+
+
+@contextmanager
+def recomputing(pipe: Any, recording: Recording, calls: Container[int]) -> Iterator[None]:
+    """Within, only those model calls are computed, by their place in the recording; the others return what it has."""
     modules = list(find_transformers(pipe).values())
     originals = [(m, m.__dict__.get("forward"), m.forward) for m in modules]
     position = 0
@@ -308,7 +320,8 @@ def replaying(pipe: Any, recording: Recording, until: int) -> Iterator[None]:
         def replayed(*args: Any, **kwargs: Any) -> Any:
             nonlocal position
             position += 1
-            return _clone(recording.outputs[position - 1][1]) if position <= until else forward(*args, **kwargs)
+            call = position - 1
+            return forward(*args, **kwargs) if call in calls else _clone(recording.outputs[call][1])
 
         return replayed
 

@@ -9,26 +9,60 @@ import torch
 
 from diffsparse.entry import TAILS
 from diffsparse.order import TokenOrder
+from diffsparse.search.apart import Apart
 from diffsparse.search.masks import levels_of
 from diffsparse.search.scored import CallScores
+from diffsparse.search.store import SearchStore
 from diffsparse.search.tally import LayerSums, sum_up
 from diffsparse.search.workspace import Workspace
 
-__all__ = ["PromptSums"]
+__all__ = ["EarlierMasks", "PromptSums", "put_prompt"]
 
 #: What only the first prompt is measured for.
 OF_THE_FIRST = ("summed", "true", "repaired", "pooled")
+
+
+class EarlierMasks:
+    """What masks of the prompts before one compute. ``store``: of their maps, where the record is not at hand."""
+
+    def __init__(self, work: Workspace, prompt: int, store: SearchStore | None = None) -> None:
+        self.work, self.prompt, self.store = work, prompt, work.store if store is None else store
+        # By layer and window: the run of parts that masks were made of, and what they compute.
+        self._levels: dict[tuple[str, int], tuple[list[int], dict[TokenOrder, torch.Tensor]]] = {}
+
+    def levels(self, part: int, layer: str, order: TokenOrder, device: torch.device) -> list[torch.Tensor]:
+        """By densities, for each window of parts: uint8 ``[heads of the order, NB, NB]``."""
+        windows = range(len(self.work.windows))
+        return [self._made(part, layer, window, device)[order].to(device) for window in windows]
+
+    def _made(self, part: int, layer: str, window: int, device: torch.device) -> dict[TokenOrder, torch.Tensor]:
+        run = next(members for members in self.work.windows[window] if part in members)
+        known = self._levels.get((layer, window))
+        if known is None or known[0] != run:
+            # A pipeline may run fewer steps than it is asked for: parts in which no step is were not written.
+            first, *others = [p for p in run if f"map/{self.prompt}/{p}/{layer}" in self.store]
+            total = self.work.maps(first, layer, self.prompt, device, self.store)
+            for other in others:
+                for of, value in self.work.maps(other, layer, self.prompt, device, self.store).items():
+                    total[of] += value
+            grid = self.work.grids[layer]
+            # Held on the host.
+            levels = {o: levels_of(v, self.work.table(grid, o).device_weight(device)).cpu() for o, v in total.items()}
+            known = self._levels[layer, window] = run, levels
+        return known[1]
 
 
 class PromptSums:
     """The sums and maps of one prompt, which are written layer by layer when the last step of a part is over.
 
     Nothing is held but one part, and what masks of earlier prompts compute in it. A part that has the prompt already,
-    because a search was killed after it, is left alone. ``seen``: steps and layers that scores came of.
+    because a search was killed after it, is left alone. ``seen``: steps and layers that scores came of. ``apart``:
+    where it is put where the prompts before are not known yet; then its masks are judged later
+    (:mod:`diffsparse.search.judged`).
     """
 
-    def __init__(self, work: Workspace, prompt: int) -> None:
-        self.work, self.prompt = work, prompt
+    def __init__(self, work: Workspace, prompt: int, apart: Apart | None = None) -> None:
+        self.work, self.prompt, self.apart = work, prompt, apart
         self.alone = len(work.traced()) == 1
         self.seen: set[tuple[int, str]] = set()
         self._part: int | None = None
@@ -36,8 +70,7 @@ class PromptSums:
         self._drift: dict[tuple[int, str], np.ndarray] = {}
         self._maps: dict[tuple[str, TokenOrder], torch.Tensor] = {}
         self._done: dict[str, int] = {}
-        # By layer and window: the run of parts that masks were made of, and what they compute.
-        self._levels: dict[tuple[str, int], tuple[list[int], dict[TokenOrder, torch.Tensor]]] = {}
+        self._earlier = EarlierMasks(work, prompt)
         self._tails = {layer: [TAILS.index(tail) for tail in tails] for layer, tails in work.probe.tails.items()}
 
     def wants(self, step: int, layer: str) -> bool:
@@ -49,7 +82,8 @@ class PromptSums:
             self._part = part
         self.seen.add((step, layer))
         if layer not in self._done:
-            self._done[layer] = self.work.traced_in(part, layer)
+            known = self.apart is not None and self.apart.has_part(self.prompt, part, layer)
+            self._done[layer] = self.prompt + 1 if known else self.work.traced_in(part, layer)
         return self._done[layer] <= self.prompt
 
     def add(
@@ -59,13 +93,13 @@ class PromptSums:
         table = self.work.table(self.work.grids[layer], order)
         tails = torch.tensor([self._tails[layer][head] for head in heads], device=scores.error.device)
         value = scores.error[tails, torch.arange(len(heads), device=tails.device)]
-        windows = range(len(self.work.windows))
         if self.alone:  # no other prompt tells what its masks leave
-            levels = [levels_of(value, table.device_weight(value.device))] * len(windows)
-        elif self._done[layer]:
-            levels = [self._made_before(layer, window, value.device)[order].to(value.device) for window in windows]
+            levels = [levels_of(value, table.device_weight(value.device))] * len(self.work.windows)
+        elif self._done[layer] and self.apart is None:
+            assert self._part is not None
+            levels = self._earlier.levels(self._part, layer, order, value.device)
         else:  # nothing is left of this prompt by masks, which says nothing about them and is not counted (`judged`)
-            levels = [torch.zeros_like(value, dtype=torch.uint8)] * len(windows)
+            levels = [torch.zeros_like(value, dtype=torch.uint8)] * len(self.work.windows)
         side = self.work.side if self.prompt == 0 else None
         sums = self._sums.setdefault((step, layer), LayerSums(self.work.architecture.heads))
         sums.add(heads, sum_up(scores, table, levels, side), items)
@@ -78,22 +112,6 @@ class PromptSums:
     def add_drift(self, step: int, layer: str, drift: np.ndarray) -> None:
         """How fast each head's output changes: that of the step's last call counts, which knows of all."""
         self._drift[step, layer] = drift
-
-    def _made_before(self, layer: str, window: int, device: torch.device) -> dict[TokenOrder, torch.Tensor]:
-        """What masks of the prompts before this one compute, by densities, on the host: ``[heads, NB, NB]``."""
-        run = next(members for members in self.work.windows[window] if self._part in members)
-        known = self._levels.get((layer, window))
-        if known is None or known[0] != run:
-            # A pipeline may run fewer steps than it is asked for: parts in which no step is were not written.
-            first, *others = [part for part in run if self.work.traced_in(part, layer)]
-            total = self.work.maps(first, layer, self.prompt, device)
-            for part in others:
-                for order, value in self.work.maps(part, layer, self.prompt, device).items():
-                    total[order] += value
-            grid = self.work.grids[layer]
-            levels = {o: levels_of(v, self.work.table(grid, o).device_weight(device)).cpu() for o, v in total.items()}
-            known = self._levels[layer, window] = run, levels
-        return known[1]
 
     def flush(self) -> None:
         """Write the part that is over."""
@@ -111,15 +129,33 @@ class PromptSums:
         drift = np.stack([self._drift[step, layer] for step in steps])
         known = np.isfinite(drift)
         new |= {"drift": np.where(known, drift, 0.0).astype(np.float32), "known": known.astype(np.float32)}
-        judged = int(self.alone or self._done[layer] > 0)
-        device = self.work.device
-        maps = {order: self._maps[layer, order].to(device).float() for order in self.work.heads_of(layer)}
-        if self._done[layer]:
-            old = self.work.sums(self._part, layer)
-            judged += int(old["judged"])
-            first = {name: old[name] for name in OF_THE_FIRST}
-            new = {name: array + old[name] for name, array in new.items() if name not in OF_THE_FIRST} | first
-            for order, value in self.work.maps(self._part, layer, self.prompt, device).items():
-                maps[order] += value
-        counts = {"prompts": np.array(self._done[layer] + 1), "judged": np.array(judged)}
-        self.work.put_part(self._part, layer, new | counts, maps)
+        maps = {order: self._maps[layer, order] for order in self.work.heads_of(layer)}
+        if self.apart is not None:
+            self.apart.put_part(self.prompt, self._part, layer, new | {"steps": np.array(steps)}, list(maps.values()))
+        else:
+            put_prompt(self.work, self._part, layer, self._done[layer], new, maps, self.alone)
+
+
+def put_prompt(
+    work: Workspace,
+    part: int,
+    layer: str,
+    known: int,
+    new: dict[str, np.ndarray],
+    found: dict[TokenOrder, torch.Tensor],
+    alone: bool = False,
+) -> None:
+    """Add a prompt's sums and maps of a part to those of the ``known`` prompts before it, always in their order.
+
+    ``alone``: its masks were judged by itself.
+    """
+    judged = int(alone or known > 0)
+    maps = {order: value.to(work.device).float() for order, value in found.items()}
+    if known:
+        old = work.sums(part, layer)
+        judged += int(old["judged"])
+        first = {name: old[name] for name in OF_THE_FIRST}
+        new = {name: array + old[name] for name, array in new.items() if name not in OF_THE_FIRST} | first
+        for order, value in work.maps(part, layer, known, work.device).items():
+            maps[order] += value
+    work.put_part(part, layer, new | {"prompts": np.array(known + 1), "judged": np.array(judged)}, maps)

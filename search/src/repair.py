@@ -20,7 +20,7 @@ from diffsparse.pipelines.tap import AttentionCall
 from diffsparse.plan import SparsityPlan
 from diffsparse.repair import Repair
 
-__all__ = ["ErrorSums", "RepairTap", "exact_rows", "fit_repair"]
+__all__ = ["ErrorSums", "RepairTap", "add_sums", "exact_rows", "fit_repair"]
 
 #: Shares of the mean of the diagonal that are tried as the ridge; the best by cross-validation is taken.
 RIDGES = (0.03, 0.1, 0.3, 1.0)
@@ -55,6 +55,12 @@ class ErrorSums:
         self.xx[half] += (x.mT @ x).double().cpu().numpy()
         self.xe[half] += (x.mT @ e).double().cpu().numpy()
         self.ee[half] += e.square().sum((1, 2)).double().cpu().numpy()
+
+    def add_sums(self, other: ErrorSums) -> None:
+        """Sums over other queries."""
+        self.xx += other.xx
+        self.xe += other.xe
+        self.ee += other.ee
 
     def fit(self) -> tuple[np.ndarray, np.ndarray]:
         """The maps ``[H, D + 1, D]``, the last row of each its bias, and the share of the error that each leaves.
@@ -134,6 +140,15 @@ class RepairTap:
         sums = self.sums.setdefault((phase, call.layer), ErrorSums.zeros(heads, dim))
         sums.add(self.half, out[:, rows], exact_rows(call, rows))
         return out
+
+
+def add_sums(total: dict[tuple[int, str], ErrorSums], found: dict[tuple[int, str], ErrorSums]) -> None:
+    """Add the sums of a generation to those of the ones before it."""
+    for place, sums in found.items():
+        if place in total:
+            total[place].add_sums(sums)
+        else:
+            total[place] = sums
 
 
 def fit_repair(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +21,8 @@ from diffsparse.search.errors import BadInput, writing
 from diffsparse.search.identity import model_identity
 from diffsparse.search.inputs import GenerationInput, as_inputs, check_inputs, contents
 from diffsparse.search.layers import common_architecture, main_grid
+from diffsparse.search.ranks import Ranks, leading
+from diffsparse.search.sharing import remove_files, serve, shared_store
 from diffsparse.search.shortened import check_steps
 from diffsparse.search.stages.compose import compose_plans, composer_of, layer_costs
 from diffsparse.search.stages.probe import run_probe
@@ -50,12 +53,14 @@ def search_plan(
     say: Callable[[str], None] | None = None,
     on_stage: Callable[[str, int, int], None] | None = None,
     about: Mapping[str, Any] | None = None,
+    ranks: Ranks | None = None,
 ) -> SparsityPlan:
     """Search a plan and write it to ``out``, with ``search.sqlite`` (to go on after a kill) and the pictures' data.
 
     ``say`` receives the lines meant for the user (the estimate, what was chosen), ``on_stage`` a stage's name, how many
     of its parts are done, and of how many. What they raise ends the search; the same call then goes on where it was.
-    ``about``: what else the record says of the model.
+    ``about``: what else the record says of the model. ``ranks``: the processes that share the search, which all call
+    this alike; rank 0 talks and writes, and all return the plan.
     Raises :class:`BadInput` for settings that cannot work, :class:`StoreMismatch` where ``out`` holds another search.
     """
     if not prompts:
@@ -64,21 +69,34 @@ def search_plan(
     out, inputs = Path(out), as_inputs(prompts)
     check_inputs(pipe, inputs)
     config = config.resolved(pipe, inputs[0].arguments).for_heads(common_architecture(pipe).head_dim)
-    with SearchStore(out / "search.sqlite") as store:
-        work = Workspace(pipe, inputs, config, store, progress, say, on_stage or (lambda *_: None))
-        resumed = store.claim(
-            {
-                "format": STORE_FORMAT,
-                "version": diffsparse.__version__,
-                "architecture": work.architecture.fingerprint,
-                **model_identity(pipe),
-                "prompts": hashlib.sha256(json.dumps(contents(inputs)).encode()).hexdigest(),
-                **{k: v for k, v in asdict(config).items() if k not in FREE_SETTINGS},
-            }
-        )
-        if resumed:
+    identity = {
+        "format": STORE_FORMAT,
+        "version": diffsparse.__version__,
+        "architecture": common_architecture(pipe).fingerprint,
+        **model_identity(pipe),
+        "prompts": hashlib.sha256(json.dumps(contents(inputs)).encode()).hexdigest(),
+        **{k: v for k, v in asdict(config).items() if k not in FREE_SETTINGS},
+    }
+    path = out / "search.sqlite"
+    if ranks is not None:
+        ranks.agree(identity | asdict(config) | {"out": str(out.absolute())})
+        if not ranks.leads:
+            serve(lambda store: Workspace(pipe, inputs, config, store, False, _quiet, _quiet, ranks=ranks), ranks, path)
+            return SparsityPlan.from_pretrained(out)
+    with leading(ranks), SearchStore(path) as store:
+        work = Workspace(pipe, inputs, config, store, progress, say, on_stage or _quiet, ranks=ranks)
+        if store.claim(identity):
             say(f"going on with the search in {out}")
-        return _run(work, out, about or {})
+        if ranks is None:
+            plan = _run(work, out, about or {})
+            remove_files(store)
+            return plan
+        with shared_store(store) as work.apart:
+            return _run(work, out, about or {})
+
+
+def _quiet(*_: Any) -> None:
+    pass
 
 
 def _run(work: Workspace, out: Path, model: Mapping[str, Any]) -> SparsityPlan:
@@ -155,11 +173,16 @@ def _estimate(work: Workspace, probe: Probe) -> float:
     steps, branches = work.config.trace_steps, probe.branches
     prompts = min(probe.prompts, len(work.prompts))
     screened = 2 * _SCORING * len(work.layer_orders(main_grid(probe.grids))) / 2
-    calls = 3 + screened + prompts * steps * (1 + _SCORING)
-    calls += len(effect_steps(work)) * len(layer_groups(tuple(probe.grids), most_groups(probe)))
-    calls += sum(steps - step for step in inject_steps(work)) + steps  # an error in a step; outputs used again
+    ranks = 1 if work.ranks is None else work.ranks.count
+    # A prompt for each rank at once, then what masks of the prompts before leave of all but the first of them.
+    rounds = math.ceil(prompts / ranks)
+    generations = rounds + (prompts - rounds) / ranks
+    calls = 3 + screened + generations * steps * (1 + _SCORING)
+    calls += math.ceil(len(effect_steps(work)) * len(layer_groups(tuple(probe.grids), most_groups(probe))) / ranks)
+    injected = [steps - step for step in inject_steps(work)]
+    calls += (max(injected) if ranks > 1 else sum(injected)) + steps  # an error in a step; outputs used again
     if work.config.fits_repair:
-        calls += max(2, prompts) * steps * _FITTING * work.config.tries
+        calls += math.ceil(max(2, prompts) / ranks) * steps * _FITTING * work.config.tries
     heads = len(probe.grids) * work.architecture.heads
     rest = _CHOOSING * heads + (_SETTING_UP if work.device.type == "cuda" else 5.0)
     return calls * branches * probe.forward_seconds + rest
@@ -182,4 +205,6 @@ def _validation(work: Workspace, probe: Probe) -> _Validation:
     later = first if config.tried_plans > 1 else 1
     plans = first + (config.tries - 1) * later
     generations = clips * (1 + plans)
-    return _Validation(generations, probe.forward_seconds * probe.branches * steps * generations)
+    ranks = 1 if work.ranks is None else work.ranks.count
+    one_by_one = math.ceil(clips / ranks) * (1 + plans)
+    return _Validation(generations, probe.forward_seconds * probe.branches * steps * one_by_one)

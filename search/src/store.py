@@ -7,7 +7,7 @@ import json
 import sqlite3
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ __all__ = ["SearchStore", "StoreDamaged", "StoreLocked", "StoreMismatch"]
 LOCK_SECONDS = 2.0
 #: Arrays of together so many bytes are compressed.
 COMPRESSED_BYTES = 2**18
+#: Values of together so many bytes are taken from another file at once.
+TAKEN_BYTES = 2**26
 
 
 class StoreMismatch(BadInput):
@@ -46,14 +48,18 @@ class SearchStore:
     :class:`~diffsparse.search.errors.DiskFull` and :class:`~diffsparse.search.errors.BadInput`.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, reading: bool = False) -> None:
+        """``reading``: of a file that is there and is not written to, which several processes may do at once."""
         self.path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise BadInput(f"cannot write to {str(path.parent)!r}: {error.strerror}; choose another --out") from None
         with self._errors(opening=True):
-            self._db = sqlite3.connect(path, timeout=LOCK_SECONDS)
+            name = f"{path.absolute().as_uri()}?mode=ro" if reading else path
+            self._db = sqlite3.connect(name, timeout=LOCK_SECONDS, uri=reading)
+        if reading:
+            return
         try:
             with self._errors(opening=True):
                 self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -170,6 +176,28 @@ class SearchStore:
         with self._errors():
             rows = self._db.execute("SELECT name FROM item WHERE name LIKE ? ORDER BY name", (prefix + "%",))
             return [row[0] for row in rows]
+
+    def rows(self, kind: str) -> list[tuple[str, str, bytes]]:
+        """All values of a kind, ``json`` or ``npz``, as the file has them."""
+        with self._errors():
+            return self._db.execute("SELECT name, kind, value FROM item WHERE kind LIKE ?", (kind + "%",)).fetchall()
+
+    def put_rows(self, rows: Sequence[tuple[str, str, bytes]]) -> None:
+        """Values as another file has them."""
+        self._write(list(rows))
+
+    def take(self, other: SearchStore, prefixes: tuple[str, ...] = ("",), without: tuple[str, ...] = ()) -> None:
+        """Values of another file whose names begin so, and not so, in the place of those of the same names."""
+        rows: list[tuple[str, str, bytes]] = []
+        for name in other.names():
+            if not name.startswith(prefixes) or name.startswith(without):
+                continue
+            with other._errors():
+                rows.append(other._db.execute("SELECT name, kind, value FROM item WHERE name = ?", (name,)).fetchone())
+            if sum(len(row[2]) for row in rows) > TAKEN_BYTES:
+                self._write(rows)
+                rows = []
+        self._write(rows)
 
     def claim(self, identity: dict[str, Any]) -> bool:
         """Bind the file to a search's settings; True where it already held that same search.

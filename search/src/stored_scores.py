@@ -103,14 +103,19 @@ class StoredScores(ABC):
         return self.store.get_arrays(f"sums/{part}/{layer}")
 
     def maps(
-        self, part: int, layer: str, prompts: int, device: torch.device | str = "cpu"
+        self,
+        part: int,
+        layer: str,
+        prompts: int,
+        device: torch.device | str = "cpu",
+        store: SearchStore | None = None,
     ) -> dict[TokenOrder, torch.Tensor]:
         """What pairs of blocks are worth in a part, by the order of the heads: float32 ``[heads, NB, NB]`` each.
 
         ``prompts``: of the first so many. Those of one fewer are kept until the last one is traced: its masks are made
-        from them, also where a search goes on in the middle of it.
+        from them, also where a search goes on in the middle of it. ``store``: another file than the record.
         """
-        arrays = self.store.get_arrays(f"map/{prompts}/{part}/{layer}")
+        arrays = (self.store if store is None else store).get_arrays(f"map/{prompts}/{part}/{layer}")
         orders = dict.fromkeys(self.head_orders[layer])
         return {order: from_codes(arrays[f"codes{i}"], arrays[f"peak{i}"], device) for i, order in enumerate(orders)}
 
@@ -121,13 +126,18 @@ class StoredScores(ABC):
             found.setdefault(order, []).append(head)
         return found
 
+    def coded(self, layer: str, maps: dict[TokenOrder, torch.Tensor]) -> dict[str, np.ndarray]:
+        """A layer's maps as they are stored."""
+        codes: dict[str, np.ndarray] = {}
+        for i, order in enumerate(dict.fromkeys(self.head_orders[layer])):
+            codes[f"codes{i}"], codes[f"peak{i}"] = to_codes(maps[order])
+        return codes
+
     def put_part(
         self, part: int, layer: str, sums: dict[str, np.ndarray], maps: dict[TokenOrder, torch.Tensor]
     ) -> None:
         """The sums of a part and its maps (:meth:`maps`) of as many prompts, both or neither."""
-        codes: dict[str, np.ndarray] = {}
-        for i, order in enumerate(dict.fromkeys(self.head_orders[layer])):
-            codes[f"codes{i}"], codes[f"peak{i}"] = to_codes(maps[order])
+        codes = self.coded(layer, maps)
         self.store.put_all({f"sums/{part}/{layer}": sums, f"map/{int(sums['prompts'])}/{part}/{layer}": codes})
 
     def _means(self, layer: str) -> dict[str, np.ndarray]:

@@ -16,6 +16,7 @@ from diffsparse.kernels.costs import CostTable
 from diffsparse.order import TokenOrder, parse_order
 from diffsparse.pipelines import find_transformers
 from diffsparse.pipelines.policy import Machine
+from diffsparse.search.apart import Apart
 from diffsparse.search.candidates import orders_for
 from diffsparse.search.config import SearchConfig
 from diffsparse.search.generate import Clip, GenerationSettings
@@ -23,6 +24,7 @@ from diffsparse.search.inputs import Input
 from diffsparse.search.layers import common_architecture
 from diffsparse.search.observe import Recording, call_levels, record
 from diffsparse.search.options import FamilyTable
+from diffsparse.search.ranks import Ranks
 from diffsparse.search.shortened import find_asked, shortens
 from diffsparse.search.store import SearchStore
 from diffsparse.search.stored_scores import StoredScores
@@ -145,6 +147,13 @@ class Workspace(StoredScores):
     recording: Recording | None = None
     dense_clips: dict[int, Clip] = field(default_factory=dict)
     tables: dict[tuple[TokenGrid, TokenOrder], FamilyTable] = field(default_factory=dict)
+    #: The processes that share the search, and where they put what is to be added up; None: this one alone.
+    ranks: Ranks | None = None
+    apart: Apart | None = None
+    #: Of other prompts than the first, on the host: what ranks exchange.
+    recordings: dict[int, Recording] = field(default_factory=dict)
+    #: Whether all ranks have the recording of the first prompt.
+    recording_given: bool = False
 
     def __post_init__(self) -> None:
         self.architecture = common_architecture(self.pipe)

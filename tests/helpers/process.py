@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -59,3 +60,10 @@ def run_script(*arguments: object, timeout: float = 600, **environment: str) -> 
 def heed_ctrl_c() -> None:
     """What a shell starts in the background, this suite perhaps, ignores Ctrl-C, and so does all that it starts."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def free_port() -> int:
+    """One of this machine's ports that nobody has."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])

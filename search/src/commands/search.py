@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -37,6 +39,7 @@ __all__ = ["search_command"]
 
 @interruptible("what was found is kept; run the same command again to go on from there")
 def search_command(
+    context: typer.Context,
     model: Model,
     prompts: Prompts,
     out: Annotated[str, typer.Option("--out", metavar="DIR", help="Where the plan and the search's record go.")],
@@ -113,6 +116,14 @@ def search_command(
     quantize: Quantize = "none",
     device: Device = "auto",
     dtype: Dtype = "auto",
+    num_processes: Annotated[
+        int | None,
+        typer.Option(
+            "--num-processes",
+            metavar="N",
+            help="Share the search out over N processes of this machine, each on a GPU of its own, or all on the CPU.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Search a sparsity plan for a model, measured on a few prompts and on this machine.
@@ -121,12 +132,15 @@ def search_command(
 
     It prints how long it will take before it starts. Killed or interrupted, the same command goes on where it was.
 
+    Several GPUs share it with --num-processes, or under torchrun or accelerate launch -m diffsparse: the same plan.
+
     \b
     Example:
       diffsparse search Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompts prompts.txt --out plan
       diffsparse search Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompts prompts.txt --out plan --target 0.9
       diffsparse search Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompts prompts.txt --out plan --budget 0.4
       diffsparse search Wan-AI/Wan2.1-I2V-14B-480P-Diffusers --prompts inputs.jsonl --out plan
+      diffsparse search Wan-AI/Wan2.1-T2V-14B-Diffusers --prompts prompts.txt --out plan --num-processes 4
     """
     with answers(as_json) as answer:
         asked_for = {"--budget": budget, "--density": density, "--target": target}
@@ -145,51 +159,71 @@ def search_command(
         check_numbers(trace_prompts=trace_prompts, samples=samples, points=points, reuse_memory=reuse_memory)
         check_numbers(repair_rows=repair_rows)
         check_rows(repair_rows, repair)
-        from diffsparse.search import load
-        from diffsparse.search.inputs import read_inputs
-        from diffsparse.search.setup import Setup
+        check_numbers(num_processes=num_processes)
+        from diffsparse.search import ranks
 
-        found = read_inputs(prompts)
-        setup = Setup.parse(lora or (), scheduler, offload, quantize)
-        load.check_model_name(model)
-        place = load.choose_device(device)
-        precision = load.choose_dtype(dtype, place)
-        folder = load.check_output(out)
-        from diffsparse.search.api import search_plan
+        place = ranks.launched()
+        if place is not None and num_processes not in (None, place.count):
+            raise BadInput(
+                f"--num-processes {num_processes}: a launcher has started {place.count} already; leave it out"
+            )
+        if place is None and num_processes is not None and num_processes > 1:
+            from diffsparse.search.launch import check_processes, launch
 
-        load.quiet_libraries()
-        pipe = load.load_pipeline(model, device=place, dtype=precision, setup=setup)
-        plan = search_plan(
-            pipe,
-            found,
-            out=folder,
-            target=target,
-            budget=budget,
-            density=density,
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            true_cfg_scale=true_cfg_scale,
-            height=height,
-            width=width,
-            num_frames=num_frames,
-            seed=seed,
-            points=points,
-            validate=validate,
-            trace_prompts=trace_prompts,
-            samples=samples,
-            repair=repair,
-            repair_rows=repair_rows,
-            reuse_memory=reuse_memory,
-            about=setup.about,
-            say=say,
-        )
-        from diffsparse.search.measured import figures_beside
-        from diffsparse.search.show import describe, grid_of, plan_table
+            check_processes(num_processes, device)
+            raise typer.Exit(launch(num_processes, ["-m", "diffsparse.search", *context.obj]))
+        with ranks.sharing(place) as members:
+            from diffsparse.search import load
+            from diffsparse.search.inputs import read_inputs
+            from diffsparse.search.setup import Setup
 
-        on, figures = grid_of(plan, folder), figures_beside(plan, folder)
-        answer(
-            {"plan": str(folder), **describe(plan, on, figures)},
-            f"{plan_table(plan, on, figures)}\n\n"
-            f"The plan is in {folder}. Check it on prompts that the search did not see:\n"
-            f"  diffsparse eval {model} {folder} --prompts FILE",
-        )
+            with nullcontext() if members is None else members.together():
+                found = read_inputs(prompts)
+                setup = Setup.parse(lora or (), scheduler, offload, quantize)
+                load.check_model_name(model)
+                where = load.choose_device(device) if place is None else place.device(device)
+                precision = load.choose_dtype(dtype, where)
+                leads = members is None or members.leads
+                folder = load.check_output(out) if leads else Path(out)
+                from diffsparse.search.api import search_plan
+
+                load.quiet_libraries()
+                pipe = load.load_pipeline(model, device=where, dtype=precision, setup=setup)
+            plan = search_plan(
+                pipe,
+                found,
+                out=folder,
+                target=target,
+                budget=budget,
+                density=density,
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                true_cfg_scale=true_cfg_scale,
+                height=height,
+                width=width,
+                num_frames=num_frames,
+                seed=seed,
+                points=points,
+                validate=validate,
+                trace_prompts=trace_prompts,
+                samples=samples,
+                repair=repair,
+                repair_rows=repair_rows,
+                reuse_memory=reuse_memory,
+                about=setup.about,
+                progress=leads,
+                say=say if leads else lambda line: None,
+                ranks=members,
+            )
+            if not leads:
+                return
+            from diffsparse.search.measured import figures_beside
+            from diffsparse.search.show import describe, grid_of, plan_table
+
+            on, figures = grid_of(plan, folder), figures_beside(plan, folder)
+            answer(
+                {"plan": str(folder), **describe(plan, on, figures)},
+                f"{plan_table(plan, on, figures)}\n\n"
+                f"The plan is in {folder}. Check it on prompts that the search did not see:\n"
+                f"  diffsparse eval {model} {folder} --prompts FILE",
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,8 @@ from diffsparse.repair import Repair
 from diffsparse.search.compose import Candidate
 from diffsparse.search.measured import plan_digest
 from diffsparse.search.observe import final_latents, watched_updates
-from diffsparse.search.repair import RepairTap, fit_repair
+from diffsparse.search.repair import ErrorSums, RepairTap, add_sums, fit_repair
+from diffsparse.search.sharing import share
 from diffsparse.search.stages.validate import validate
 from diffsparse.search.workspace import Workspace
 
@@ -47,7 +49,7 @@ def repaired(work: Workspace, plan: SparsityPlan) -> SparsityPlan:
     """
     digest = plan_digest(plan)
     if (known := work.repair(digest)) is None:
-        known = _fit(work, plan)
+        known = _fit(work, plan, digest)
         work.put_repair(digest, known)
     arrays, share = known
     if not arrays:
@@ -57,23 +59,51 @@ def repaired(work: Workspace, plan: SparsityPlan) -> SparsityPlan:
     return replace(plan, repair=found)
 
 
-def _fit(work: Workspace, plan: SparsityPlan) -> tuple[dict[str, np.ndarray], float]:
+def _fit(work: Workspace, plan: SparsityPlan, digest: str) -> tuple[dict[str, np.ndarray], float]:
     config, prompts = work.config, work.traced()
-    tap = RepairTap(plan, seed=config.seed)
     # The two halves of cross-validation are of different prompts, or of different noise where there is one prompt.
     runs = [(p, config.seed + p) for p in prompts]
     runs += [(prompts[0], config.seed + 1)] if len(runs) == 1 else []
+    places = [(i, i * 2 // len(runs), prompt, seed) for i, (prompt, seed) in enumerate(runs)]
+    # Sums of a run by itself, added in the order of the runs: so they are the same whoever makes them.
+    sums: dict[tuple[int, str], ErrorSums] = {}
+    if (apart := work.apart) is None:
+        for _, found in _error_sums(work, places, plan):
+            add_sums(sums, found)
+    else:
+        missing = [place for place in places if not apart.has_errors(digest, place[0])]
+        share(work, _store_sums, missing, plan, digest)
+        for i, *_ in places:
+            add_sums(sums, apart.errors(digest, i))
+        apart.remove_errors()
+    fitted, left = fit_repair(plan, sums)
+    return ({} if fitted is None else fitted.to_parts()), left
+
+
+def _store_sums(work: Workspace, places: list[tuple[int, int, int, int]], plan: SparsityPlan, digest: str) -> None:
+    assert work.apart is not None
+    for i, found in _error_sums(work, places, plan):
+        work.apart.put_errors(digest, i, found)
+
+
+def _error_sums(
+    work: Workspace, places: list[tuple[int, int, int, int]], plan: SparsityPlan
+) -> Iterator[tuple[int, dict[tuple[int, str], ErrorSums]]]:
+    """Of generations with the plan: each one's number, and what sampled queries get wrong in it.
+
+    ``places``: numbers, halves of cross-validation, prompts and seeds.
+    """
+    config = work.config
     # A generation as short as those that were traced may have no step in a short phase.
     some = set(plan.schedule.phases(work.trace_levels))
     short = some >= set(range(plan.schedule.num_phases))
     settings = work.settings(config.trace_steps) if short else config.settings(config.steps)
     each = config.trace_steps if short else config.steps
     assert each is not None  # the settings are resolved
-    with work.bar(len(runs) * each, "repair") as bar, watched_updates(work.pipe, lambda _: bar.update()):
-        for i, (prompt, seed) in enumerate(runs):
-            tap.half = i * 2 // len(runs)
+    with work.bar(len(places) * each, "repair") as bar, watched_updates(work.pipe, lambda _: bar.update()):
+        for done, (i, half, prompt, seed) in enumerate(places, 1):
+            tap = RepairTap(plan, seed=config.seed + i, half=half)
             with tap_attention(work.pipe, tap):
                 final_latents(work.pipe, work.prompts[prompt], seed, settings)
-            bar.reach((i + 1) * each)
-    found, share = fit_repair(plan, tap.sums)
-    return ({} if found is None else found.to_parts()), share
+            yield i, tap.sums
+            bar.reach(done * each)

@@ -12,9 +12,10 @@ from diffsparse.entry import HeadEntry
 from diffsparse.layout import BlockLayout
 from diffsparse.pipelines import tap_attention
 from diffsparse.search.layers import layouts_by_call
-from diffsparse.search.observe import final_latents, replaying, step_effect, watched_updates
+from diffsparse.search.observe import Recording, final_latents, replaying, step_effect, watched_updates
 from diffsparse.search.options import FamilyTable, head_entry
 from diffsparse.search.perturb import partial_error, stale_outputs
+from diffsparse.search.sharing import share
 from diffsparse.search.trial import strides
 from diffsparse.search.workspace import Probe, Workspace
 
@@ -116,20 +117,9 @@ def effects(work: Workspace, entries: dict[str, list[HeadEntry]], predicted: np.
     steps = [s for s in effect_steps(work) if s < work.trace_length]
     groups = layer_groups(work.layers, most_groups(work.probe))
     todo = [(s, names) for s in steps for names in groups if not work.has_effect(s, names[0])]
-    find = layouts_by_call(entries, work.config.block)
-    settings = work.settings(work.config.trace_steps)
     if todo:
-        with work.bar(len(todo), "sensitivity") as bar:
-            for step, names in todo:
-
-                def some(call: Any, names: tuple[str, ...] = names) -> BlockLayout | None:
-                    return find(call) if call.layer in names else None
-
-                effect = step_effect(
-                    work.pipe, work.dense_recording(), work.prompts[0], work.config.seed, settings, step, some
-                )
-                work.put_effect(step, names[0], effect)
-                bar.update()
+        give_recording(work)
+        share(work, _perturb, todo, entries)
     measured = np.empty((len(steps), len(work.layers)))
     for names in groups:
         which = [work.layers.index(name) for name in names]
@@ -138,6 +128,35 @@ def effects(work: Workspace, entries: dict[str, list[HeadEntry]], predicted: np.
     every = np.arange(work.trace_length)
     logs = np.log(np.maximum(measured, 1e-30))
     return np.exp(np.stack([np.interp(every, steps, logs[:, j]) for j in range(len(work.layers))], 1))
+
+
+def _perturb(work: Workspace, todo: list[tuple[int, tuple[str, ...]]], entries: dict[str, list[HeadEntry]]) -> None:
+    """Measure what the errors of groups of layers do to the output, each at a step."""
+    find = layouts_by_call(entries, work.config.block)
+    settings = work.settings(work.config.trace_steps)
+    with work.bar(len(todo), "sensitivity") as bar:
+        for step, names in todo:
+
+            def some(call: Any, names: tuple[str, ...] = names) -> BlockLayout | None:
+                return find(call) if call.layer in names else None
+
+            effect = step_effect(
+                work.pipe, work.dense_recording(), work.prompts[0], work.config.seed, settings, step, some
+            )
+            work.put_effect(step, names[0], effect)
+            bar.update()
+
+
+def give_recording(work: Workspace) -> None:
+    """The recorded generation of the first prompt for every rank, once."""
+    if work.ranks is not None and not work.recording_given:
+        share(work, _keep_recording, list(range(work.ranks.count)), work.dense_recording().on("cpu"))
+        work.recording_given = True
+
+
+def _keep_recording(work: Workspace, _: list[int], recording: Recording) -> None:
+    if work.recording is None:
+        work.recording = recording.on(work.device)
 
 
 def amplification(work: Workspace, entries: dict[str, list[HeadEntry]], output_error: np.ndarray) -> np.ndarray:
@@ -153,21 +172,27 @@ def amplification(work: Workspace, entries: dict[str, list[HeadEntry]], output_e
     steps = [s for s in inject_steps(work) if s < work.trace_length]
     todo = [s for s in steps if not work.has_injected(s)]
     if todo:
-        find = layouts_by_call(entries, work.config.block)
-        settings = work.settings(work.config.trace_steps)
-        each = work.config.trace_steps
-        with work.bar(len(todo) * each, "schedule") as bar, watched_updates(work.pipe, lambda _: bar.update()):
-            for i, step in enumerate(todo, 1):
-                recording = work.dense_recording()
-                # Replayed calls make no attention call, so the first one that is counted belongs to this step.
-                inject = partial_error(find, INJECTED_SHARE, 1)
-                with replaying(work.pipe, recording, recording.first_call(step)), tap_attention(work.pipe, inject):
-                    latents = final_latents(work.pipe, work.prompts[0], work.config.seed, settings)
-                work.put_injected(step, float((latents - recording.latents).double().square().sum()))
-                bar.reach(i * each)
+        give_recording(work)
+        share(work, _inject, todo, entries)
     stride = strides(np.array(work.trace_levels))
     found = [work.injected(s) / max(INJECTED_SHARE**2 * float(output_error[s]) * stride[s] ** 2, 1e-30) for s in steps]
     return np.exp(np.interp(np.arange(work.trace_length), steps, np.log(np.maximum(found, 1e-30))))
+
+
+def _inject(work: Workspace, todo: list[int], entries: dict[str, list[HeadEntry]]) -> None:
+    """Measure what errors that are put into steps do to the clip."""
+    find = layouts_by_call(entries, work.config.block)
+    settings = work.settings(work.config.trace_steps)
+    each = work.config.trace_steps
+    with work.bar(len(todo) * each, "schedule") as bar, watched_updates(work.pipe, lambda _: bar.update()):
+        for i, step in enumerate(todo, 1):
+            recording = work.dense_recording()
+            # Replayed calls make no attention call, so the first one that is counted belongs to this step.
+            inject = partial_error(find, INJECTED_SHARE, 1)
+            with replaying(work.pipe, recording, recording.first_call(step)), tap_attention(work.pipe, inject):
+                latents = final_latents(work.pipe, work.prompts[0], work.config.seed, settings)
+            work.put_injected(step, float((latents - recording.latents).double().square().sum()))
+            bar.reach(i * each)
 
 
 def reuse_factor(work: Workspace, layers: np.ndarray, growth: np.ndarray, memory: float) -> float:

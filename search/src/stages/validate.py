@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from diffsparse.pipelines import sparse_attention as attached
+from diffsparse.plan import SparsityPlan
 from diffsparse.search import metrics
 from diffsparse.search.columns import shorten
 from diffsparse.search.compose import Candidate
@@ -18,6 +20,7 @@ from diffsparse.search.inputs import Input
 from diffsparse.search.load import sparse_backend
 from diffsparse.search.measured import plan_digest
 from diffsparse.search.observe import watched_updates
+from diffsparse.search.sharing import share
 from diffsparse.search.workspace import Validation, Workspace
 
 __all__ = ["cases", "held_out", "validate"]
@@ -55,31 +58,19 @@ def validate(
     mean PSNR, or by the worst clip's SSIM where that has a target.
     """
     config, clips = work.config, cases(work)
-    settings = config.settings(config.steps)
     keys = [plan_digest(candidate.plan) for candidate in candidates]
-    each = config.steps
-    assert each is not None  # the settings are resolved
-    with (
-        work.bar(len(clips) * (1 + len(candidates)) * each, "validate") as bar,
-        watched_updates(work.pipe, lambda _: bar.update()),
-    ):
-        for i, (prompt, seed) in enumerate(clips):
-            todo = [(k, c) for k, c in zip(keys, candidates, strict=True) if work.validation(i, k) is None]
-            begun = i * (1 + len(candidates)) + len(candidates) - len(todo) + (not todo)
-            bar.reach(begun * each)
-            if todo:
-                dense = work.dense_clip(i, lambda: generate_clip(work.pipe, prompt, seed, settings))  # noqa: B023
-                _check_dense(work, dense)
-                bar.reach((begun + 1) * each)
-            for j, (key, candidate) in enumerate(todo, 2):
-                with attached(work.pipe, candidate.plan, backend=sparse_backend(work.pipe, candidate.plan)):
-                    clip = generate_clip(work.pipe, prompt, seed, settings)
-                work.put_validation(i, key, _measured(work, clip, dense))
-                bar.reach((begun + j) * each)
-            if least is not None and _all_below(work, i, keys, least):
-                bar.reach(len(clips) * (1 + len(candidates)) * each)
-                clips = clips[: i + 1]
-                break
+    plans = dict(zip(keys, (candidate.plan for candidate in candidates), strict=True))
+    # Of a target clips are made one after another, or as many at once as there are ranks.
+    count = 1 if work.ranks is None else work.ranks.count
+    waves = range(0, len(clips), count) if least is not None else [0]
+    for first in waves:
+        wave = list(range(len(clips)))[first : first + count if least is not None else None]
+        todo = [(i, [key for key in keys if work.validation(i, key) is None]) for i in wave]
+        if any(missing for _, missing in todo):
+            share(work, _make_clips, todo, plans)
+        if least is not None and (below := [i for i in wave if _all_below(work, i, keys, least)]):
+            clips = clips[: below[0] + 1]
+            break
     rows = {key: [row for i in range(len(clips)) if (row := work.validation(i, key)) is not None] for key in keys}
     means = [float(np.mean([row.psnr for row in rows[key]])) for key in keys]
     worst = [min((row.ssim for row in rows[key] if row.ssim is not None), default=0.0) for key in keys]
@@ -96,6 +87,31 @@ def validate(
         "psnr_by_dense_steps": tried,
         "loop_speedup": float(np.mean([row.speedup for row in chosen])),
     }
+
+
+def _make_clips(work: Workspace, todo: list[tuple[int, list[str]]], plans: dict[str, SparsityPlan]) -> None:
+    """Measure the plans that are missing for each clip of validation, by their digests."""
+    clips, settings = cases(work), work.config.settings(work.config.steps)
+    each = work.config.steps
+    assert each is not None  # the settings are resolved
+    generations = sum(len(missing) + bool(missing) for _, missing in todo)
+    done = 0
+    with (
+        work.bar(generations * each, "validate") as bar,
+        watched_updates(work.pipe, lambda _: bar.update()),
+    ):
+        for i, missing in todo:
+            if not missing:
+                continue
+            prompt, seed = clips[i]
+            dense = work.dense_clip(i, partial(generate_clip, work.pipe, prompt, seed, settings))
+            _check_dense(work, dense)
+            bar.reach((done := done + 1) * each)
+            for key in missing:
+                with attached(work.pipe, plans[key], backend=sparse_backend(work.pipe, plans[key])):
+                    clip = generate_clip(work.pipe, prompt, seed, settings)
+                work.put_validation(i, key, _measured(work, clip, dense))
+                bar.reach((done := done + 1) * each)
 
 
 def _all_below(work: Workspace, case: int, keys: list[str], least: float) -> bool:
