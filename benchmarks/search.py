@@ -29,8 +29,10 @@ from benchmarks.library.steps.models import MODELS, TINY, Model
 from diffsparse.search import load, script
 from diffsparse.search.errors import BadInput
 from diffsparse.search.generate import GenerationSettings
+from diffsparse.search.launch import check_processes, launch
 from diffsparse.search.layers import common_architecture
 from diffsparse.search.observe import final_latents
+from diffsparse.search.ranks import Ranks, launched, sharing
 from diffsparse.search.search import SearchConfig, search_plan, thoroughness
 
 PROMPTS = [f"prompt {i}" for i in range(8)]
@@ -98,13 +100,15 @@ def dense_step(pipe: Any, settings: GenerationSettings, device: torch.device) ->
     return times[2] - times[1], peak
 
 
-def bench(name: str, model: Model, a: argparse.Namespace, folder: Path) -> list[Row]:
-    """Rows of one search: its stages, and all of it."""
-    device, dtype = load.choose_device(a.device), load.choose_dtype(a.dtype, load.choose_device(a.device))
+def bench(name: str, model: Model, a: argparse.Namespace, folder: Path, members: Ranks | None) -> list[Row]:
+    """Rows of one search: its stages, and all of it, as rank 0 sees them; of the other processes none."""
+    device = load.choose_device(a.device) if members is None else members.place.device(a.device)
+    dtype = load.choose_dtype(a.dtype, device)
     pipe, size = pipeline_of(model, device, dtype)
     guidance = 5.0 if model.family == "wan" else None
     step, peak = dense_step(pipe, GenerationSettings(None, guidance, **size), device)
-    print(f"{name}: a dense step takes {step:.2f} s, {peak / 1e9:.2f} GB", flush=True)
+    if leads := members is None or members.leads:
+        print(f"{name}: a dense step takes {step:.2f} s, {peak / 1e9:.2f} GB", flush=True)
     config = SearchConfig(
         budget=a.budget, validation_prompts=0, steps=a.steps, guidance_scale=guidance, **size, **thoroughness(device)
     )
@@ -114,13 +118,17 @@ def bench(name: str, model: Model, a: argparse.Namespace, folder: Path) -> list[
     layers = len(common_architecture(pipe).layers)
     base = {"model": name, "layers": layers, "tokens": model.grid.seq_len}
     try:
-        search_plan(pipe, PROMPTS, config, folder, progress=False, say=stages.say, on_stage=stages.on_stage)
+        search_plan(
+            pipe, PROMPTS, config, folder, progress=False, say=stages.say, on_stage=stages.on_stage, ranks=members
+        )
         status = "ok"
     except Exception as failure:  # told in its row, and by the exit status
         if a.raise_:
             raise
         status = f"{type(failure).__name__}: {str(failure).splitlines()[0][:300]}"
     stages.mark("end")
+    if not leads:
+        return []
     used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     rows = [Row(**base, stage=stage, seconds=seconds) for stage, seconds in stages.seconds.items() if seconds > 0.05]
     whole = Row(
@@ -149,6 +157,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--csv", type=script.out_file, help="write the rows here, after every model")
     parser.add_argument("--keep", type=Path, help="keep plans and records in this folder, and go on with those there")
+    parser.add_argument(
+        "--num-processes", type=script.at_least_one, default=1, help="processes that share each search, a GPU each"
+    )
     parser.add_argument("--raise", dest="raise_", action="store_true", help="show where a search fails")
     a = parser.parse_args()
     known = TINY if a.tiny else MODELS
@@ -163,16 +174,32 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     """Read the command line, search, write. The exit status."""
     a = arguments()
+    place = launched()
+    try:
+        if place is None and a.num_processes > 1:
+            check_processes(a.num_processes, a.device)
+            return launch(a.num_processes, [__file__, *sys.argv[1:]])
+        with sharing(place) as members:
+            return searches(a, members)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def searches(a: argparse.Namespace, members: Ranks | None) -> int:
+    """Search with every model, in a process of its own or in one of several, and write. The exit status."""
     rows: list[Row] = []
     for name in a.models:
         model = (TINY if a.tiny else MODELS)[name]
         model = model if a.layers is None else with_layers(model, a.layers)
         with tempfile.TemporaryDirectory() as scratch:
+            folder = (a.keep or Path(scratch)) / name
             try:
-                rows += bench(name, model, a, (a.keep or Path(scratch)) / name)
+                rows += bench(name, model, a, folder if members is None else members.give(folder), members)
             except BadInput as error:
-                print(f"{name}: {error}", file=sys.stderr)
-                return 2
+                raise BadInput(f"{name}: {error}") from error
+        if members is not None and not members.leads:
+            continue
         if a.csv:
             with a.csv.open("w", newline="") as file:
                 writer = csv.DictWriter(file, [field.name for field in fields(Row)])
