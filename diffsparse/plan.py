@@ -56,6 +56,8 @@ class SparsityPlan:
     architecture: Architecture | None = None
     record: dict[str, Any] = field(default_factory=dict)
     repair: Repair | OnlineRepair | None = None
+    # Densities of entries on grids: a plan of many bitmaps is asked for them again and again.
+    _known: dict[tuple[HeadEntry, TokenGrid], float] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         index = self.index
@@ -192,21 +194,20 @@ class SparsityPlan:
         if layers is None:
             layers = self.architecture.layers if self.architecture else self.layers
         heads = heads or (self.architecture.heads if self.architecture else self.index.shape[2])
-        known: dict[HeadEntry, float] = {}
         result = np.full((self.schedule.num_phases, len(layers)), 1.0 if reuse is None else 0.0)
         for phase in range(self.schedule.num_phases):
             for i, layer in enumerate(layers):
                 entries = self.layer_entries(phase, layer, heads)
                 if entries is None:
                     continue
-                for entry in entries:
-                    if entry not in known:
-                        counts = reuse is None or entry.execution.reuse == reuse
-                        known[entry] = (
-                            head_work(entry, grid, self.block_size, self.online_repair).density if counts else 0.0
-                        )
-                result[phase, i] = np.mean([known[entry] for entry in entries])
+                counts = [reuse is None or entry.execution.reuse == reuse for entry in entries]
+                result[phase, i] = np.mean([self._density(e, grid) if c else 0.0 for e, c in zip(entries, counts)])
         return result
+
+    def _density(self, entry: HeadEntry, grid: TokenGrid) -> float:
+        if (key := (entry, grid)) not in self._known:
+            self._known[key] = head_work(entry, grid, self.block_size, self.online_repair).density
+        return self._known[key]
 
     def trajectory_density(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from diffsparse.limits import MAX_INTEGER
@@ -14,6 +16,7 @@ __all__ = [
     "block_any",
     "check_axes",
     "check_extents",
+    "chunks",
     "is_fraction",
     "is_whole",
     "resolve_extent",
@@ -21,6 +24,9 @@ __all__ = [
 ]
 
 Extent = int | float | None
+
+#: Elements of a matrix of pairs that is worked on at once.
+_CACHED = 2**19
 
 
 def is_whole(value: object, least: int = 0) -> bool:
@@ -56,6 +62,16 @@ def resolve_extent(extent: Extent, n: int) -> int:
         return n
     units = max(1, round(extent * n)) if isinstance(extent, float) else extent
     return min(units, n)
+
+
+def chunks(begin: np.ndarray, rows: int, columns: int) -> Iterator[tuple[int, int]]:
+    """Ranges of blocks whose rows fill a matrix that a cache holds. ``begin``: each block's first of all ``rows``."""
+    most, lo = max(1, _CACHED // max(1, columns)), 0
+    ends = np.append(begin[1:], rows)
+    while lo < len(begin):
+        hi = max(lo + 1, int(np.searchsorted(ends, begin[lo] + most, side="right")))
+        yield lo, hi
+        lo = hi
 
 
 def _any_in_boxes(

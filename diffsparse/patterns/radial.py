@@ -12,7 +12,7 @@ from diffsparse.grid import TokenGrid
 from diffsparse.messages import shown
 from diffsparse.order import BlockPartition, TokenOrder
 from diffsparse.patterns.base import Pattern
-from diffsparse.patterns.boxes import is_fraction, is_whole
+from diffsparse.patterns.boxes import chunks, is_fraction, is_whole
 
 __all__ = ["Radial"]
 
@@ -97,15 +97,18 @@ def _radial_paper_pairs(queries: BlockPartition, keys: BlockPartition, decay: fl
     reach = np.maximum(reach, np.where(on_site | (doubling <= s), 0, -1))
     q_owner, q_frame, q_first, q_last = _frame_segments(queries)
     k_owner, k_frame, k_first, k_last = _frame_segments(keys)
-    k_begin = np.flatnonzero(np.diff(k_owner, prepend=-1))
-    mask = np.zeros((queries.num_blocks, keys.num_blocks), bool)
-    rows = max(1, 8_000_000 // len(k_owner))
-    for lo in range(0, len(q_owner), rows):
-        part = slice(lo, lo + rows)
-        gap = np.maximum(k_first[None] - q_last[part, None], q_first[part, None] - k_last[None])
-        kept = np.maximum(gap, 0) <= reach[np.abs(q_frame[part, None] - k_frame[None])]
-        kept = np.logical_or.reduceat(kept, k_begin, axis=1)
-        np.logical_or.at(mask, q_owner[part], kept)
+    q_begin, k_begin = (np.flatnonzero(np.diff(owner, prepend=-1)) for owner in (q_owner, k_owner))
+    # Of a query in each frame: the runs' ends, moved by how far it sees; none of a frame pair that is dropped.
+    sees = reach[np.abs(np.arange(frames)[:, None] - k_frame)]
+    nearest = np.where(sees < 0, s, k_first - sees).astype(np.int32)
+    farthest = np.where(sees < 0, -1, k_last + sees).astype(np.int32)
+    q_first, q_last = q_first.astype(np.int32)[:, None], q_last.astype(np.int32)[:, None]
+    mask = np.empty((queries.num_blocks, keys.num_blocks), bool)
+    for lo, hi in chunks(q_begin, len(q_owner), len(k_owner)):
+        part = slice(q_begin[lo], q_begin[hi] if hi < len(q_begin) else None)
+        kept = (nearest[q_frame[part]] <= q_last[part]) & (farthest[q_frame[part]] >= q_first[part])
+        kept = np.logical_or.reduceat(kept, q_begin[lo:hi] - q_begin[lo], axis=0)
+        mask[lo:hi] = np.logical_or.reduceat(kept, k_begin, axis=1)
     mask[:, k_owner[k_frame < sink]] = True
     return mask
 

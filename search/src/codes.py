@@ -29,5 +29,7 @@ def from_codes(codes: np.ndarray, peak: np.ndarray, device: torch.device | str =
     """The values again, float32."""
     levels = np.exp((np.arange(256) - 255) * _STEP).astype(np.float32)
     levels[0] = 0.0
+    if torch.device(device).type == "cpu":  # several times as fast as torch's indexing
+        return torch.from_numpy(np.take(levels, codes) * peak)
     found = torch.from_numpy(levels).to(device)[torch.from_numpy(codes).to(device).int()]
     return found * torch.from_numpy(peak).to(device)

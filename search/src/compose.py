@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 
 import numpy as np
@@ -19,14 +19,16 @@ from diffsparse.order import TokenOrder
 from diffsparse.pipelines.policy import Machine
 from diffsparse.plan import SparsityPlan
 from diffsparse.search.assign import Assignment, InfeasibleBudget, assign, assign_within, lagrangian, most_held
+from diffsparse.search.candidate import Candidate, Draft
 from diffsparse.search.candidates import orders_for
+from diffsparse.search.choices import layer_choices
 from diffsparse.search.curves import head_curves
 from diffsparse.search.drift import Hold, holds_for
+from diffsparse.search.entries import Wanted, layer_entries, workers
 from diffsparse.search.errors import BadInput
 from diffsparse.search.items import Items, LayerSteps, Measurements
-from diffsparse.search.options import NOTHING, Option, errors_by_head, head_entry, is_stable, pruned
+from diffsparse.search.options import NOTHING
 from diffsparse.search.pricing import Pricing
-from diffsparse.search.reusing import with_reuse
 from diffsparse.search.schedules import Outlook
 from diffsparse.search.trial import Trial, distinct, strides
 
@@ -46,18 +48,6 @@ LEAST_STEP = 0.001
 LEAST_TRIED = 3
 # Numbers of dense steps whose predicted error is at most this many times the least are worth a generation.
 WORTH_TRYING = 4.0
-
-
-@dataclass(frozen=True, eq=False)
-class Candidate:
-    """A plan, the error of every head's entry, float ``[phases, layers, heads]``, and the options they were made from.
-
-    Predicted, of the head's output through the output projection: squared, relative to the dense output's square.
-    """
-
-    plan: SparsityPlan
-    error: np.ndarray
-    options: list[list[list[Option]]]
 
 
 class Composer:
@@ -171,32 +161,27 @@ class Composer:
             weights = [self._weights(members, push, j) for members in steps]
             every = [self.search.layer_scores(layer, each) for each in weights]
             tables = [self.search.table(self.grids[layer], self.orders[layer, head]) for head in range(self.heads)]
-            errors_of = [errors_by_head(tables, scores) for scores in every]
-            for head, table in enumerate(tables):
-                drift = self.search.drift(layer, head) if self.memory > 0 else np.zeros(0)
-                cost = partial(self.pricing.cost, layer=layer, order=table.order)
+            drift = [self.search.drift(layer, head) for head in range(self.heads)] if self.memory > 0 else None
+            late: list[np.ndarray | None] = []
+            for phase, members in enumerate(steps):
+                bins = self.bins[members]
+                rate = self.reuse_factor * push[members] * self.effects[bins, j]
+                late.append(None if drift is None or not holds[phase] else rate * np.stack([d[bins] for d in drift]))
+            prices_of = partial(self.pricing.of_table, layer=layer)
+            calls = [self.calls[members] for members in steps]
+            chosen, unstable = layer_choices(tables, every, prices_of, holds, calls, late, self._holds_all)
+            found.unstable |= {(layer, head) for head in unstable}
+            for head in range(self.heads):
+                prices = self.pricing.of_table(tables[head], layer)
                 for phase, members in enumerate(steps):
-                    scores, told = every[phase][head], errors_of[phase][head]
-                    stable = is_stable(scores, table)
-                    if not stable:
-                        found.unstable.add((layer, head))
-                    may = np.flatnonzero(~table.is_measured | stable)
-                    kept = may[pruned(told[may], self.pricing.of_table(table, layer)[may])]
-                    options = [replace(table.options[i], error=float(told[i])) for i in kept]
-                    errors, prices = told[kept], self.pricing.of_table(table, layer)[kept]
-                    if holds[phase]:
-                        bins = self.bins[members]
-                        late = self.reuse_factor * push[members] * self.effects[bins, j] * drift[bins]
-                        options, errors, prices = with_reuse(
-                            options, cost, holds[phase], self.calls[members], late, self._holds_all
-                        )
-                    found.options.append(options)
-                    found.per_call.append(np.array([cost(o) for o in options]))
-                    found.bytes.append(np.array([self.bytes[layer] * (o.reuse > 0) for o in options]))
-                    found.errors.append(errors)
+                    choices, cost = chosen[head, phase]
+                    found.options.append(choices)
+                    found.per_call.append(prices[choices.places])
+                    found.bytes.append(np.where(choices.reuses > 0, self.bytes[layer], 0.0))
+                    found.errors.append(choices.errors)
                     found.whole.append(int(self.calls[members].sum()) * self.weight[layer])
-                    found.prices.append(prices * found.whole[-1])
-                    found.scores.append(scores)
+                    found.prices.append(cost * found.whole[-1])
+                    found.scores.append(every[phase][head])
                     found.weights.append(weights[phase])
         return found
 
@@ -264,33 +249,40 @@ class Composer:
         certain of what is predicted.
         """
         self.check_share()
-        found = sorted(
-            self._by_dense_steps(max(count, LEAST_TRIED)), key=lambda c: c.plan.record["search"]["predicted_error"]
-        )
-        if count > 1 and any(c.plan.reuses for c in found[:count]):
+        found = self._by_dense_steps(max(count, LEAST_TRIED), count)
+        if count > 1 and any(c.plan.reuses for c in found):
             without = copy(self)
             without.memory = 0.0
             without.__dict__.pop("outlook", None)
             return [*found[: count - 1], *without.candidates(1)]
-        return found[:count]
+        return found
 
-    def _by_dense_steps(self, count: int) -> list[Candidate]:
-        """Plans with numbers of dense steps that are worth trying, the best of one phase first."""
+    def _by_dense_steps(self, count: int, keep: int) -> list[Candidate]:
+        """The best plans, best first: ``keep`` of those with ``count`` numbers of dense steps that are worth trying."""
         scan = self.scan()
         least = min(scan, key=lambda k: scan[k])
         near = [k for k in sorted(scan) if scan[k] <= WORTH_TRYING * scan[least]]
         # Spread over the range: plans with one dense step more or less hardly differ.
         spread = [near[round(i * (len(near) - 1) / max(1, count - 1))] for i in range(count)]
         chosen = list(dict.fromkeys([least, *reversed(spread)]))[:count]
-        return [self.plan(k, scan) for k in chosen]
+        drafts = sorted((self.draft(k, scan) for k in chosen), key=lambda draft: draft.error)
+        made: list[Candidate] = []
+        # Masks take most of the time, and what is taken off the budget on their account only adds to an error.
+        while drafts and (len(made) < keep or drafts[0].error < made[keep - 1].predicted_error):
+            made = sorted([*made, self.plan(drafts.pop(0), scan)], key=lambda candidate: candidate.predicted_error)
+        return made[:keep]
 
-    def plan(self, dense: int, scan: Mapping[int, float]) -> Candidate:
-        """The best plan with this number of dense steps."""
+    def draft(self, dense: int, scan: Mapping[int, float]) -> Draft:
+        """The best plan with this number of dense steps, without its entries."""
         trial, items = self._scheduled(dense, scan[dense])
         room = self.room(trial.dense)
-        made: dict[tuple[int, Option], HeadEntry] = {}
-        for _ in range(_TRIES):
-            items, result = self._settled(trial, items, room)
+        return Draft(trial, *self._settled(trial, items, room), room)
+
+    def plan(self, draft: Draft, scan: Mapping[int, float]) -> Candidate:
+        """A draft with its entries, within the density where one is asked for."""
+        trial, items, result, room = draft.trial, draft.items, draft.result, draft.room
+        made: dict[Hashable, HeadEntry] = {}
+        for left in reversed(range(_TRIES)):
             plan = SparsityPlan.from_table(
                 self._entries(trial, items, result, made),
                 schedule=trial.schedule(self.levels, self.switch, self.second),
@@ -299,11 +291,12 @@ class Composer:
                 repair=self.config.online,
             )
             excess = self.trajectory_density(plan) - (self.config.density or 1.0)
-            if excess <= 0:
+            if excess <= 0 or not left:
                 break
             room = max(
                 room - max(1.5 * excess, LEAST_STEP) * self.attention(), sum(float(p.min()) for p in items.prices)
             )
+            items, result = self._settled(trial, items, room)
         plan.record["search"] = {
             "dense_steps": len(trial.dense),
             "dense_at": trial.dense,
@@ -385,8 +378,8 @@ class Composer:
             return found
         without = items.without_reuse()
         exact = assign(without.errors, without.prices, room)
-        chosen = zip(items.options, without.options, exact.choice.tolist(), strict=True)
-        return replace(exact, choice=np.array([every.index(some[i]) for every, some, i in chosen]))
+        chosen = zip(items.bytes, exact.choice.tolist(), strict=True)
+        return replace(exact, choice=np.array([np.flatnonzero(held == 0)[i] for held, i in chosen]))
 
     def _chosen(self, trial: Trial, items: Items, result: Assignment) -> Iterator[LayerSteps]:
         """Every layer in every phase, by the heads that compute: what the policy says of their chosen options."""
@@ -420,21 +413,23 @@ class Composer:
         return found
 
     def _entries(
-        self, trial: Trial, items: Items, result: Assignment, made: dict[tuple[int, Option], HeadEntry]
+        self, trial: Trial, items: Items, result: Assignment, made: dict[Hashable, HeadEntry]
     ) -> dict[str, list[list[HeadEntry]]]:
         """``made``: entries of items by their options, for the next try."""
         rows: dict[str, list[list[HeadEntry]]] = {}
-        chosen = zip(range(len(items.options)), items.options, items.weights, result.choice, strict=True)
-        for layer in self.layers:
-            rows[layer] = [[] for _ in range(trial.phases)]
-            for head in range(self.heads):
-                table = self.search.table(self.grids[layer], self.orders[layer, head])
-                for phase in range(trial.phases):
-                    item, options, weights, choice = next(chosen)
-                    if (key := (item, options[choice])) not in made:
-                        value = partial(self.search.value, layer, head, weights)
-                        made[key] = head_entry(options[choice], value, table)
-                    rows[layer][phase].append(made[key])
+        size = self.heads * trial.phases
+        with workers() as pool:
+            for j, layer in enumerate(self.layers):
+                tables = [self.search.table(self.grids[layer], self.orders[layer, head]) for head in range(self.heads)]
+                every = range(j * size, (j + 1) * size)
+                wanted = [
+                    Wanted((i, option), (i - every.start) // trial.phases, option, items.weights[i])
+                    for i in every
+                    for option in [items.options[i][result.choice[i]]]
+                ]
+                made |= layer_entries(self.search, layer, tables, [w for w in wanted if w.key not in made], pool)
+                entries = [made[one.key] for one in wanted]
+                rows[layer] = [entries[phase :: trial.phases] for phase in range(trial.phases)]
         return rows
 
     def _attention_time(self, trial: Trial, items: Items, result: Assignment) -> float:

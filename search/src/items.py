@@ -12,6 +12,7 @@ from diffsparse.grid import TokenGrid
 from diffsparse.order import TokenOrder
 from diffsparse.pipelines.policy import LayerVerdict
 from diffsparse.plan import Architecture
+from diffsparse.search.choices import Choices
 from diffsparse.search.config import SearchConfig
 from diffsparse.search.options import FamilyTable, HeadScores, Option
 
@@ -27,7 +28,7 @@ class Items:
     ``weights``: of the traced steps in each.
     """
 
-    options: list[list[Option]]
+    options: list[Sequence[Option]]
     errors: list[np.ndarray]
     prices: list[np.ndarray]
     whole: list[float]
@@ -71,7 +72,11 @@ class Items:
         return found
 
     def _keep(self, found: Items, i: int, kept: np.ndarray) -> None:
-        found.options[i] = [option for option, keep in zip(self.options[i], kept, strict=True) if keep]
+        own = self.options[i]
+        if isinstance(own, Choices):
+            found.options[i] = own.kept(kept)
+        else:
+            found.options[i] = [option for option, keep in zip(own, kept, strict=True) if keep]
         found.errors[i], found.prices[i] = self.errors[i][kept], self.prices[i][kept]
         found.per_call[i], found.bytes[i] = self.per_call[i][kept], self.bytes[i][kept]
 

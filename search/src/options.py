@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -24,14 +24,13 @@ __all__ = [
     "HeadScores",
     "Option",
     "by_place",
-    "errors_by_head",
     "head_entry",
     "head_options",
     "is_stable",
-    "prune",
-    "pruned",
 ]
 
+#: Pairs of blocks that are summed up together: as many as a cache holds.
+PIECE = 2**14
 #: Of the mask that tells whether a head's masks carry over.
 STABLE_DENSITY = 0.08
 
@@ -139,6 +138,13 @@ class FamilyTable:
             self._flat[device] = torch.from_numpy(bits).to(device).float()
         return self._flat[device]
 
+    def kept_by_families(self, values: np.ndarray) -> np.ndarray:
+        """What the families' masks keep of some ``values [N, NB, NB]``, about: ``[N, patterns]``."""
+        flat = torch.from_numpy(np.ascontiguousarray(values, np.float32)).flatten(1)
+        dropped = self.dropped_pairs(flat.device)
+        pieces = (slice(i, i + PIECE) for i in range(0, flat.shape[1], PIECE))
+        return np.asarray(flat.sum(1, keepdim=True) - sum(flat[:, piece] @ dropped[piece] for piece in pieces))
+
     def device_weight(self, device: torch.device) -> torch.Tensor:
         """``weight`` on a device, float64."""
         if device not in self._weight:
@@ -175,6 +181,11 @@ class FamilyTable:
         """Which of the options are measured masks: bool ``[options]``."""
         return np.array([option.kind == "bitmap" for option in self.options])
 
+    @cached_property
+    def skips(self) -> np.ndarray:
+        """Which of them leave the head out: bool ``[options]``."""
+        return np.array([option.kind == "skip" for option in self.options])
+
     def errors(self, scores: Sequence[HeadScores]) -> np.ndarray:
         """Of some heads' options, float ``[heads, options]``."""
         tails, places = self.columns
@@ -193,16 +204,6 @@ class FamilyTable:
         if option.kind == "bitmap":
             return self.num_families + BITMAP_DENSITIES.index(option.density)
         return next(at for at, pattern in zip(self.places, self.patterns, strict=True) if pattern == option.pattern)
-
-
-def errors_by_head(tables: Sequence[FamilyTable], scores: Sequence[HeadScores]) -> list[np.ndarray]:
-    """Of the options of some heads, each with its own table; those with the same one at once."""
-    found: list[np.ndarray] = [np.empty(0)] * len(tables)
-    for table in dict.fromkeys(tables):
-        heads = [i for i, own in enumerate(tables) if own is table]
-        for i, errors in zip(heads, table.errors([scores[i] for i in heads]), strict=True):
-            found[i] = errors
-    return found
 
 
 def is_stable(scores: HeadScores, table: FamilyTable) -> bool:
@@ -237,20 +238,6 @@ def by_place(options: list[Option]) -> dict[tuple[str, str, float], Option]:
     return found
 
 
-def prune(options: list[Option], cost: Callable[[Option], float]) -> tuple[list[Option], np.ndarray, np.ndarray]:
-    """Options that no other one beats in both error and cost, with their errors and costs, cheapest first."""
-    kept = pruned(np.array([o.error for o in options]), prices := np.array([cost(o) for o in options]))
-    found = [options[i] for i in kept]
-    return found, np.array([o.error for o in found]), prices[kept]
-
-
-def pruned(errors: np.ndarray, prices: np.ndarray) -> np.ndarray:
-    """Which options no other one beats in both error and price, cheapest first."""
-    order = np.lexsort((errors, prices))
-    before = np.concatenate([[np.inf], np.minimum.accumulate(errors[order])[:-1]])
-    return np.asarray(order[errors[order] < before])
-
-
 def work_density(option: Option, grid: TokenGrid, blocks: int) -> float:
     """Executed work of a head's call over all query-key pairs, text and tail counted."""
     if option.kind == "skip":
@@ -260,10 +247,13 @@ def work_density(option: Option, grid: TokenGrid, blocks: int) -> float:
     return min(1.0, 1.0 - visual + option.density * visual + tail)
 
 
-def head_entry(option: Option, value: Callable[[], np.ndarray], table: FamilyTable) -> HeadEntry:
+def head_entry(
+    option: Option, worth: np.ndarray | None, table: FamilyTable, kept: np.ndarray | None = None
+) -> HeadEntry:
     """The plan entry of a chosen option; a measured mask gets the best family of about its density as its fallback.
 
-    ``value``: what each pair of blocks is worth, ``[NB, NB]``; asked for where a mask is made from it.
+    ``worth``: of each pair of blocks, ``[NB, NB]``, where a mask is made from it. ``kept``: about what each family's
+    mask keeps of it, ``[families]``, where that is known.
     """
     if option.kind == "dense":
         return HeadEntry(execution=Execution(reuse=option.reuse))
@@ -273,9 +263,11 @@ def head_entry(option: Option, value: Callable[[], np.ndarray], table: FamilyTab
     if option.kind == "family":
         assert option.pattern is not None
         return HeadEntry(table.order, option.pattern, execution=execution)
-    worth = value()
+    assert worth is not None
     mask = mask_at(worth, table.weight, option.density)
     near = [i for i, d in enumerate(table.density) if d <= 1.25 * option.density + 1e-3]
+    if kept is not None:  # sums in single precision: those that are near the best are told apart below
+        near = [i for i in near if kept[i] >= kept[near].max() - 1e-4 * float(worth.sum())]
     best = max(near, key=lambda i: float(worth[table.masks[i]].sum()))
     fallback = table.patterns[best]
     if isinstance(fallback, Empty) and option.tail == "none":

@@ -17,30 +17,27 @@ import diffsparse
 from diffsparse.plan import SparsityPlan
 from diffsparse.search.compose import Candidate
 from diffsparse.search.config import FREE_SETTINGS, SearchConfig, thoroughness
-from diffsparse.search.errors import BadInput, writing
+from diffsparse.search.errors import BadInput
 from diffsparse.search.identity import model_identity
 from diffsparse.search.inputs import GenerationInput, as_inputs, check_inputs, contents
 from diffsparse.search.layers import common_architecture, main_grid
 from diffsparse.search.ranks import Ranks, leading
 from diffsparse.search.sharing import remove_files, serve, shared_store
 from diffsparse.search.shortened import check_steps
-from diffsparse.search.stages.compose import compose_plans, composer_of, layer_costs
+from diffsparse.search.stages.compose import compose_plans, composer_of, layer_costs, measure_rest
 from diffsparse.search.stages.probe import run_probe
 from diffsparse.search.stages.repair import mended, repaired
-from diffsparse.search.stages.report import measured, search_record
+from diffsparse.search.stages.report import facts_of, write_plan
 from diffsparse.search.stages.sensitivity import effect_steps, inject_steps, layer_groups, most_groups
 from diffsparse.search.stages.target import search_target
 from diffsparse.search.stages.trace import run_trace
-from diffsparse.search.stages.validate import cases, validate
-from diffsparse.search.store import SearchStore
+from diffsparse.search.stages.validate import cases, tried_plan, validate
+from diffsparse.search.store import STORE_FORMAT, SearchStore
 from diffsparse.search.workspace import Probe, Workspace
 
 __all__ = ["FREE_SETTINGS", "SearchConfig", "search_plan", "thoroughness"]
 
 log = logging.getLogger("diffsparse")
-
-# Counted up whenever what the store holds changes.
-STORE_FORMAT = 9
 
 
 def search_plan(
@@ -103,45 +100,34 @@ def _run(work: Workspace, out: Path, model: Mapping[str, Any]) -> SparsityPlan:
     config, begin = work.config, time.perf_counter()
     check_steps(work)
     run_probe(work, partial(_announce, work))
-    grid = main_grid(work.grids)
     if dense := work.probe.dense:
         name, reason = next(iter(dense.items()))
         work.say(f"{len(dense)} other layers stay dense ({name}: {reason})")
-    costs = layer_costs(work)
+    layer_costs(work)
     run_trace(work)
-    composer = composer_of(work, costs)
+    measure_rest(work)
+    work.put_facts(facts_of(work, model))
+    composer = composer_of(work)
     quality: dict[str, Any] | None
     if config.goal is not None:
         seconds = time.perf_counter() - begin
         chosen, quality = search_target(work, composer)
     else:
-        candidates = compose_plans(work, composer)
+        candidates = compose_plans(work, composer, config.tried_plans)
         seconds = time.perf_counter() - begin
         chosen, quality = _best(work, candidates)
-    plan = chosen.plan
     if quality is not None:
-        plan.record["quality"] = quality
-    about = search_record(work, grid, costs[grid])
-    about["model"] |= model
-    about["search"] |= plan.record["search"] | {"seconds": round(seconds, 1)}
-    plan.record.update(about)
-    about = plan.record["search"]
-    work.say(
-        f"chosen: {about['dense_steps']} of {about['of_steps']} steps dense, {about['phases']} phase(s), "
-        f"whole-trajectory density {about['trajectory_density']:.3f}"
-    )
-    attention = measured(work, chosen)
-    with writing(out, then="run the same command again: it goes on from what was measured"):
-        plan.save_pretrained(out)
-        attention.save(out)
-    return plan
+        chosen.plan.record["quality"] = quality
+    return write_plan(work, chosen, seconds, out)
 
 
 def _best(work: Workspace, candidates: list[Candidate]) -> tuple[Candidate, dict[str, Any] | None]:
     """The best of the plans for one budget or density, with its repair, and what validation says of it."""
     if work.config.clips:
-        chosen, quality = validate(work, candidates)
-        return mended(work, chosen, quality) if work.config.fits_repair else (chosen, quality)
+        best, quality = validate(work, candidates)
+        chosen, quality = mended(work, best, quality) if work.config.fits_repair else (best, quality)
+        work.put_tried(tried_plan(chosen, best, work.config))
+        return chosen, quality
     chosen = candidates[0]
     return (replace(chosen, plan=repaired(work, chosen.plan)) if work.config.fits_repair else chosen), None
 

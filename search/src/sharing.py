@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffsparse.search.apart import PREFIXES, Apart
 from diffsparse.search.errors import BadInput
+from diffsparse.search.holder import let_go
 from diffsparse.search.ranks import Ranks
 from diffsparse.search.store import SearchStore
 
@@ -38,6 +39,7 @@ def discard(path: Path) -> None:
     """Remove such a file, with what sqlite would take back of a write in which a process was killed."""
     for each in (path, path.with_name(f"{path.name}-journal")):
         each.unlink(missing_ok=True)
+    let_go(path)  # of a process that was killed
 
 
 @contextmanager

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sqlite3
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+import diffsparse
+from diffsparse.search import holder
 from diffsparse.search.errors import BadInput, DiskFull, disk_is_full
 
-__all__ = ["SearchStore", "StoreDamaged", "StoreLocked", "StoreMismatch"]
+__all__ = ["STORE_FORMAT", "SearchStore", "StoreDamaged", "StoreLocked", "StoreMismatch"]
 
+T = TypeVar("T")
+
+#: Counted up whenever what the store holds changes. Files of before 10 do not say theirs where it is looked for.
+STORE_FORMAT = 10
 #: How long to wait for another process that has the file, which may be about to end.
 LOCK_SECONDS = 2.0
 #: Arrays of together so many bytes are compressed.
@@ -50,30 +57,54 @@ class SearchStore:
 
     def __init__(self, path: Path, *, reading: bool = False) -> None:
         """``reading``: of a file that is there and is not written to, which several processes may do at once."""
-        self.path = path
+        self.path, self._reading = path, reading
+        # A search that was killed in a write leaves what sqlite takes back first, where it may.
+        mode = "ro" if reading and not (os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)) else "rw"
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            if not reading:
+                path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise BadInput(f"cannot write to {str(path.parent)!r}: {error.strerror}; choose another --out") from None
         with self._errors(opening=True):
-            name = f"{path.absolute().as_uri()}?mode=ro" if reading else path
+            name = f"{path.absolute().as_uri()}?mode={mode}" if reading else path
             self._db = sqlite3.connect(name, timeout=LOCK_SECONDS, uri=reading)
-        if reading:
-            return
         try:
             with self._errors(opening=True):
-                self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
-                self._db.execute("BEGIN EXCLUSIVE")
-                self._db.execute("CREATE TABLE IF NOT EXISTS item (name TEXT PRIMARY KEY, kind TEXT, value BLOB)")
-                self._db.commit()
+                if not reading:
+                    self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
+                    self._db.execute("BEGIN EXCLUSIVE")
+                self._check_format()
+                if not reading:
+                    self._db.execute("CREATE TABLE IF NOT EXISTS item (name TEXT PRIMARY KEY, kind TEXT, value BLOB)")
+                    self._db.execute(f"PRAGMA user_version = {STORE_FORMAT}")
+                    self._db.commit()
+                    holder.take(path)
         except BaseException:
             self._db.close()
             raise
+
+    def _check_format(self) -> None:
+        """Raise :class:`StoreMismatch` for a file of an older or a newer format, before anything of it is changed."""
+        known = int(self._db.execute("PRAGMA user_version").fetchone()[0])
+        is_new = self._db.execute("SELECT 1 FROM sqlite_master").fetchone() is None
+        if known == STORE_FORMAT or (is_new and not known and not self._reading):
+            return
+        if known > STORE_FORMAT:
+            raise StoreMismatch(
+                f"{self.path} is the record of a newer diffsparse (format {known}, this one reads {STORE_FORMAT}); "
+                "update diffsparse, or choose another --out"
+            )
+        raise StoreMismatch(
+            f"{self.path} is the record of an older diffsparse (format {known or 'below 10'}, this one reads "
+            f"{STORE_FORMAT}); delete it to search anew, or choose another --out"
+        )
 
     def __enter__(self) -> SearchStore:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        if not self._reading:
+            holder.let_go(self.path)
         self._db.close()
 
     @contextmanager
@@ -86,7 +117,8 @@ class SearchStore:
             code = getattr(error, "sqlite_errorcode", 0) & 0xFF
             if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
                 raise StoreLocked(
-                    f"another search is running on {self.path}; wait until it has ended, or choose another --out"
+                    f"another search is running on {self.path}{holder.of(self.path)}; wait until it has ended, or "
+                    "choose another --out"
                 ) from error
             # A write that fails for want of space is reported by several names.
             if code == sqlite3.SQLITE_FULL or (
@@ -143,6 +175,14 @@ class SearchStore:
         try:
             return json.loads(value)
         except ValueError as error:
+            raise self._damaged(f"{name} cannot be read") from error
+
+    def read_json(self, name: str, parse: Callable[[Any], T]) -> T:
+        """A value as ``parse`` makes it, which raises ``ValueError``, ``KeyError`` or ``TypeError`` where it cannot."""
+        value = self.get_json(name)
+        try:
+            return parse(value)
+        except (ValueError, KeyError, TypeError) as error:
             raise self._damaged(f"{name} cannot be read") from error
 
     def put_arrays(self, name: str, arrays: dict[str, np.ndarray]) -> None:
@@ -211,6 +251,7 @@ class SearchStore:
             self.put_json("identity", identity)
             return False
         known = self.get_json("identity")
+        self._check_version(known)
         wanted = json.loads(json.dumps(identity))
         if differing := sorted(k for k in {*known, *wanted} if known.get(k) != wanted.get(k)):
             raise StoreMismatch(
@@ -218,3 +259,14 @@ class SearchStore:
                 "use the same settings to go on with it, or another --out"
             )
         return True
+
+    def check_version(self) -> None:
+        """Raise :class:`StoreMismatch` where another version of diffsparse wrote the file."""
+        self._check_version(self.get_json("identity"))
+
+    def _check_version(self, identity: dict[str, Any]) -> None:
+        if (wrote := identity.get("version")) not in (None, diffsparse.__version__):
+            raise StoreMismatch(
+                f"{self.path} is the record of diffsparse {wrote}, and this is {diffsparse.__version__}; go on with "
+                "that version, delete it to search anew, or choose another --out"
+            )

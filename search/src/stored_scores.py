@@ -36,6 +36,8 @@ class StoredScores(ABC):
 
     def __init__(self) -> None:
         self._known: dict[str, dict[str, np.ndarray]] = {}
+        # Of one layer, by parts: pictures of attention, and maps.
+        self._drawn: tuple[str, dict[int, np.ndarray]] = "", {}
         self._held: tuple[str, dict[int, dict[TokenOrder, torch.Tensor]]] = "", {}
 
     @property
@@ -170,7 +172,7 @@ class StoredScores(ABC):
         ``masked``: the steps that share a measured mask; None: those steps. ``repaired``: whether errors are those that
         a repair leaves; None: where the plan will have one.
         """
-        return self.layer_scores(layer, weights, masked, repaired)[head]
+        return self._head_scores(layer, slice(head, head + 1), weights, masked, repaired)[0]
 
     def layer_scores(
         self,
@@ -180,11 +182,21 @@ class StoredScores(ABC):
         repaired: bool | None = None,
     ) -> list[HeadScores]:
         """Those of all heads of a layer."""
+        return self._head_scores(layer, slice(None), weights, masked, repaired)
+
+    def _head_scores(
+        self,
+        layer: str,
+        heads: slice,
+        weights: Mapping[int, float],
+        masked: Sequence[int] | None,
+        repaired: bool | None,
+    ) -> list[HeadScores]:
         steps, share = list(weights), np.array(list(weights.values()))
         means = self._means(layer)
         mended = self.config.repair if repaired is None else repaired
         left, energy, summed, true = (
-            np.tensordot(share, means[name][steps], 1)
+            np.tensordot(share, means[name][steps, heads], 1)
             for name in ("left", "energy", "summed", "repaired" if mended else "true")
         )
         left = self._resolved(left, layer, steps if masked is None else masked)
@@ -240,9 +252,13 @@ class StoredScores(ABC):
 
     def picture(self, layer: str, steps: Sequence[int]) -> np.ndarray:
         """Attention of the first prompt, pooled: float ``[heads, side, side]``, mean over traced steps."""
-        parts = {part: self.sums(part, layer) for part in sorted({self.part(step) for step in steps})}
+        if self._drawn[0] != layer:
+            self._drawn = layer, {}
+        parts = self._drawn[1]
+        for part in sorted({self.part(step) for step in steps} - parts.keys()):
+            parts[part] = self.sums(part, layer)["pooled"]
         first = {part: min(s for s in range(self.trace_length) if self.part(s) == part) for part in parts}
-        found = [parts[self.part(s)]["pooled"][s - first[self.part(s)]].astype(np.float32) for s in steps]
+        found = [parts[self.part(s)][s - first[self.part(s)]].astype(np.float32) for s in steps]
         return np.asarray(np.mean(found, axis=0))
 
     def table(self, grid: TokenGrid, order: TokenOrder) -> FamilyTable:

@@ -1,21 +1,16 @@
-"""What the stages of a search share: the pipeline, what is asked for, and what was measured by now, by typed names."""
+"""What the stages of a search share: what is asked for and measured, and the pipeline to measure more with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cached_property, partial
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
 from diffsparse.grid import TokenGrid
-from diffsparse.kernels.costs import CostTable
-from diffsparse.order import TokenOrder, parse_order
+from diffsparse.order import TokenOrder
 from diffsparse.pipelines import find_transformers
-from diffsparse.pipelines.policy import Machine
 from diffsparse.search.apart import Apart
 from diffsparse.search.candidates import orders_for
 from diffsparse.search.config import SearchConfig
@@ -23,11 +18,10 @@ from diffsparse.search.generate import Clip, GenerationSettings
 from diffsparse.search.inputs import Input
 from diffsparse.search.layers import common_architecture
 from diffsparse.search.observe import Recording, call_levels, record
-from diffsparse.search.options import FamilyTable
 from diffsparse.search.ranks import Ranks
 from diffsparse.search.shortened import find_asked, shortens
 from diffsparse.search.store import SearchStore
-from diffsparse.search.stored_scores import StoredScores
+from diffsparse.search.stored_search import Probe, Stage, StoredSearch, Validation
 
 __all__ = ["Probe", "Stage", "Validation", "Workspace"]
 
@@ -35,134 +29,33 @@ __all__ = ["Probe", "Stage", "Validation", "Workspace"]
 MAX_CLIP_BYTES = 2**31
 
 
-class Stage:
-    """One stage's bar, and whoever else follows how far it is."""
-
-    def __init__(self, total: int, label: str, progress: bool, on_stage: Callable[[str, int, int], None]) -> None:
-        self._bar = tqdm(total=total, desc=label, disable=not progress, leave=True)
-        self._label, self._total, self._done, self._on_stage = label, total, 0, on_stage
-
-    def __enter__(self) -> Stage:
-        self._on_stage(self._label, 0, self._total)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._bar.close()
-
-    def update(self, count: int = 1) -> None:
-        """Some more parts are done; never more than there are."""
-        self.reach(self._done + count)
-
-    def reach(self, done: int) -> None:
-        """So many parts are done, if they were not before."""
-        done = min(done, self._total)
-        if done > self._done:
-            self._bar.update(done - self._done)
-            self._done = done
-            self._on_stage(self._label, done, self._total)
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What the first few steps of one generation tell.
-
-    ``grids``, ``orders``: of the layers that are searched, in the model's order; a layer's orders by head.
-    ``branches``: model calls of a step; ``items``: in the batch of one. ``forward_seconds``: of one of them. ``size``:
-    height and width in pixels that the pipeline prepared latents for, or None. ``dense``: the other layers, with the
-    reason why they stay dense. ``peak_bytes``: the most GPU memory that the dense generation took, 0 on a CPU.
-    ``prompts``: how many are traced. ``samples``: queries of every block that are measured in a step. ``tails``: of the
-    searched layers' heads, the tail by which each one's measured masks are made.
-    """
-
-    grids: dict[str, TokenGrid]
-    orders: dict[str, tuple[TokenOrder, ...]]
-    branches: int
-    forward_seconds: float
-    head_dim: int
-    size: tuple[int, int] | None
-    dense: dict[str, str]
-    items: int = 1
-    peak_bytes: int = 0
-    prompts: int = 2
-    samples: int = 4
-    tails: dict[str, tuple[str, ...]] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "grids": {n: [*g.shape, g.text_before, g.text_after] for n, g in self.grids.items()},
-            "orders": {n: [str(order) for order in orders] for n, orders in self.orders.items()},
-            "branches": self.branches,
-            "forward_seconds": self.forward_seconds,
-            "head_dim": self.head_dim,
-            "size": None if self.size is None else list(self.size),
-            "dense": self.dense,
-            "items": self.items,
-            "peak_bytes": self.peak_bytes,
-            "prompts": self.prompts,
-            "samples": self.samples,
-            "tails": {n: list(tails) for n, tails in self.tails.items()},
-        }
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Probe:
-        return cls(
-            grids={n: TokenGrid(*sizes) for n, sizes in data["grids"].items()},
-            orders={n: tuple(map(parse_order, orders)) for n, orders in data["orders"].items()},
-            branches=data["branches"],
-            forward_seconds=data["forward_seconds"],
-            head_dim=data["head_dim"],
-            size=None if data["size"] is None else (data["size"][0], data["size"][1]),
-            dense=data["dense"],
-            items=data["items"],
-            peak_bytes=data["peak_bytes"],
-            prompts=data["prompts"],
-            samples=data["samples"],
-            tails={n: tuple(tails) for n, tails in data["tails"].items()},
-        )
-
-
-@dataclass(frozen=True)
-class Validation:
-    """A plan's clip against its dense twin.
-
-    ``psnr`` in dB; ``ssim`` is None where the picture is too small for it; ``speedup`` of the denoising loop.
-    """
-
-    psnr: float
-    ssim: float | None
-    speedup: float
-
-
-@dataclass
-class Workspace(StoredScores):
+class Workspace(StoredSearch):
     """The state that stages share; everything costly is in the store, and read and written through the names here."""
 
-    pipe: Any
-    prompts: tuple[Input, ...]
-    config: SearchConfig
-    store: SearchStore
-    progress: bool
-    say: Callable[[str], None]
-    on_stage: Callable[[str, int, int], None]
-    recording: Recording | None = None
-    dense_clips: dict[int, Clip] = field(default_factory=dict)
-    tables: dict[tuple[TokenGrid, TokenOrder], FamilyTable] = field(default_factory=dict)
-    #: The processes that share the search, and where they put what is to be added up; None: this one alone.
-    ranks: Ranks | None = None
-    apart: Apart | None = None
-    #: Of other prompts than the first, on the host: what ranks exchange.
-    recordings: dict[int, Recording] = field(default_factory=dict)
-    #: Whether all ranks have the recording of the first prompt.
-    recording_given: bool = False
-
-    def __post_init__(self) -> None:
-        self.architecture = common_architecture(self.pipe)
-        super().__init__()
+    def __init__(
+        self,
+        pipe: Any,
+        prompts: tuple[Input, ...],
+        config: SearchConfig,
+        store: SearchStore,
+        progress: bool,
+        say: Callable[[str], None],
+        on_stage: Callable[[str, int, int], None],
+        ranks: Ranks | None = None,
+    ) -> None:
+        super().__init__(common_architecture(pipe), len(prompts), config, store, progress, say, on_stage)
+        self.pipe, self.prompts = pipe, prompts
         # For what all of them share: the device and the data type.
-        self.transformer = next(iter(find_transformers(self.pipe).values()))
-
-    def bar(self, total: int, label: str) -> Stage:
-        return Stage(total, label, self.progress, self.on_stage)
+        self.transformer = next(iter(find_transformers(pipe).values()))
+        self.recording: Recording | None = None
+        self.dense_clips: dict[int, Clip] = {}
+        #: The processes that share the search, and where they put what is to be added up; None: this one alone.
+        self.ranks = ranks
+        self.apart: Apart | None = None
+        #: Of other prompts than the first, on the host: what ranks exchange.
+        self.recordings: dict[int, Recording] = {}
+        #: Whether all ranks have the recording of the first prompt.
+        self.recording_given = False
 
     @property
     def device(self) -> torch.device:
@@ -172,144 +65,6 @@ class Workspace(StoredScores):
     def layer_orders(self, grid: TokenGrid) -> list[TokenOrder]:
         """The orders that are tried on a grid; the first costs least to gather."""
         return orders_for(grid.visual_only(), self.config.block)
-
-    # -- what was measured -----------------------------------------------------------------------------------------
-
-    @property
-    def has_probe(self) -> bool:
-        return "probe" in self.store
-
-    @cached_property
-    def probe(self) -> Probe:
-        """Known when the first stage has run."""
-        return Probe.from_dict(self.store.get_json("probe"))
-
-    def put_probe(self, probe: Probe) -> None:
-        self.store.put_json("probe", probe.to_dict())
-
-    @property
-    def grids(self) -> dict[str, TokenGrid]:
-        """The grid of every layer that is searched, in the model's order."""
-        return self.probe.grids
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """The layers that are searched; all others stay dense."""
-        return tuple(self.grids)
-
-    @property
-    def head_orders(self) -> dict[str, tuple[TokenOrder, ...]]:
-        """Every layer's orders, by head."""
-        return self.probe.orders
-
-    @cached_property
-    def orders(self) -> dict[tuple[str, int], TokenOrder]:
-        """Every head's best order."""
-        return {(n, h): order for n, row in self.probe.orders.items() for h, order in enumerate(row)}
-
-    def has_costs(self, grid: TokenGrid) -> bool:
-        return f"costs/{grid}" in self.store
-
-    def costs(self, grid: TokenGrid) -> CostTable:
-        """Costs on a grid, measured once per search: a resumed one must end in the same plan."""
-        return CostTable.from_dict(self.store.get_json(f"costs/{grid}"))
-
-    def put_costs(self, grid: TokenGrid, costs: CostTable) -> None:
-        self.store.put_json(f"costs/{grid}", costs.to_dict())
-
-    def machine(self, find: Callable[[], Machine]) -> Machine:
-        """What kernels can do on the machine of the search, asked once per search for the same reason."""
-        if "machine" not in self.store:
-            self.store.put_json("machine", find().to_dict())
-        return Machine.from_dict(self.store.get_json("machine"))
-
-    def traced(self) -> list[int]:
-        """Numbers of the prompts that are traced."""
-        return list(range(min(self.probe.prompts, len(self.prompts))))
-
-    @property
-    def prompts_traced(self) -> int:
-        """How many prompts are traced, when they are."""
-        return len(self.traced())
-
-    def is_traced(self, prompt: int) -> bool:
-        return f"trace/{prompt}/levels" in self.store
-
-    def put_trace(self, prompt: int, levels: Sequence[float], parts: Sequence[Sequence[str]]) -> None:
-        """A prompt is traced when this is there: noise levels of its steps, and the transformers that ran in each."""
-        self.store.put_json(f"trace/{prompt}/parts", [sorted(names) for names in parts])
-        self.store.put_json(f"trace/{prompt}/levels", list(levels))
-        self.store.remove(f"map/{prompt}/")
-
-    @property
-    def trace_levels(self) -> list[float]:
-        """Noise levels of the traced steps."""
-        return [float(v) for v in self.store.get_json("trace/0/levels")]
-
-    @property
-    def trace_parts(self) -> list[list[str]]:
-        """The transformers that ran in each traced step."""
-        return [list(names) for names in self.store.get_json("trace/0/parts")]
-
-    @property
-    def trace_length(self) -> int:
-        return len(self.trace_levels)
-
-    def effect(self, step: int, layer: str) -> float:
-        """Squared change of the model's output by a layer's sparse error at a step."""
-        return float(self.store.get_json(f"effect/{step}/{layer}"))
-
-    def has_effect(self, step: int, layer: str) -> bool:
-        return f"effect/{step}/{layer}" in self.store
-
-    def put_effect(self, step: int, layer: str, effect: float) -> None:
-        self.store.put_json(f"effect/{step}/{layer}", effect)
-
-    def injected(self, step: int) -> float:
-        """Squared change of the final latent by an error that was put into a step."""
-        return float(self.store.get_json(f"inject/{step}"))
-
-    def has_injected(self, step: int) -> bool:
-        return f"inject/{step}" in self.store
-
-    def put_injected(self, step: int, change: float) -> None:
-        self.store.put_json(f"inject/{step}", change)
-
-    @property
-    def reuse_factor(self) -> float | None:
-        """What ``stages.sensitivity.reuse_factor`` measured, or None."""
-        return float(self.store.get_json("reuse_factor")) if "reuse_factor" in self.store else None
-
-    def put_reuse_factor(self, factor: float) -> float:
-        self.store.put_json("reuse_factor", factor)
-        return factor
-
-    def validation(self, case: int, plan: str) -> Validation | None:
-        """A plan (by its digest) on a validation clip; None where it has not run, or not for what is asked now."""
-        name = f"validation/{case}/{self.config.steps}/{plan}"
-        found = Validation(**{"ssim": None} | self.store.get_json(name)) if name in self.store else None
-        # Searches of before did not measure SSIM.
-        return None if found is not None and found.ssim is None and self.config.goal is not None else found
-
-    def put_validation(self, case: int, plan: str, found: Validation) -> None:
-        self.store.put_json(f"validation/{case}/{self.config.steps}/{plan}", asdict(found))
-
-    def repair(self, plan: str) -> tuple[dict[str, np.ndarray], float] | None:
-        """What was fitted for a plan, by its digest: the repair's arrays, and the share of the error that it leaves.
-
-        No arrays where no head gained by one; None where nothing was fitted yet.
-        """
-        name = f"repair/{plan}"
-        if f"{name}/left" not in self.store:
-            return None
-        left = float(self.store.get_json(f"{name}/left"))
-        return (self.store.get_arrays(name) if name in self.store else {}), left
-
-    def put_repair(self, plan: str, fitted: tuple[dict[str, np.ndarray], float]) -> None:
-        arrays, left = fitted
-        if arrays:
-            self.store.put_arrays(f"repair/{plan}", arrays)
-        self.store.put_json(f"repair/{plan}/left", left)
 
     def dense_clip(self, case: int, generate: Callable[[], Clip]) -> Clip:
         """The dense clip of a validation case, kept for the next comparison as long as there is room for it."""
@@ -341,7 +96,7 @@ class Workspace(StoredScores):
         if name not in self.store:
             settings = self.config.settings(self.config.steps)
             self.store.put_json(name, call_levels(self.pipe, self.prompts[0], self.config.seed, settings))
-        return [float(v) for v in self.store.get_json(name)]
+        return super().call_levels()
 
     def dense_recording(self) -> Recording:
         """The recorded generation of the first prompt; run again where an earlier process made it."""

@@ -84,7 +84,9 @@ def test_what_the_solver_prints_does_not_reach_stdout(monkeypatch, capfd):
 
     monkeypatch.setattr(module, "milp", chatty)
     print("before")
-    assign([np.array([1.0, 0.0])] * 3, [np.array([0.0, 1.0])] * 3, 2.0)
+    # What the better price takes leaves no room for the better choice.
+    found = assign([np.array([1.0, 0.0]), np.array([1.5, 0.0])], [np.array([0.0, 1.0]), np.array([0.0, 2.0])], 2.0)
+    assert found.choice.tolist() == [0, 1]
     print("after")
     ctypes.CDLL(None).fflush(None)
     out, err = capfd.readouterr()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -44,7 +43,7 @@ def test_a_heads_error_is_that_of_the_option_that_was_chosen(changes: dict[str, 
                     step = int(abs(level - np.array(TRACED)).argmin())
                     weights[step] = weights.get(step, 0.0) + p
             scores = search.scores(LAYERS[j], head, weights)
-            value = partial(search.value, LAYERS[j], head, weights)
+            value = search.value(LAYERS[j], head, weights)
             same = [o for o in head_options(scores, table, bitmaps=True) if head_entry(o, value, table) == entry]
             kinds |= {option.kind for option in same}
             wanted = 0.0 if scores.energy == 0 else min(option.error for option in same) / scores.energy
@@ -198,6 +197,6 @@ def test_steps_take_the_scores_of_the_expert_that_runs_them() -> None:
     )
     assert ((composer.levels >= 0.65) == (composer.bins < 2)).all()
     assert (composer.levels[composer.second - 1] >= 0.65) and composer.levels[composer.second] < 0.65
-    plan = composer.plan(0, composer.scan()).plan
+    plan = composer.plan(composer.draft(0, scan := composer.scan()), scan).plan
     bounds = plan.schedule.phase_bounds
     assert not bounds or any(bound == pytest.approx(0.65, abs=1e-5) for bound in bounds)

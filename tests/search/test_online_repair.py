@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ def test_an_option_costs_what_its_entry_does() -> None:
     seen = set()
     for option in head_options(scores, table, bitmaps=True):
         work = made.pricing.work(option, LAYERS[0], table.order)
-        value = partial(made.search.value, LAYERS[0], 0, {0: 1.0})
+        value = made.search.value(LAYERS[0], 0, {0: 1.0})
         wanted = head_work(head_entry(option, value, table), GRID, 64, OnlineRepair(ROWS))
         seen.add(option.kind)
         if option.kind == "dense":

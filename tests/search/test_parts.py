@@ -40,7 +40,7 @@ def made(store: SearchStore, prompts: int = 2) -> Workspace:
     StoredScores.__init__(found)
     found.config = SearchConfig(density=0.5, block_size=64, trace_steps=STEPS)
     found.architecture = Architecture("WanTransformer3DModel", (LAYER,), HEADS, 32, (1, 1, 1))
-    found.prompts, found.store, found.tables = ("a", "b", "c"), store, {}  # type: ignore[assignment]
+    found.num_prompts, found.store, found.tables = 3, store, {}
     found.transformer = torch.nn.Linear(1, 1)
     found.pipe = SimpleNamespace(_execution_device=torch.device("cpu"))
     first, second = found.layer_orders(GRID)[:2]

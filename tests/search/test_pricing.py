@@ -69,7 +69,7 @@ def test_an_options_work_is_that_of_its_entry(grid: TokenGrid, order: TokenOrder
     for option in options:
         told, real = (
             ask.work(option, LAYERS[0], order),
-            head_work(head_entry(option, lambda: error[1], known), grid, 64),
+            head_work(head_entry(option, error[1], known), grid, 64),
         )
         # Where blocks have different lengths, a mask of as much work may have a few pairs more.
         ragged = len(set(known.weight.ravel().tolist())) > 1

@@ -140,7 +140,7 @@ def test_a_schedule_has_the_steps_of_its_trial(dense: list[bool], data: Any) -> 
 def test_a_composer_takes_what_it_foresees(memory: float) -> None:
     made = composer(levels=np.linspace(1.0, 0.05, 12).tolist(), memory=memory, density=0.4)
     foreseen = made.outlook.cut([], 6, made.wanted)
-    plan = made.plan(0, made.scan()).plan
+    plan = made.plan(made.draft(0, scan := made.scan()), scan).plan
     about = plan.record["search"]
     assert about["dense_at"] == [] and about["dense_steps"] == 0
     chosen = plan.schedule.phases(made.levels.tolist())
@@ -155,7 +155,7 @@ def test_a_composer_takes_a_dense_step_in_the_middle(monkeypatch: pytest.MonkeyP
     trial = Trial((0, 0, 0, 0, None, 1, 1, 1, 1, 1, 1, None))
     monkeypatch.setattr(Outlook, "further", lambda *_: [trial])
     monkeypatch.setattr("diffsparse.search.compose.PHASE_GAIN", -9.0)
-    candidate = made.plan(0, made.scan())
+    candidate = made.plan(made.draft(0, scan := made.scan()), scan)
     plan, about = candidate.plan, candidate.plan.record["search"]
     assert about["dense_at"] == [4, 11] and about["dense_steps"] == 2
     assert plan.schedule.phases(made.levels.tolist()) == list(trial.phase_of)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import diffsparse
 from diffsparse.search import store as stores
 from diffsparse.search.errors import BadInput
 from diffsparse.search.store import SearchStore, StoreDamaged, StoreLocked, StoreMismatch
@@ -61,8 +62,12 @@ def test_a_record_that_another_search_is_writing_is_left_alone(tmp_path: Path, m
     path = tmp_path / "search.sqlite"
     with SearchStore(path) as first:
         first.claim({"seed": 1})
-        with pytest.raises(StoreLocked, match=f"another search is running on {path}; wait") as caught:
-            SearchStore(path)
+        told = (
+            rf"another search is running on {path} \(process {os.getpid()} on .+, since 2\d{{3}}-.{{5}} .{{8}}\); wait"
+        )
+        for reading in (False, True):
+            with pytest.raises(StoreLocked, match=told) as caught:
+                SearchStore(path, reading=reading)
         assert "move" not in str(caught.value) and "delete" not in str(caught.value)
         # The same from another process, which holds to sqlite's locks.
         other = python(
@@ -84,14 +89,76 @@ def test_a_search_that_was_killed_holds_no_lock(tmp_path: Path) -> None:
         os.kill(os.getpid(), 9)
     """
     assert python(code, path).returncode == -9
+    assert (tmp_path / "search.sqlite.holder").is_file(), "what says who had it is left behind"
+    with SearchStore(path, reading=True) as store:
+        assert store.get_json("x") == 1
     with SearchStore(path) as store:
         assert store.get_json("x") == 1
+        with pytest.raises(StoreLocked, match=f"process {os.getpid()} on"):
+            SearchStore(path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_who_has_a_record_is_told_where_that_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "LOCK_SECONDS", 0.1)
+    path = tmp_path / "search.sqlite"
+    with SearchStore(path):
+        (tmp_path / "search.sqlite.holder").write_text("{")
+        with pytest.raises(StoreLocked, match=f"another search is running on {path}; wait"):
+            SearchStore(path)
+        (tmp_path / "search.sqlite.holder").unlink()
+        with pytest.raises(StoreLocked, match=f"another search is running on {path}; wait"):
+            SearchStore(path)
+
+
+# -- formats -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("known", [0, 9, 11])
+@pytest.mark.parametrize("reading", [False, True])
+def test_a_record_of_another_format_is_refused_and_left_as_it_is(tmp_path: Path, known: int, reading: bool) -> None:
+    path = tmp_path / "search.sqlite"
+    with SearchStore(path) as store:
+        store.claim({"seed": 1})
+    with sqlite3.connect(path) as db:
+        db.execute(f"PRAGMA user_version = {known}")
+    db.close()
+    before = path.read_bytes()
+    if known > stores.STORE_FORMAT:
+        told = rf"a newer diffsparse \(format {known}, this one reads 10\); update diffsparse, or choose another --out"
+    else:
+        told = rf"an older diffsparse \(format {known or 'below 10'}, this one reads 10\); delete it to search anew, or"
+    with pytest.raises(StoreMismatch, match=told) as caught:
+        SearchStore(path, reading=reading)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_record_of_another_version_is_refused_by_its_version(tmp_path: Path) -> None:
+    path = tmp_path / "search.sqlite"
+    with SearchStore(path) as store:
+        store.claim({"version": "0.0.9", "seed": 1})
+    with SearchStore(path, reading=True) as store:
+        told = rf"the record of diffsparse 0\.0\.9, and this is {diffsparse.__version__}; go on with that version"
+        with pytest.raises(StoreMismatch, match=told):
+            store.check_version()
+        with pytest.raises(StoreMismatch, match=told):
+            store.claim({"version": diffsparse.__version__, "seed": 1})
+
+
+def test_an_empty_file_is_a_new_record_and_none_to_read(tmp_path: Path) -> None:
+    path = tmp_path / "search.sqlite"
+    path.touch()
+    with pytest.raises(StoreMismatch, match="an older diffsparse"):
+        SearchStore(path, reading=True)
+    with SearchStore(path) as store:
+        assert not store.claim({"seed": 1})
 
 
 def test_a_record_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, connect = tmp_path / "search.sqlite", sqlite3.connect
     path.touch()
-    monkeypatch.setattr(sqlite3, "connect", lambda file, **k: connect(f"file:{file}?mode=ro", uri=True, **k))
+    monkeypatch.setattr(sqlite3, "connect", lambda file, **k: connect(f"file:{file}?mode=ro", **k | {"uri": True}))
     with pytest.raises(BadInput, match="cannot be read or written"):
         SearchStore(path)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,9 +16,7 @@ from diffsparse.search.commands.common import (
     Height,
     Json,
     Loras,
-    Model,
     Offload,
-    Prompts,
     Quantize,
     Scheduler,
     Steps,
@@ -34,15 +32,36 @@ from diffsparse.search.commands.common import (
 )
 from diffsparse.search.errors import BadInput
 
+if TYPE_CHECKING:
+    from diffsparse.plan import SparsityPlan
+
 __all__ = ["search_command"]
 
 
 @interruptible("what was found is kept; run the same command again to go on from there")
 def search_command(
     context: typer.Context,
-    model: Model,
-    prompts: Prompts,
-    out: Annotated[str, typer.Option("--out", metavar="DIR", help="Where the plan and the search's record go.")],
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="A diffusers pipeline: a local folder or a Hub id; none with --from."),
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help='A text file with one prompt a line, or JSON lines: {"prompt": ..., "image": ...}.',
+        ),
+    ] = None,
+    out: Annotated[str, typer.Option("--out", metavar="DIR", help="Where the plan and the search's record go.")] = "",
+    record: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="DIR",
+            help="Compose another plan from what the search in this folder measured, without the model.",
+        ),
+    ] = None,
     budget: Annotated[
         float | None, typer.Option("--budget", help="Share of the dense attention time to use, instead of --target.")
     ] = None,
@@ -134,6 +153,9 @@ def search_command(
 
     Several GPUs share it with --num-processes, or under torchrun or accelerate launch -m diffsparse: the same plan.
 
+    With --from it composes a plan for another budget, density or target from what a search measured, in a minute and
+    without the model.
+
     \b
     Example:
       diffsparse search Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompts prompts.txt --out plan
@@ -141,8 +163,11 @@ def search_command(
       diffsparse search Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompts prompts.txt --out plan --budget 0.4
       diffsparse search Wan-AI/Wan2.1-I2V-14B-480P-Diffusers --prompts inputs.jsonl --out plan
       diffsparse search Wan-AI/Wan2.1-T2V-14B-Diffusers --prompts prompts.txt --out plan --num-processes 4
+      diffsparse search --from plan --budget 0.2 --out smaller
     """
     with answers(as_json) as answer:
+        if not out:
+            raise BadInput("--out is missing: give the folder where the plan goes")
         asked_for = {"--budget": budget, "--density": density, "--target": target}
         given = [f"{option} {value}" for option, value in asked_for.items() if value is not None]
         if len(given) > 1:
@@ -160,7 +185,38 @@ def search_command(
         check_numbers(repair_rows=repair_rows)
         check_rows(repair_rows, repair)
         check_numbers(num_processes=num_processes)
-        from diffsparse.search import ranks
+        from diffsparse.search import load, ranks
+
+        def told(plan: SparsityPlan, folder: Path, name: str) -> None:
+            from diffsparse.search.measured import figures_beside
+            from diffsparse.search.show import describe, grid_of, plan_table
+
+            on, figures = grid_of(plan, folder), figures_beside(plan, folder)
+            answer(
+                {"plan": str(folder), **describe(plan, on, figures)},
+                f"{plan_table(plan, on, figures)}\n\n"
+                f"The plan is in {folder}. Check it on prompts that the search did not see:\n"
+                f"  diffsparse eval {name} {folder} --prompts FILE",
+            )
+
+        if record is not None:
+            _check_free(context, given)
+            from diffsparse.search.recompose import compose_plan
+
+            folder = load.check_output(out)
+            own = {name: v for name, v in context.params.items() if name in FREE and _is_given(context, name)}
+            plan = compose_plan(
+                record,
+                out=folder,
+                num_inference_steps=own.pop("steps", None),
+                say=say,
+                **own,
+            )
+            told(plan, folder, "MODEL")
+            return
+        if model is None or prompts is None:
+            lacking = "MODEL" if model is None else "--prompts"
+            raise BadInput(f"{lacking} is missing: a search needs a model and prompts; with --from it needs neither")
 
         place = ranks.launched()
         if place is not None and num_processes not in (None, place.count):
@@ -173,7 +229,6 @@ def search_command(
             check_processes(num_processes, device)
             raise typer.Exit(launch(num_processes, ["-m", "diffsparse.search", *context.obj]))
         with ranks.sharing(place) as members:
-            from diffsparse.search import load
             from diffsparse.search.inputs import read_inputs
             from diffsparse.search.setup import Setup
 
@@ -215,15 +270,27 @@ def search_command(
                 say=say if leads else lambda line: None,
                 ranks=members,
             )
-            if not leads:
-                return
-            from diffsparse.search.measured import figures_beside
-            from diffsparse.search.show import describe, grid_of, plan_table
+            if leads:
+                told(plan, folder, model)
 
-            on, figures = grid_of(plan, folder), figures_beside(plan, folder)
-            answer(
-                {"plan": str(folder), **describe(plan, on, figures)},
-                f"{plan_table(plan, on, figures)}\n\n"
-                f"The plan is in {folder}. Check it on prompts that the search did not see:\n"
-                f"  diffsparse eval {model} {folder} --prompts FILE",
-            )
+
+#: What ``--from`` takes: nothing that was measured depends on it.
+FREE = ("budget", "density", "target", "steps", "repair", "repair_rows", "reuse_memory")
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    return str(getattr(context.get_parameter_source(name), "name", "")) == "COMMANDLINE"
+
+
+def _check_free(context: typer.Context, given: list[str]) -> None:
+    """With ``--from``: raises :class:`BadInput` for what only a search with the model can take."""
+    others = [name for name in context.params if name not in (*FREE, "out", "record", "as_json")]
+    asked = sorted(name for name in others if _is_given(context, name))
+    if asked:
+        shown = ", ".join("MODEL" if name == "model" else "--" + name.replace("_", "-") for name in asked)
+        raise BadInput(
+            f"--from and {shown}: a record was measured with a model and settings of its own, and nothing is "
+            "generated; leave out one or the other"
+        )
+    if not given:
+        raise BadInput("--from needs to know what the plan is for: give --budget, --density or --target")

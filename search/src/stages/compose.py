@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from diffsparse.grid import TokenGrid
-from diffsparse.kernels.costs import CostTable
-from diffsparse.pipelines.policy import Machine, compute_dtype, machine_for
+from diffsparse.pipelines.policy import compute_dtype, machine_for
 from diffsparse.search.compose import Candidate, Composer
 from diffsparse.search.cost import MEASUREMENTS, measure_costs
 from diffsparse.search.errors import BadInput
-from diffsparse.search.layers import switch_level
 from diffsparse.search.stages.sensitivity import amplification, effects, reference, reuse_factor
+from diffsparse.search.stored_search import StoredSearch
 from diffsparse.search.trial import distinct
 from diffsparse.search.workspace import Workspace
 
-__all__ = ["compose_plans", "composer_of", "layer_costs", "reuse_memory"]
+__all__ = ["compose_plans", "composer_of", "layer_costs", "measure_rest", "reuse_memory"]
 
 #: Outputs that are kept on a CPU where nothing else is asked for.
 CPU_BYTES = 1e9
@@ -21,7 +19,7 @@ CPU_BYTES = 1e9
 LEAST_STEPS = 12
 
 
-def layer_costs(work: Workspace) -> dict[TokenGrid, CostTable]:
+def layer_costs(work: Workspace) -> None:
     """Costs on every grid of a layer, measured where a search has not measured them yet."""
     dtype = next(work.transformer.parameters()).dtype
     shape = (work.architecture.heads, work.probe.head_dim)
@@ -36,22 +34,17 @@ def layer_costs(work: Workspace) -> dict[TokenGrid, CostTable]:
                     measure_costs(grid, *shape, order, work.config.block, work.device, dtype, bar.update),
                 )
                 bar.reach(i * MEASUREMENTS)
-    return {grid: work.costs(grid) for grid in grids}
 
 
-def run_machine(work: Workspace) -> Machine:
-    """What a run on this machine goes by, under ``backend="auto"``."""
-    dtype = compute_dtype(work.transformer, work.device)
-    return work.machine(lambda: machine_for("auto", work.device, dtype, work.architecture.head_dim))
-
-
-def reuse_memory(work: Workspace) -> float:
+def reuse_memory(stored: StoredSearch) -> float:
     """Bytes of outputs that a run may keep. Raises :class:`BadInput` where what is asked for holds no layer's."""
-    asked, probe = work.config.reuse_memory, work.probe
+    asked, probe = stored.config.reuse_memory, stored.probe
+    if len(distinct(stored.call_levels())[0]) < LEAST_STEPS:
+        return 0.0
     if asked is None:
         return probe.peak_bytes / 4 if probe.peak_bytes else CPU_BYTES
-    largest = max(grid.seq_len for grid in work.grids.values())
-    layer = work.architecture.heads * largest * (probe.head_dim + 4) * probe.branches * probe.items
+    largest = max(grid.seq_len for grid in stored.grids.values())
+    layer = stored.architecture.heads * largest * (probe.head_dim + 4) * probe.branches * probe.items
     if 0 < asked * 1e9 < layer:
         raise BadInput(
             f"a reuse memory of {asked:g} GB holds less than one layer's outputs, which are {layer / 1e9:.3g} GB here; "
@@ -60,38 +53,44 @@ def reuse_memory(work: Workspace) -> float:
     return asked * 1e9
 
 
-def composer_of(work: Workspace, costs: dict[TokenGrid, CostTable]) -> Composer:
-    """What makes plans of everything that was measured. What the sensitivity stage lacks is measured here."""
-    entries, predicted = reference(work)
-    layers = effects(work, entries, predicted)
-    growth = amplification(work, entries, (layers * predicted).sum(1))
-    traced = work.trace_levels
-    switch = switch_level(work.pipe, traced, work.trace_parts)
-    machine = run_machine(work)
-    memory = reuse_memory(work)
-    if len(distinct(work.call_levels())[0]) < LEAST_STEPS:
-        memory = 0.0
-    factor = reuse_factor(work, layers, growth, memory) if memory else 1.0
+def measure_rest(work: Workspace) -> None:
+    """Measure what the search lacks to compose plans: the sensitivity stage, and what kernels do on this machine."""
+    if not work.has_machine:
+        dtype = compute_dtype(work.transformer, work.device)
+        work.put_machine(machine_for("auto", work.device, dtype, work.architecture.head_dim))
+    if (known := work.sensitivity()) is None:
+        entries, predicted = reference(work)
+        layers = effects(work, entries, predicted)
+        known = layers, amplification(work, entries, (layers * predicted).sum(1))
+        work.put_sensitivity(*known)
+    if memory := reuse_memory(work):
+        reuse_factor(work, *known, memory)
+
+
+def composer_of(stored: StoredSearch) -> Composer:
+    """What makes plans of everything that was measured."""
+    known, factor = stored.sensitivity(), stored.reuse_factor
+    assert known is not None  # everything is measured
+    memory = reuse_memory(stored)
     return Composer(
-        work,
-        work.call_levels(),
-        work.grids,
-        work.orders,
-        costs,
-        machine,
-        layers,
-        growth,
-        traced,
-        switch,
+        stored,
+        stored.call_levels(),
+        stored.grids,
+        stored.orders,
+        {grid: stored.costs(grid) for grid in dict.fromkeys(stored.grids.values())},
+        stored.machine,
+        *known,
+        stored.trace_levels,
+        stored.facts.switch,
         memory=memory,
-        items=work.probe.branches * work.probe.items,
-        reuse_factor=factor,
+        items=stored.probe.branches * stored.probe.items,
+        reuse_factor=1.0 if factor is None or not memory else factor,
     )
 
 
-def compose_plans(work: Workspace, composer: Composer) -> list[Candidate]:
-    """The best plans, best first: as many as validation is to choose among."""
-    with work.bar(1, "assign") as bar:
-        candidates = composer.candidates(work.config.tried_plans)
+def compose_plans(stored: StoredSearch, composer: Composer, count: int) -> list[Candidate]:
+    """The best plans, best first."""
+    with stored.bar(1, "assign") as bar:
+        candidates = composer.candidates(count)
         bar.update()
     return candidates

@@ -17,9 +17,10 @@ from diffsparse.search.observe import final_latents, watched_updates
 from diffsparse.search.repair import ErrorSums, RepairTap, add_sums, fit_repair
 from diffsparse.search.sharing import share
 from diffsparse.search.stages.validate import validate
+from diffsparse.search.stored_search import StoredSearch
 from diffsparse.search.workspace import Workspace
 
-__all__ = ["NOISE_DB", "mended", "repaired"]
+__all__ = ["NOISE_DB", "better_with_repair", "mended", "repaired", "with_repair"]
 
 #: Two plans whose clips are no further apart in PSNR, in dB, cannot be told from each other by a few clips.
 NOISE_DB = 0.5
@@ -33,12 +34,18 @@ def mended(work: Workspace, chosen: Candidate, quality: dict[str, Any]) -> tuple
     found = replace(chosen, plan=repaired(work, chosen.plan))
     if found.plan.repair is None:
         return found, quality
-    _, about = validate(work, [found])
+    return better_with_repair(work, chosen, quality, found, validate(work, [found])[1])
+
+
+def better_with_repair(
+    stored: StoredSearch, chosen: Candidate, quality: dict[str, Any], found: Candidate, about: dict[str, Any]
+) -> tuple[Candidate, dict[str, Any]]:
+    """The better one of a plan and the same with its repair, and what validation says of it."""
     after, before = (each["psnr_mean"] for each in (about, quality))
     if after < before - NOISE_DB:
-        work.say(f"the repair is left out: the PSNR to dense is {before:.2f} dB without it, {after:.2f} dB with it")
+        stored.say(f"the repair is left out: the PSNR to dense is {before:.2f} dB without it, {after:.2f} dB with it")
         return chosen, quality
-    work.say(f"PSNR to dense {before:.2f} dB without the repair, {after:.2f} dB with it")
+    stored.say(f"PSNR to dense {before:.2f} dB without the repair, {after:.2f} dB with it")
     return found, about | {"psnr_without_repair": before, "psnr_by_dense_steps": quality["psnr_by_dense_steps"]}
 
 
@@ -51,11 +58,15 @@ def repaired(work: Workspace, plan: SparsityPlan) -> SparsityPlan:
     if (known := work.repair(digest)) is None:
         known = _fit(work, plan, digest)
         work.put_repair(digest, known)
-    arrays, share = known
+    return with_repair(work, plan, *known)
+
+
+def with_repair(stored: StoredSearch, plan: SparsityPlan, arrays: dict[str, np.ndarray], left: float) -> SparsityPlan:
+    """The plan with a repair that was fitted for it. ``left``: the share of the error that it leaves."""
     if not arrays:
         return plan
     found = Repair(**arrays)
-    work.say(f"repair: {found.num_heads} heads, {share:.0%} of their squared error is left")
+    stored.say(f"repair: {found.num_heads} heads, {left:.0%} of their squared error is left")
     return replace(plan, repair=found)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +13,48 @@ import numpy as np
 import diffsparse
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels import sparse_attention
-from diffsparse.kernels.costs import CostTable
+from diffsparse.plan import SparsityPlan
 from diffsparse.schedule import Schedule
 from diffsparse.search.compose import Candidate
 from diffsparse.search.environment import environment
+from diffsparse.search.errors import writing
+from diffsparse.search.facts import Facts
 from diffsparse.search.inputs import contents
-from diffsparse.search.layers import main_grid
+from diffsparse.search.layers import main_grid, switch_level
 from diffsparse.search.load import shape_rule
 from diffsparse.search.measured import HeadFigures, PooledAttention, plan_digest
 from diffsparse.search.options import Option
 from diffsparse.search.signature import SHORTENING
+from diffsparse.search.stored_search import StoredSearch
 from diffsparse.search.workspace import Workspace
 
-__all__ = ["measured", "search_record", "traced_steps"]
+__all__ = ["facts_of", "measured", "search_record", "traced_steps", "write_plan"]
 
 
-def search_record(work: Workspace, grid: TokenGrid, costs: CostTable) -> dict[str, Any]:
-    config = work.config
+def facts_of(work: Workspace, about: Mapping[str, Any]) -> Facts:
+    """What plans without the pipeline need of it. ``about``: what else their record says of the model."""
     name = getattr(work.pipe, "name_or_path", None) or getattr(work.pipe.config, "_name_or_path", "")
-    # The folder's own name only: where a model lies on somebody's disk is nobody's business.
-    sizes = _size_that_ran(work, grid)
+    return Facts(
+        architecture=work.architecture,
+        config=work.config,
+        num_prompts=work.num_prompts,
+        switch=switch_level(work.pipe, work.trace_levels, work.trace_parts),
+        # The folder's own name only: where a model lies on somebody's disk is nobody's business.
+        model={"id": Path(str(name)).name, "pipeline": type(work.pipe).__name__, **about},
+        inputs=_inputs(work),
+        size=_size_that_ran(work, main_grid(work.grids)),
+        environment=environment(work.device),
+    )
+
+
+def search_record(stored: StoredSearch) -> dict[str, Any]:
+    """What a plan's record says of the search."""
+    config, facts, grid = stored.config, stored.facts, main_grid(stored.grids)
     return {
-        "model": {"id": Path(str(name)).name, "pipeline": type(work.pipe).__name__},
+        "model": dict(facts.model),
         "calibration": {
-            **_inputs(work),
-            "traced_prompts": len(work.traced()),
+            **facts.inputs,
+            "traced_prompts": len(stored.traced()),
             "seed": config.seed,
             "grid": str(grid),
             "steps": config.steps,
@@ -44,7 +62,7 @@ def search_record(work: Workspace, grid: TokenGrid, costs: CostTable) -> dict[st
             **{
                 name: value
                 for name in ("guidance_scale", "true_cfg_scale", "height", "width", "num_frames")
-                if (value := sizes.get(name, getattr(config, name))) is not None
+                if (value := facts.size.get(name, getattr(config, name))) is not None
             },
         },
         "search": {
@@ -53,9 +71,26 @@ def search_record(work: Workspace, grid: TokenGrid, costs: CostTable) -> dict[st
             "target": config.goal,
             "kernel": _kernel_version(),
         },
-        "costs": costs.to_dict(),
-        "environment": environment(work.device),
+        "costs": stored.costs(grid).to_dict(),
+        "environment": dict(facts.environment),
     }
+
+
+def write_plan(stored: StoredSearch, chosen: Candidate, seconds: float, out: Path) -> SparsityPlan:
+    """Write a plan with its record, and the attention that was measured beside it. ``seconds``: what it took."""
+    plan, about = chosen.plan, search_record(stored)
+    about["search"] |= plan.record["search"] | {"seconds": round(seconds, 1)}
+    plan.record.update(about)
+    told = plan.record["search"]
+    stored.say(
+        f"chosen: {told['dense_steps']} of {told['of_steps']} steps dense, {told['phases']} phase(s), "
+        f"whole-trajectory density {told['trajectory_density']:.3f}"
+    )
+    attention = measured(stored, chosen)
+    with writing(out, then="run the same command again: it goes on from what was measured"):
+        plan.save_pretrained(out)
+        attention.save(out)
+    return plan
 
 
 def _inputs(work: Workspace) -> dict[str, Any]:
@@ -83,7 +118,7 @@ def _kernel_version() -> str:
     return f"{sparse_attention.__module__} {diffsparse.__version__}"
 
 
-def measured(work: Workspace, chosen: Candidate) -> PooledAttention:
+def measured(work: StoredSearch, chosen: Candidate) -> PooledAttention:
     """Mean attention of every phase, layer and head, and what the chosen entries make of it."""
     plan = chosen.plan
     phases, heads = plan.schedule.num_phases, work.architecture.heads
@@ -91,8 +126,8 @@ def measured(work: Workspace, chosen: Candidate) -> PooledAttention:
     members = [traced_steps(plan.schedule, traced, p) for p in range(phases)]
     pooled = np.zeros((phases, len(work.layers), heads, work.side, work.side), np.float16)
     kept = np.zeros((phases, len(work.layers), heads))
-    for p in range(phases):
-        for j, layer in enumerate(work.layers):
+    for j, layer in enumerate(work.layers):  # what a layer has is read once
+        for p in range(phases):
             pooled[p, j] = work.picture(layer, members[p])
             for head, option in enumerate(chosen.options[p][j]):
                 kept[p, j, head] = _kept_mass(work, layer, head, option, members[p])
@@ -109,7 +144,7 @@ def traced_steps(schedule: Schedule, traced: list[float], phase: int) -> list[in
     return found or [min(range(len(traced)), key=lambda step: abs(traced[step] - middle))]
 
 
-def _kept_mass(work: Workspace, layer: str, head: int, option: Option, steps: list[int]) -> float:
+def _kept_mass(work: StoredSearch, layer: str, head: int, option: Option, steps: list[int]) -> float:
     """Share of the attention weights that an option computes exactly."""
     if option.kind in ("dense", "skip"):
         return float(option.kind == "dense")

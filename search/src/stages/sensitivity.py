@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -93,7 +92,7 @@ def reference(work: Workspace) -> tuple[dict[str, list[HeadEntry]], np.ndarray]:
             predicted[:, j] += left[:, best]
             weights = {s: 1 / e for s, e in enumerate(energy.tolist())}
             option = table.options[options[best]]
-            found[layer].append(head_entry(option, partial(work.value, layer, head, weights), table))
+            found[layer].append(head_entry(option, work.value(layer, head, weights), table))
     return found, predicted
 
 

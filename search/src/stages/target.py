@@ -16,7 +16,7 @@ from diffsparse.search.frontier import MOST_BUDGET, Curve, Tried, best_of, next_
 from diffsparse.search.items import Items
 from diffsparse.search.stages.compose import compose_plans
 from diffsparse.search.stages.repair import mended, repaired
-from diffsparse.search.stages.validate import cases, held_out, validate
+from diffsparse.search.stages.validate import cases, held_out, tried_plan, validate
 from diffsparse.search.workspace import Workspace
 
 __all__ = ["error_curve", "search_target"]
@@ -100,14 +100,19 @@ def _told(point: _Point, goal: float) -> str:
 
 def _validated(work: Workspace, composer: Composer, budget: float, fit: bool, compare: bool) -> _Point:
     """``fit``: with a repair. ``compare``: with and without it, on all clips."""
-    candidates, goal = compose_plans(work, composer.at(budget)), work.config.goal
+    config = composer.at(budget).config
+    candidates, goal = compose_plans(work, composer.at(budget), work.config.tried_plans), work.config.goal
     if not fit:
         chosen, quality = validate(work, candidates, goal)
+        base = chosen
     elif len(candidates) > 1 or compare:
-        chosen, quality = mended(work, *validate(work, candidates))
+        base, quality = validate(work, candidates)
+        chosen, quality = mended(work, base, quality)
     else:
-        chosen = replace(candidates[0], plan=repaired(work, candidates[0].plan))
+        base = candidates[0]
+        chosen = replace(base, plan=repaired(work, base.plan))
         _, quality = validate(work, [chosen], goal)
+    work.put_tried(tried_plan(chosen, base, config))
     return _Point(budget, chosen, quality)
 
 

@@ -14,6 +14,7 @@ from diffsparse.plan import SparsityPlan
 from diffsparse.search import metrics
 from diffsparse.search.columns import shorten
 from diffsparse.search.compose import Candidate
+from diffsparse.search.config import SearchConfig
 from diffsparse.search.errors import BadInput
 from diffsparse.search.generate import Clip, generate_clip
 from diffsparse.search.inputs import Input
@@ -21,9 +22,10 @@ from diffsparse.search.load import sparse_backend
 from diffsparse.search.measured import plan_digest
 from diffsparse.search.observe import watched_updates
 from diffsparse.search.sharing import share
+from diffsparse.search.stored_search import StoredSearch, Tried
 from diffsparse.search.workspace import Validation, Workspace
 
-__all__ = ["cases", "held_out", "validate"]
+__all__ = ["cases", "held_out", "is_validated", "judged", "tried_plan", "validate"]
 
 #: The first seed of validation is this much more than the search's own.
 SEED_OFFSET = 1000
@@ -57,7 +59,7 @@ def validate(
     Predicted errors of plans with different numbers of dense steps are near each other; generations decide: by the
     mean PSNR, or by the worst clip's SSIM where that has a target.
     """
-    config, clips = work.config, cases(work)
+    clips = cases(work)
     keys = [plan_digest(candidate.plan) for candidate in candidates]
     plans = dict(zip(keys, (candidate.plan for candidate in candidates), strict=True))
     # Of a target clips are made one after another, or as many at once as there are ranks.
@@ -71,7 +73,30 @@ def validate(
         if least is not None and (below := [i for i in wave if _all_below(work, i, keys, least)]):
             clips = clips[: below[0] + 1]
             break
-    rows = {key: [row for i in range(len(clips)) if (row := work.validation(i, key)) is not None] for key in keys}
+    return judged(work, candidates, len(clips))
+
+
+def is_validated(stored: StoredSearch, plan: str, clips: int) -> bool:
+    """Whether a plan (by its digest) ran on so many clips."""
+    return all(stored.validation(i, plan) is not None for i in range(clips))
+
+
+def tried_plan(chosen: Candidate, base: Candidate, config: SearchConfig) -> Tried:
+    """What the record keeps of a validated plan. ``base``: without its repair. ``config``: it was composed for."""
+    return Tried(
+        plan_digest(chosen.plan),
+        plan_digest(base.plan),
+        config.budget,
+        config.density,
+        float(chosen.plan.record["search"]["predicted_attention_time"]),
+        config.tried_plans,
+    )
+
+
+def judged(stored: StoredSearch, candidates: list[Candidate], clips: int) -> tuple[Candidate, dict[str, Any]]:
+    """What :func:`validate` returns, of plans that ran on all of the first so many clips."""
+    config, keys = stored.config, [plan_digest(candidate.plan) for candidate in candidates]
+    rows = {key: [row for i in range(clips) if (row := stored.validation(i, key)) is not None] for key in keys}
     means = [float(np.mean([row.psnr for row in rows[key]])) for key in keys]
     worst = [min((row.ssim for row in rows[key] if row.ssim is not None), default=0.0) for key in keys]
     best = int(np.argmax(means if config.goal is None else worst))
@@ -79,7 +104,7 @@ def validate(
     chosen = rows[keys[best]]
     similar = [row.ssim for row in chosen if row.ssim is not None]
     return candidates[best], {
-        "prompts": len(clips),
+        "prompts": clips,
         "steps": config.steps,
         "psnr_mean": means[best],
         "psnr_worst": min(row.psnr for row in chosen),
