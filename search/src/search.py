@@ -146,24 +146,28 @@ def _announce(work: Workspace, probe: Probe) -> None:
     work.say(text)
 
 
-#: What scoring a call takes, over the model call that it is of.
-_SCORING = 0.3
+#: What scoring a call takes, over the model call that it is of; and seconds for each of its layers on a GPU, which
+#: kernels of any length have to be started for.
+_SCORING, _LAYER = 0.3, 0.02
 #: Model calls of sparse attention with exact rows beside it, over dense ones.
 _FITTING = 0.7
 #: Seconds for each head to choose entries and to make masks; for costs and pieces of the pipeline on a GPU.
-_CHOOSING, _SETTING_UP = 0.03, 25.0
+_CHOOSING, _SETTING_UP = 0.03, 45.0
 
 
 def _estimate(work: Workspace, probe: Probe) -> float:
     """Seconds that a search takes after its first step, validation apart."""
     steps, branches = work.config.trace_steps, probe.branches
     prompts = min(probe.prompts, len(work.prompts))
-    screened = 2 * _SCORING * len(work.layer_orders(main_grid(probe.grids))) / 2
+    scoring = _SCORING
+    if work.device.type == "cuda":
+        scoring += _LAYER * len(probe.grids) / probe.forward_seconds
+    screened = 2 * scoring * len(work.layer_orders(main_grid(probe.grids))) / 2
     ranks = 1 if work.ranks is None else work.ranks.count
     # A prompt for each rank at once, then what masks of the prompts before leave of all but the first of them.
     rounds = math.ceil(prompts / ranks)
     generations = rounds + (prompts - rounds) / ranks
-    calls = 3 + screened + generations * steps * (1 + _SCORING)
+    calls = 3 + screened + generations * steps * (1 + scoring)
     calls += math.ceil(len(effect_steps(work)) * len(layer_groups(tuple(probe.grids), most_groups(probe))) / ranks)
     injected = [steps - step for step in inject_steps(work)]
     calls += (max(injected) if ranks > 1 else sum(injected)) + steps  # an error in a step; outputs used again

@@ -78,21 +78,23 @@ def reference(work: Workspace) -> tuple[dict[str, list[HeadEntry]], np.ndarray]:
     """
     found: dict[str, list[HeadEntry]] = {}
     predicted = np.zeros((work.trace_length, len(work.layers)))
-    for j, (layer, grid) in enumerate(work.grids.items()):
-        found[layer] = []
-        for head in range(work.architecture.heads):
-            table = work.table(grid, work.orders[layer, head])
-            every = range(work.trace_length)  # they share a mask
-            steps = [work.scores(layer, head, {s: 1.0}, every, repaired=False) for s in every]
-            options = _reference_options(table)
-            # [steps, tails]; a step counts by what it leaves of its output
-            left = table.errors(steps)[:, options]
-            energy = np.maximum([scores.energy for scores in steps], 1e-30)
-            best = int((left / energy[:, None]).sum(0).argmin())
-            predicted[:, j] += left[:, best]
-            weights = {s: 1 / e for s, e in enumerate(energy.tolist())}
-            option = table.options[options[best]]
-            found[layer].append(head_entry(option, work.value(layer, head, weights), table))
+    every = range(work.trace_length)  # they share a mask
+    with work.bar(len(work.layers), "masks") as bar:
+        for j, (layer, grid) in enumerate(work.grids.items()):
+            found[layer] = []
+            by_step = [work.layer_scores(layer, {step: 1.0}, every, repaired=False) for step in every]
+            for head in range(work.architecture.heads):
+                table, steps = work.table(grid, work.orders[layer, head]), [heads[head] for heads in by_step]
+                options = _reference_options(table)
+                # [steps, tails]; a step counts by what it leaves of its output
+                left = table.errors(steps)[:, options]
+                energy = np.maximum([scores.energy for scores in steps], 1e-30)
+                best = int((left / energy[:, None]).sum(0).argmin())
+                predicted[:, j] += left[:, best]
+                weights = {s: 1 / e for s, e in enumerate(energy.tolist())}
+                option = table.options[options[best]]
+                found[layer].append(head_entry(option, work.value(layer, head, weights), table))
+            bar.update()
     return found, predicted
 
 
