@@ -40,7 +40,7 @@ def mask_at(value: np.ndarray, weight: np.ndarray, density: float) -> np.ndarray
 
     The pairs of the most value per work, of equals the first, as long as they fit.
     """
-    ratio, work = (value / weight.astype(np.float32)).reshape(-1), weight.reshape(-1)
+    ratio, work = np.divide(value, weight.astype(np.float32)).reshape(-1), weight.reshape(-1)
     # To sort all pairs takes most of the time, and what fits whatever its work is needs no order.
     sure = min(int(density / work.max()), ratio.size)
     mask = ratio > np.partition(ratio, ratio.size - sure)[ratio.size - sure] if sure else np.zeros(ratio.size, bool)

@@ -268,7 +268,7 @@ def head_entry(
     near = [i for i, d in enumerate(table.density) if d <= 1.25 * option.density + 1e-3]
     if kept is not None:  # sums in single precision: those that are near the best are told apart below
         near = [i for i in near if kept[i] >= kept[near].max() - 1e-4 * float(worth.sum())]
-    best = max(near, key=lambda i: float(worth[table.masks[i]].sum()))
+    best = near[0] if len(near) == 1 else max(near, key=lambda i: float(worth[table.masks[i]].sum()))
     fallback = table.patterns[best]
     if isinstance(fallback, Empty) and option.tail == "none":
         fallback = Full()  # nothing at all would be attended elsewhere

@@ -99,13 +99,13 @@ def compose_plan(
         config = replace(facts.config, **changes)
         stored = StoredSearch(facts.architecture, facts.num_prompts, config, store, progress, say, on_stage)
         _check(stored)
-        chosen, quality = _best(stored) if target is None else _for_target(stored, target)
+        chosen, quality, fitted = _best(stored) if target is None else (*_for_target(stored, target), True)
         stored.config = config
         if quality is not None:
             chosen.plan.record["quality"] = quality
         plan = write_plan(stored, chosen, time.perf_counter() - begin, Path(out))
         lacking = [] if quality is not None else ["is not validated"]
-        if config.fits_repair and stored.repair(_base(chosen.plan)) is None:
+        if config.fits_repair and not fitted:
             lacking.append("has no repair")
         if lacking:
             say(
@@ -113,11 +113,6 @@ def compose_plan(
                 f"search with the model and --out {os.fspath(record)}"
             )
     return plan
-
-
-def _base(plan: SparsityPlan) -> str:
-    """The digest of a plan without the maps that were fitted for it, by which they are kept."""
-    return plan_digest(plan if plan.fitted_repair is None else replace(plan, repair=None))
 
 
 def _check(stored: StoredSearch) -> None:
@@ -140,23 +135,28 @@ def _composer(stored: StoredSearch, config: SearchConfig) -> Composer:
     return composer_of(stored)
 
 
-def _best(stored: StoredSearch) -> tuple[Candidate, dict[str, Any] | None]:
-    """As the search itself chooses, where it validated these plans; else the plan that is predicted best."""
+def _best(stored: StoredSearch) -> tuple[Candidate, dict[str, Any] | None, bool]:
+    """As the search itself chooses, where it validated these plans; else the plan that is predicted best.
+
+    Also whether the search fitted a repair for the plan, which may have found that no head gains by one.
+    """
     composer, clips = composer_of(stored), stored.clips
     (chosen,), quality = compose_plans(stored, composer, 1), None
-    if clips and is_validated(stored, plan_digest(chosen.plan), clips):
+    digest = plan_digest(chosen.plan)
+    if clips and is_validated(stored, digest, clips):
         candidates = compose_plans(stored, composer, stored.config.tried_plans)
         if all(is_validated(stored, plan_digest(each.plan), clips) for each in candidates):
             chosen, quality = judged(stored, candidates, clips)
-    known = stored.repair(plan_digest(chosen.plan)) if stored.config.fits_repair else None
+            digest = plan_digest(chosen.plan)
+    known = stored.repair(digest) if stored.config.fits_repair else None
     if known is None:
-        return chosen, quality
+        return chosen, quality, False
     found = replace(chosen, plan=with_repair(stored, chosen.plan, *known))
     if found.plan.repair is None or quality is None:
-        return found, quality
+        return found, quality, True
     if not is_validated(stored, plan_digest(found.plan), clips):
-        return chosen, quality
-    return better_with_repair(stored, chosen, quality, found, judged(stored, [found], clips)[1])
+        return chosen, quality, True
+    return *better_with_repair(stored, chosen, quality, found, judged(stored, [found], clips)[1]), True
 
 
 def _for_target(stored: StoredSearch, target: float) -> tuple[Candidate, dict[str, Any]]:
