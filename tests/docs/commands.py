@@ -93,6 +93,7 @@ SMALL: dict[tuple[str, ...], tuple[str, ...]] = {
         *(*PICTURE, "--trace-prompts", "1", "--samples", "2", "--validate", "0", "--device", "cpu"),
     ),
     ("diffsparse", "eval", PICTURES): (*PICTURE, "--seeds", "1", "--no-lpips", "--device", "cpu"),
+    ("diffsparse", "search", "--from"): (),  # of the size that was searched
     ("diffsparse", "search"): (*CLIP, "--trace-prompts", "1", "--samples", "2", "--validate", "0", "--device", "cpu"),
     ("diffsparse", "eval"): (*CLIP, "--seeds", "1", "--no-lpips", "--device", "cpu"),
     ("diffsparse", "bench", "kernels"): ("--grid", "2,8,8", "--heads", "1", "--head-dim", "32", "--device", "cpu"),

@@ -158,6 +158,10 @@ def test_lines_run(line: str, place: Path, run_here: Callable[[list[str]], str])
     words, into = small(line)
     assert into is None, "no rule sends the output of such a line to a file"
     if words[0] == "diffsparse":
+        if "--from" in words:  # the record of a search
+            folder = words[words.index("--from") + 1]
+            shutil.rmtree(place / folder)
+            run_here(small(f"diffsparse search MODEL --prompts prompts.txt --out {folder}")[0])
         run_here(words)
         check_outputs(words, place)
         return
