@@ -1,11 +1,7 @@
-"""``python -m diffsparse`` is the command ``diffsparse``."""
+"""``python -m diffsparse`` is ``python -m diffsparse.search``, the command ``diffsparse``."""
 
-
-def _main() -> None:
-    from diffsparse.search.cli import main
-
-    main()
-
+import runpy
 
 if __name__ == "__main__":
-    _main()
+    # By its name, as the console script has it: this room imports none of the others.
+    runpy.run_module("diffsparse.search", run_name="__main__", alter_sys=True)

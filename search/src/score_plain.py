@@ -94,8 +94,6 @@ def add_item(
                 kept = d.argsort(1, descending=True).argsort(1)[:, None] < counts[:, None]
                 weighted = [(w, summary[c]) for w, c in parts]
                 left = _masked_output(kept.repeat_interleave(samples, 0).float(), z, numerator, weighted, z_rest, rest)
-                off = (left - output[:, None]).square().sum(-1).view(len(tokens), samples, -1).sum(1)
-                found.true[tail, i] += (off * share[:, None]).sum(0)
                 found.summed[tail, i] += ((d[:, None] * ~kept).sum(-1) * share[:, None]).sum(0)
                 masked[tail].append(left)
             found.mass[i, lo : lo + rows] += z.view(len(tokens), samples, blocks).mean(1)
@@ -104,8 +102,9 @@ def add_item(
             every, stands = torch.cat(outputs), (length / samples).repeat_interleave(samples)
             for tail, parts_of in enumerate(masked):
                 left = torch.cat(parts_of).transpose(0, 1)  # [ladder, queries, D]
-                whole = (every - left).square().sum(-1) @ stands
-                found.repaired[tail, i] += torch.minimum(repaired_error(left, every) @ stands, whole)
+                true = (every - left).square().sum(-1) @ stands
+                found.true[tail, i] += true
+                found.repaired[tail, i] += torch.minimum(repaired_error(left, every) @ stands, true)
         for part in text.split(rows * samples):
             logits = (q[part, head].float() * scale) @ keys.T
             if key_mask is not None:

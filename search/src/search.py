@@ -146,8 +146,8 @@ def _announce(work: Workspace, probe: Probe) -> None:
     work.say(text)
 
 
-#: What scoring a call takes, over the model call that it is of; and seconds for each of its layers on a GPU, which
-#: kernels of any length have to be started for.
+#: Time to score a model call, as a share of the call itself. On a GPU each layer adds so many seconds, however few its
+#: tokens: starting the kernels takes that long.
 _SCORING, _LAYER = 0.3, 0.02
 #: Model calls of sparse attention with exact rows beside it, over dense ones.
 _FITTING = 0.7

@@ -18,7 +18,7 @@ ALLOWED = {
     "diffsparse.search": set(ROOMS),
 }
 #: They hand out the rooms' names, and only inside functions.
-LAZY = {"__init__.py", "__main__.py", "_autopatch.py"}
+LAZY = {"__init__.py", "_autopatch.py"}
 
 
 def room_of(item: Import) -> str | None:

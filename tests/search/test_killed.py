@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -119,17 +121,35 @@ def test_a_full_disk_is_one_line_and_the_search_goes_on_from_there(
     assert digest(tmp_path / "plan") == digest(folder)
 
 
+@contextmanager
+def read_only(folder: Path, place: Path) -> Iterator[Path]:
+    """A folder with the same files, in which nothing may be written: by its modes, or mounted so for root, who may."""
+    if os.geteuid() != 0:
+        shutil.copytree(folder, place)
+        every = [place, *place.rglob("*")]
+        for path in every:
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        try:
+            yield place
+        finally:
+            for path in every:
+                path.chmod(0o755 if path.is_dir() else 0o644)
+        return
+    place.mkdir()
+    if subprocess.run(["mount", "--bind", str(folder), str(place)], capture_output=True, check=False).returncode:
+        pytest.skip("root may write everywhere, and mounting a folder that it may not write is forbidden here")
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", str(place)], check=True)
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
 @pytest.mark.slow(reason="searches with the tiny model in processes of their own")
 def test_a_folder_that_may_not_be_written_is_one_line(whole: tuple[Path, float], tmp_path: Path) -> None:
     """A plan is composed from its record all the same."""
     folder, _ = whole
-    place = tmp_path / "still"
-    place.mkdir()
-    mount = ["mount", "--bind", str(folder), str(place)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("only root can mount a folder that root may not write")
-    try:
-        subprocess.run(["mount", "-o", "remount,bind,ro", str(place)], check=True)
+    with read_only(folder, tmp_path / "still") as place:
         code, told = finished(place)
         assert code == 2 and len(told.splitlines()) == 1, told
         assert "cannot be read or written" in told and "choose another --out" in told
@@ -137,8 +157,6 @@ def test_a_folder_that_may_not_be_written_is_one_line(whole: tuple[Path, float],
         assert code == 2 and "cannot write to" in told and len(told.splitlines()) == 1
         plan = compose_plan(place, out=tmp_path / "plan", density=0.5, progress=False)
         assert plan.record["quality"] == SparsityPlan.from_pretrained(folder).record["quality"]
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
 
 
 @pytest.mark.slow(reason="searches with the tiny model in processes of their own")

@@ -9,7 +9,7 @@ from diffsparse.entry import TAILS
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels.repair.online import ridge_map
 from diffsparse.order import TileOrder
-from diffsparse.search import score_plain
+from diffsparse.search import score_plain, score_rows
 from diffsparse.search.leave_one_out import repaired_error
 from diffsparse.search.score import BlockIndex, score_call
 from tests.tolerance import Work, assert_near
@@ -56,6 +56,25 @@ def test_outputs_that_are_all_alike_and_single_queries_keep_what_no_map_takes_aw
     want = torch.stack([(out[i] - torch.cat([out[:i], out[i + 1 :]]).mean(0)).square().sum() for i in range(30)])
     assert_near(found, want, Work(30, sums=4))
     assert_near(repaired_error(out[:1] + 1, out[:1]), torch.full((1,), 4.0), Work(4, sums=2))
+
+
+@pytest.mark.parametrize("size", [1.0, 30.0])
+def test_kernels_and_torch_estimate_alike_with_logits_as_large_as_trained_models_have(
+    size: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits of a standard deviation of 4, and of more than 100, where single keys take all of the attention."""
+    grid, heads, dim = TokenGrid(3, 8, 8, 0, 5), 2, 16
+    q, k, v = (drawn(1, grid.seq_len, heads, dim, seed=i).float() for i in range(3))
+    index = BlockIndex.build(grid, TileOrder(1, 8, 8), 64, torch.device("cpu"))
+    found = []
+    for way in (score_plain, score_rows):
+        monkeypatch.setattr(score_plain, "add_item", way.add_item)
+        found.append(score_call(size * q, k, v, index, samples=8, generator=torch.Generator().manual_seed(1)))
+    for scores in found:
+        assert scores.repaired.isfinite().all() and (scores.repaired >= 0).all()
+        assert (scores.repaired <= scores.true).all() and scores.repaired.max() > 0
+    # Weights are powers of logits, whose rounding grows with their size.
+    assert_near(found[1].repaired, found[0].repaired, Work(grid.seq_len, sums=8, gain=size))
 
 
 def test_scores_tell_what_a_repair_takes_away(monkeypatch: pytest.MonkeyPatch) -> None:
