@@ -24,6 +24,7 @@ import torch.nn.functional
 from diffsparse._on_import import OnImport
 
 __all__ = [
+    "ONE_USE",
     "PRIVATE_NAMES",
     "StandIn",
     "gist_counts",
@@ -41,6 +42,22 @@ PRIVATE_NAMES = {
     "diffusers.models.transformers.transformer_bria_fibo2.compute_gist_count": "FIBO 2's number of gist tokens",
     "diffusers.hooks.hooks.HookRegistry.check_if_exists_or_initialize": "what sets _diffusers_hook, with hooks in it",
 }
+
+
+#: Attention processors that use q, k and v in one attention call and nowhere else, and write into none of them.
+ONE_USE = frozenset(
+    f"diffusers.models.transformers.transformer_{name}"
+    for name in (
+        "wan.WanAttnProcessor",
+        "wan_animate.WanAttnProcessor",
+        "chronoedit.WanAttnProcessor",
+        "skyreels_v2.SkyReelsV2AttnProcessor",
+        "hunyuan_video.HunyuanVideoAttnProcessor2_0",
+        "flux.FluxAttnProcessor",
+        "qwenimage.QwenDoubleStreamAttnProcessor2_0",
+        "ltx.LTXVideoAttnProcessor",
+    )
+)
 
 
 def lost_names() -> list[str]:

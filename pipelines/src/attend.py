@@ -27,6 +27,7 @@ from diffsparse.pipelines.policy import (
     told,
 )
 from diffsparse.pipelines.state import LayerState
+from diffsparse.pipelines.whole import take_whole
 
 __all__ = ["Request", "attend"]
 
@@ -59,6 +60,8 @@ def attend(layer: LayerState, request: Request) -> torch.Tensor:
     call, index = call_of(layer), layer.index
     if call is None:
         return dense()
+    if call.whole is not None:
+        return take_whole(call, layer, q, k, v, mask, two_axes, scale, reason)
     shape, device = q.shape, q.device
     seq = shape[1]
     if seq != k.shape[1]:  # an adapter's or an image's keys beside the self-attention

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,6 +28,9 @@ from diffsparse.pipelines.policy import (
 from diffsparse.pipelines.reuse import Group, ReuseStep
 from diffsparse.pipelines.state import LayerState, ModelState
 
+if TYPE_CHECKING:
+    from diffsparse.pipelines.whole import Whole
+
 __all__ = ["Call", "call_of", "running_call"]
 
 COMPILED = "compiled"
@@ -43,6 +46,7 @@ class Call:
     ``no_kernel``: why backend ``"auto"`` has no kernel for this model here, or None.
     ``reuse``: this forward to what is kept of others; None where nothing is used again.
     ``recalled``: of layers in compiled code, the heads whose outputs are.
+    ``whole``: what was decided of the layer that is running, where its q, k and v are stand-ins.
     """
 
     state: ModelState
@@ -64,7 +68,9 @@ class Call:
     number: int | None = None  # a tap's count of forwards
     reuse: ReuseStep | None = None
     recalled: dict[int, tuple[Group, ...]] = field(default_factory=dict)
+    whole: Whole | None = None
     reused_heads: Counter[int] = field(default_factory=Counter)
+    without_projections: Counter[int] = field(default_factory=Counter)
     _exchanged: Counter[int] = field(default_factory=Counter)
 
     def is_running(self) -> bool:
@@ -138,6 +144,12 @@ class Call:
         groups = self.state.groups(self.reuse.phase, index)
         return self.state.reuse.recalled(self.reuse, index, self._exchanged[index], groups, shape) if groups else ()
 
+    def held_shape(self, index: int, groups: tuple[Group, ...]) -> tuple[int, ...] | None:
+        """The shape ``(B, S, D)`` of what serves all ``groups`` of a layer's next call, or None."""
+        if self.reuse is None or not groups:
+            return None
+        return self.state.reuse.shape_of(self.reuse, index, self._exchanged[index], groups)
+
     def exchange(self, index: int, out: torch.Tensor, recalled: tuple[Group, ...]) -> None:
         """Put outputs of earlier steps into a layer's ``[B, S, H, D]``, and keep those that later ones will need.
 
@@ -205,6 +217,7 @@ class Call:
                         unseen = UNKNOWN
                     counts[layer.index].unseen += 1
                 counts[layer.index].reused_heads += self.reused_heads[layer.index]
+                counts[layer.index].without_projections += self.without_projections[layer.index]
                 for density, work, reason, backend in events:
                     count = counts[layer.index]
                     count.work += work

@@ -16,7 +16,7 @@ import torch
 
 from diffsparse.layout import BlockLayout
 from diffsparse.pipelines._diffusers import StandIn, replaced_forward
-from diffsparse.pipelines.call import Call, running_call
+from diffsparse.pipelines.call import Call, call_of, running_call
 from diffsparse.pipelines.context import CTX, EPOCH
 from diffsparse.pipelines.dense import RaceKey, serves_heads
 from diffsparse.pipelines.family import UnknownGridError
@@ -25,6 +25,7 @@ from diffsparse.pipelines.patch import install_patch
 from diffsparse.pipelines.policy import compute_dtype
 from diffsparse.pipelines.reuse import Group
 from diffsparse.pipelines.state import LAYER_STATE, MODEL_STATE, LayerState, ModelState
+from diffsparse.pipelines.whole import Whole, announce, cut_inputs, repeat_outputs
 
 __all__ = ["KEY", "attach", "compiled_layers", "detach", "is_attached"]
 
@@ -124,10 +125,39 @@ def _remove_hooks(module: torch.nn.Module) -> None:
 
 def _before_layer(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
     CTX.layer = module._diffsparse  # type: ignore[assignment]
+    if not torch.compiler.is_compiling() and (call := call_of(module._diffsparse)) is not None:  # type: ignore[arg-type]
+        call.whole = announce(call, module, module._diffsparse, args, kwargs)  # type: ignore[arg-type]
+        if call.whole is not None:
+            _hook_parts(call.whole)
 
 
 def _after_layer(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     CTX.layer = None
+    if not torch.compiler.is_compiling() and (call := call_of(module._diffsparse)) is not None:  # type: ignore[arg-type]
+        whole, call.whole = call.whole, None
+        if whole is not None and not whole.taken and output is not None:
+            raise whole.fail("none was seen")
+
+
+def _hook_parts(whole: Whole) -> None:
+    """Hooks that let projections and norms run on one token. They stay, and do nothing at other times.
+
+    Put on again where a module has been replaced (LoRA, fused projections). Another thread may run the same module, so
+    they are not taken off after the layer.
+    """
+    for part in whole.parts:
+        if KEY not in part._forward_pre_hooks:
+            part._forward_hooks[KEY] = repeat_outputs  # type: ignore[index]
+            part._forward_pre_hooks[KEY] = cut_inputs  # type: ignore[index]
+            whole.state.hooked_parts = True
+
+
+def _unhook_parts(transformer: torch.nn.Module, state: ModelState) -> None:
+    """Before compiled code runs: hooks that some layers have and others have not would compile every layer anew."""
+    for module in transformer.modules():
+        if module._forward_pre_hooks.get(KEY) is cut_inputs:  # type: ignore[call-overload]
+            _remove_hooks(module)
+    state.hooked_parts = False
 
 
 # Dynamo leaves the hooks of a compiled model to Python and takes up the frames that they call, so these two must be
@@ -142,6 +172,8 @@ def _before_model(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
     call = _read_call(module, state, args, kwargs)
     call.previous = running_call()
     call.compiled = compiled_layers(module, state)
+    if call.compiled and state.hooked_parts:
+        _unhook_parts(module, state)
     # For compiled code, wherever there is any: of a wrapper around the whole model nothing can be seen from here.
     device = call.device = _device_of(args, kwargs)
     if device is not None and call.phase is not None:

@@ -203,6 +203,16 @@ class ReuseStore:
                 found.append(group)
         return tuple(found)
 
+    def shape_of(self, step: ReuseStep, layer: int, number: int, groups: Sequence[Group]) -> tuple[int, ...] | None:
+        """The shape ``(B, S, D)`` of what serves a layer's call, where all of its groups are served alike; or None."""
+        shapes = set()
+        for group in groups:
+            held = self._held.get((step.branch, layer, number, group.reuse))
+            if held is None or held.phase != step.phase or not serves(held.level, step.level, group.reuse):
+                return None
+            shapes.add((*held.values.shape[:2], held.values.shape[3]))
+        return shapes.pop() if len(shapes) == 1 else None
+
     def exchange(
         self,
         out: torch.Tensor,

@@ -108,6 +108,7 @@ class LayerCounts:
     sparse_density: float = 0.0  # summed over sparse calls
     unseen: int = 0  # forwards in which the layer made no attention call
     reused_heads: int = 0  # head calls that took an earlier step's output
+    without_projections: int = 0  # calls of which all heads did, so that q, k and v were not computed
     sparse_seconds: float = 0.0
     dense_seconds: float = 0.0
     timed_sparse: int = 0
@@ -195,9 +196,11 @@ class ModelState:
         self.reuse = ReuseStore()
         self.phases = PhaseFinder()
         self._groups: dict[tuple[int, int], tuple[Group, ...]] = {}
+        self._whole: dict[tuple[int, int], bool] = {}
         self.machines: dict[tuple[torch.device, torch.dtype, tuple[str, ...]], Machine] = {}
         self.lock = threading.Lock()
         self.tap = tap
+        self.hooked_parts = True  # projections may have hooks (`whole.py`); a copy's have those of its original
         self.installed = False  # the pass-through functions in the modules that define the model
         # A strong reference would make a deep copy of the transformer copy the whole pipeline.
         self._pipe = weakref.ref(pipe) if pipe is not None else None
@@ -213,6 +216,7 @@ class ModelState:
             "reuse",
             "phases",
             "_groups",
+            "_whole",
             "machines",
             "lock",
             "tap",
@@ -266,6 +270,17 @@ class ModelState:
                 entries = entries_of(self.plan, phase, name, self.architecture.heads)
             self._groups[phase, index] = () if isinstance(entries, str) else groups_of(entries)
         return self._groups[phase, index]
+
+    def is_whole(self, phase: int, index: int) -> bool:
+        """Whether all heads of a layer use outputs of earlier steps in a phase, but for those that are left out."""
+        if (phase, index) not in self._whole:
+            grouped = {head for group in self.groups(phase, index) for head in group.heads.tolist()}
+            found = bool(grouped)
+            if found and self.plan is not None:
+                entries = self.plan.layer_entries(phase, self.layers[index].name, self.architecture.heads) or ()
+                found = all(h in grouped or e.execution.mode == "skip" for h, e in enumerate(entries))
+            self._whole[phase, index] = found
+        return self._whole[phase, index]
 
     def layout(
         self,

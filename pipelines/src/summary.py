@@ -46,7 +46,8 @@ class TransformerSummary:
     skipped: layers that plan and model do not share (``strict=False``). repaired_heads: heads whose output the plan
         corrects, of all phases and layers. online_rows: exact rows of each sparse call, where the plan's repair is
         fitted in it. reused_heads: calls of a head that took an earlier step's output; reuse_bytes: the most memory
-        that such outputs had. races: with ``dense_backend="fastest"``, what was measured for each shape: the kernel
+        that such outputs had; calls_without_projections: calls of layers whose heads all took one, so that q, k and v
+        were not computed. races: with ``dense_backend="fastest"``, what was measured for each shape: the kernel
         that is fastest and the milliseconds of all that ran; race_excluded: why the others did not.
     """
 
@@ -66,6 +67,7 @@ class TransformerSummary:
     online_rows: int | None = None
     reused_heads: int = 0
     reuse_bytes: int = 0
+    calls_without_projections: int = 0
     dense_backend: str | None = None
     races: dict[str, str] = field(default_factory=dict)
     race_excluded: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -180,6 +182,8 @@ class SparseSummary:
                     f"  outputs used again over steps: {t.reused_heads} calls of heads, at most "
                     f"{t.reuse_bytes / 1e6:.1f} MB held"
                 )
+            if t.calls_without_projections:
+                lines.append(f"  calls of layers that needed no q, k and v: {t.calls_without_projections}")
             lines += [f"  fastest dense attention for {shape}: {race}" for shape, race in t.races.items()]
             if t.seconds is not None:
                 calls = t.sparse_calls + t.dense_calls
@@ -278,6 +282,7 @@ def _summarise(name: str, state: ModelState) -> TransformerSummary:
             online_rows=None if plan is None or plan.online_repair is None else plan.online_repair.rows,
             reused_heads=sum(c.reused_heads for c in counts),
             reuse_bytes=state.reuse.peak,
+            calls_without_projections=sum(c.without_projections for c in counts),
             dense_backend="fastest" if state.dense is not None else None,
             races={str(key): str(race) for key, race in races.items()},
             race_excluded={str(key): dict(race.excluded) for key, race in races.items()},
