@@ -93,13 +93,14 @@ class PromptSums:
         table = self.work.table(self.work.grids[layer], order)
         tails = torch.tensor([self._tails[layer][head] for head in heads], device=scores.error.device)
         value = scores.error[tails, torch.arange(len(heads), device=tails.device)]
+        levels: Sequence[torch.Tensor | None]
         if self.alone:  # no other prompt tells what its masks leave
             levels = [levels_of(value, table.device_weight(value.device))] * len(self.work.windows)
         elif self._done[layer] and self.apart is None:
             assert self._part is not None
             levels = self._earlier.levels(self._part, layer, order, value.device)
         else:  # nothing is left of this prompt by masks, which says nothing about them and is not counted (`judged`)
-            levels = [torch.zeros_like(value, dtype=torch.uint8)] * len(self.work.windows)
+            levels = [None] * len(self.work.windows)
         side = self.work.side if self.prompt == 0 else None
         sums = self._sums.setdefault((step, layer), LayerSums(self.work.architecture.heads))
         sums.add(heads, sum_up(scores, table, levels, side), items)

@@ -6,6 +6,7 @@ sums of products, so nothing of the size of a sequence is held.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -62,37 +63,39 @@ class ErrorSums:
         self.xe += other.xe
         self.ee += other.ee
 
-    def fit(self) -> tuple[np.ndarray, np.ndarray]:
+    def fit(self, device: torch.device | str = "cpu") -> tuple[np.ndarray, np.ndarray]:
         """The maps ``[H, D + 1, D]``, the last row of each its bias, and the share of the error that each leaves.
 
-        That share is of queries that the map was not fitted on: each half with the map of the other.
+        That share is of queries that the map was not fitted on: each half with the map of the other. ``device``: where
+        to solve, in float64.
         """
-        whole = self.xx.sum(0), self.xe.sum(0)
-        best, left = np.zeros_like(whole[1]), np.full(len(whole[1]), np.inf)
-        known = self.ee.min(0) > 0
+        xx, xe, ee = (torch.from_numpy(x).to(device) for x in (self.xx, self.xe, self.ee))
+        heads = ee.shape[1]
+        left, best = ee.new_full((heads,), torch.inf), ee.new_full((heads,), RIDGES[0])
+        known, total = ee.amin(0) > 0, ee.sum(0).clamp_min(1e-300)
         for ridge in RIDGES:
-            error = np.zeros(len(left))
+            error = ee.new_zeros(heads)
             for half in (0, 1):
-                found = _solve(self.xx[1 - half], self.xe[1 - half], ridge)
-                error += self.ee[half] - 2 * np.einsum("hij,hij->h", found, self.xe[half])
-                error += np.einsum("hij,hik,hkj->h", found, self.xx[half], found)
-            share = np.where(known, error / np.maximum(self.ee.sum(0), 1e-300), np.inf)
-            better = share < left
-            best[better] = _solve(*whole, ridge)[better]
-            left = np.minimum(left, share)
-        return best, left
+                found = _solve(xx[1 - half], xe[1 - half], ee.new_full((heads,), ridge))
+                # |e - x W|^2, summed over the queries of the half
+                error += ee[half] - 2 * (found * xe[half]).sum((1, 2)) + (found * (xx[half] @ found)).sum((1, 2))
+            share = torch.where(known, error / total, torch.inf)
+            best = torch.where(share < left, ridge, best)
+            left = torch.minimum(left, share)
+        return _solve(xx.sum(0), xe.sum(0), best).cpu().numpy(), left.cpu().numpy()
 
 
-def _solve(xx: np.ndarray, xe: np.ndarray, ridge: float) -> np.ndarray:
-    """Ridge regression of every head; the bias has no ridge. Heads whose outputs are all zero get a bias alone."""
+def _solve(xx: torch.Tensor, xe: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
+    """Ridge regression of every head; the bias has no ridge. Heads whose outputs are all zero get a bias alone.
+
+    ``ridge``: of each head, ``[H]``.
+    """
     dim = xe.shape[2]
-    scale = np.einsum("hii->h", xx[:, :dim, :dim]) / dim
-    strength = np.where(scale > 0, ridge * scale, 1.0)
-    penalty = np.zeros_like(xx)
-    penalty[:, range(dim), range(dim)] = strength[:, None]
+    scale = xx.diagonal(dim1=1, dim2=2)[:, :dim].mean(1)
     # Where no query was sampled, the last entry is 0.
-    penalty[:, dim, dim] = np.where(xx[:, dim, dim] > 0, 0.0, 1.0)
-    return np.linalg.solve(xx + penalty, xe)
+    bias = (xx[:, dim, dim] <= 0).to(xx.dtype)
+    penalty = torch.cat([torch.where(scale > 0, ridge * scale, 1.0)[:, None].expand(-1, dim), bias[:, None]], 1)
+    return torch.linalg.solve(xx + penalty.diag_embed(), xe)
 
 
 def exact_rows(call: AttentionCall, rows: torch.Tensor) -> torch.Tensor:
@@ -152,12 +155,17 @@ def add_sums(total: dict[tuple[int, str], ErrorSums], found: dict[tuple[int, str
 
 
 def fit_repair(
-    plan: SparsityPlan, sums: dict[tuple[int, str], ErrorSums], max_bytes: int = MAX_BYTES
+    plan: SparsityPlan,
+    sums: dict[tuple[int, str], ErrorSums],
+    max_bytes: int = MAX_BYTES,
+    device: torch.device | str = "cpu",
+    fitted_one: Callable[[], object] = lambda: None,
 ) -> tuple[Repair | None, float]:
     """The repair of a plan from its error sums, and the share of the squared error that it leaves, over all heads.
 
     Heads that attend everything get none, and neither do those whose map helps too little on queries that it was not
-    fitted on. None where no head gets one.
+    fitted on. None where no head gets one. ``device``: where they are fitted. ``fitted_one`` is called after each of
+    the sums.
     """
     index = np.full(plan.index.shape, -1, np.int32)
     maps: list[np.ndarray] = []
@@ -165,7 +173,8 @@ def fit_repair(
     before = after = 0.0
     for (phase, layer), found in sums.items():
         place = plan.layers.index(layer)
-        fitted, left = found.fit()
+        fitted, left = found.fit(device)
+        fitted_one()
         for head in range(len(left)):
             wrong = float(found.ee[:, head].sum())
             before += wrong

@@ -29,7 +29,7 @@ STORE_FORMAT = 10
 LOCK_SECONDS = 2.0
 #: Arrays of together so many bytes are compressed.
 COMPRESSED_BYTES = 2**18
-#: Values of together so many bytes are taken from another file at once.
+#: Values of together so many bytes are taken from another file, or deleted, at once.
 TAKEN_BYTES = 2**26
 
 
@@ -72,6 +72,8 @@ class SearchStore:
             with self._errors(opening=True):
                 if not reading:
                     self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
+                    # The journal stays there with that, as large as it ever was.
+                    self._db.execute("PRAGMA journal_size_limit = 0")
                     self._db.execute("BEGIN EXCLUSIVE")
                 self._check_format()
                 if not reading:
@@ -208,9 +210,18 @@ class SearchStore:
             raise self._damaged(f"{name} cannot be read") from error
 
     def remove(self, prefix: str) -> None:
-        """Delete all values whose names begin so; what they took is there for others."""
-        with self._errors(), self._db:
-            self._db.execute("DELETE FROM item WHERE substr(name, 1, ?) = ?", (len(prefix), prefix))
+        """Delete all values whose names begin so; what they took is there for others.
+
+        Where it is interrupted some of them are still there.
+        """
+        with self._errors():
+            found = self._db.execute(
+                "SELECT name, length(value) FROM item WHERE substr(name, 1, ?) = ?", (len(prefix), prefix)
+            ).fetchall()
+        # The journal holds what a transaction deletes: the disk must not have to hold all of it twice.
+        for names in _batches(found):
+            with self._errors(), self._db:
+                self._db.executemany("DELETE FROM item WHERE name = ?", [(name,) for name in names])
 
     def names(self, prefix: str = "") -> list[str]:
         with self._errors():
@@ -270,3 +281,17 @@ class SearchStore:
                 f"{self.path} is the record of diffsparse {wrote}, and this is {diffsparse.__version__}; go on with "
                 "that version, delete it to search anew, or choose another --out"
             )
+
+
+def _batches(sizes: list[tuple[str, int]]) -> Iterator[list[str]]:
+    """Names of values in their order, of together :data:`TAKEN_BYTES` a list; each list has one at least."""
+    names: list[str] = []
+    held = 0
+    for name, size in sizes:
+        if names and held + size > TAKEN_BYTES:
+            yield names
+            names, held = [], 0
+        names.append(name)
+        held += size
+    if names:
+        yield names

@@ -26,12 +26,13 @@ PIECE = 1024
 
 
 def sum_up(
-    scores: CallScores, table: FamilyTable, levels: Sequence[torch.Tensor] = (), side: int | None = None
+    scores: CallScores, table: FamilyTable, levels: Sequence[torch.Tensor | None] = (), side: int | None = None
 ) -> dict[str, torch.Tensor]:
     """Sums over a call's scores of ``H`` heads with the same order, on their device.
 
     ``levels``: of the measured masks, uint8 ``[H, NB, NB]`` each, :func:`~diffsparse.search.masks.levels_of` what they
-    are made from. ``side``: bins of the picture, where there is to be one.
+    are made from; None where nothing is to be measured of one, whose sums are 0. ``side``: bins of the picture, where
+    there is to be one.
 
     Returns fp32 arrays. ``left`` ``[H, tails, options]``: squared error with only an option's pairs computed.
     The options are all families, and each of ``levels`` at all densities.
@@ -51,6 +52,8 @@ def sum_up(
     sums = _long_product(both.flatten(0, 1), table.dropped_pairs(error.device)).unflatten(0, (tails + 1, heads))
     left[:, :, table.places], dropped[:, table.places] = sums[:-1].transpose(0, 1), sums[-1]
     for scale, level in enumerate(levels):
+        if level is None:
+            continue
         flat = level.reshape(heads, -1)
         sums = torch.stack([(both * (flat > i)).sum(2) for i in range(densities)], 2)  # [tails + 1, H, densities]
         place = slice(families + scale * densities, families + (scale + 1) * densities)

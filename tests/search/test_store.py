@@ -35,6 +35,29 @@ def test_values_survive(tmp_path):
             store.get_json("a/y")
 
 
+def test_what_is_deleted_is_not_on_the_disk_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sqlite's journal holds what a transaction deletes, and stays there as long as the file is open."""
+    monkeypatch.setattr(stores, "TAKEN_BYTES", 200_000)
+    rng = np.random.default_rng(0)
+    with SearchStore(tmp_path / "s") as store:
+        for i in range(20):
+            store.put_arrays(f"map/{i}", {"m": rng.integers(0, 256, 100_000).astype(np.uint8)})
+        store.put_json("kept", 1)
+        written = 0
+
+        def most(*_: Any) -> None:
+            nonlocal written
+            written = max(written, sum(f.stat().st_size for f in tmp_path.glob("s-*")))
+
+        store._db.set_trace_callback(lambda _: most())
+        store.remove("map/")
+        store._db.set_trace_callback(None)
+        most()
+        assert 0 < written < 500_000
+        assert sum(f.stat().st_size for f in tmp_path.glob("s-*")) < 10_000
+        assert store.names() == ["kept"]
+
+
 def test_another_search_is_refused_by_the_setting_that_differs(tmp_path):
     with SearchStore(tmp_path / "s") as store:
         store.claim({"seed": 1, "steps": 8})

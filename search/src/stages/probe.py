@@ -18,7 +18,7 @@ from diffsparse.search.errors import BadInput
 from diffsparse.search.observe import Tracer, first_step, record, watched_updates
 from diffsparse.search.workspace import Probe, Workspace
 
-__all__ = ["run_probe", "why_unseen"]
+__all__ = ["prompts_for", "run_probe", "why_unseen"]
 
 #: Queries of a block that are measured in a step, for calls of fewer tokens: of more blocks fewer tell enough.
 SAMPLES = ((20_000, 12), (60_000, 6), (math.inf, 4))
@@ -30,7 +30,7 @@ TRACED = ((8, 60.0), (4, 240.0))
 WARM_SECONDS = 5.0
 
 
-def _prompts(generation: float, most: int) -> int:
+def prompts_for(generation: float, most: int) -> int:
     """How many generations of so many seconds are traced; more than four only up to ``most``."""
     found = next((count for count, seconds in TRACED if count * generation <= seconds), 2)
     return found if found <= 4 else max(4, min(found, most))
@@ -96,7 +96,9 @@ def run_probe(work: Workspace, announce: Callable[[Probe], None]) -> Probe:
             peak_bytes=peak,
             dense={n: why_unseen(unseen, n) for n in work.architecture.layers if n not in first.grids},
             prompts=work.config.trace_prompts
-            or _prompts(forward * first.counter.calls * work.config.trace_steps, len(work.prompts) - work.config.clips),
+            or prompts_for(
+                forward * first.counter.calls * work.config.trace_steps, len(work.prompts) - work.config.clips
+            ),
             samples=work.config.samples or next(count for most, count in SAMPLES if tokens < most),
         )
         announce(probe)

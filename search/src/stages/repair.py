@@ -87,7 +87,10 @@ def _fit(work: Workspace, plan: SparsityPlan, digest: str) -> tuple[dict[str, np
         for i, *_ in places:
             add_sums(sums, apart.errors(digest, i))
         apart.remove_errors()
-    fitted, left = fit_repair(plan, sums)
+    with work.bar(len(sums), "repair maps") as bar:
+        # Elsewhere there may be no float64.
+        device = work.device if work.device.type == "cuda" else "cpu"
+        fitted, left = fit_repair(plan, sums, device=device, fitted_one=bar.update)
     return ({} if fitted is None else fitted.to_parts()), left
 
 

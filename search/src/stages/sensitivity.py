@@ -10,9 +10,10 @@ import numpy as np
 from diffsparse.entry import HeadEntry
 from diffsparse.layout import BlockLayout
 from diffsparse.pipelines import tap_attention
+from diffsparse.search.entries import Wanted, layer_entries, workers
 from diffsparse.search.layers import layouts_by_call
 from diffsparse.search.observe import Recording, final_latents, replaying, step_effect, watched_updates
-from diffsparse.search.options import FamilyTable, head_entry
+from diffsparse.search.options import FamilyTable
 from diffsparse.search.perturb import partial_error, stale_outputs
 from diffsparse.search.sharing import share
 from diffsparse.search.trial import strides
@@ -79,12 +80,13 @@ def reference(work: Workspace) -> tuple[dict[str, list[HeadEntry]], np.ndarray]:
     found: dict[str, list[HeadEntry]] = {}
     predicted = np.zeros((work.trace_length, len(work.layers)))
     every = range(work.trace_length)  # they share a mask
-    with work.bar(len(work.layers), "masks") as bar:
+    with work.bar(len(work.layers), "masks") as bar, workers() as pool:
         for j, (layer, grid) in enumerate(work.grids.items()):
-            found[layer] = []
             by_step = [work.layer_scores(layer, {step: 1.0}, every, repaired=False) for step in every]
-            for head in range(work.architecture.heads):
-                table, steps = work.table(grid, work.orders[layer, head]), [heads[head] for heads in by_step]
+            tables = [work.table(grid, work.orders[layer, head]) for head in range(work.architecture.heads)]
+            wanted = []
+            for head, table in enumerate(tables):
+                steps = [heads[head] for heads in by_step]
                 options = _reference_options(table)
                 # [steps, tails]; a step counts by what it leaves of its output
                 left = table.errors(steps)[:, options]
@@ -92,8 +94,9 @@ def reference(work: Workspace) -> tuple[dict[str, list[HeadEntry]], np.ndarray]:
                 best = int((left / energy[:, None]).sum(0).argmin())
                 predicted[:, j] += left[:, best]
                 weights = {s: 1 / e for s, e in enumerate(energy.tolist())}
-                option = table.options[options[best]]
-                found[layer].append(head_entry(option, work.value(layer, head, weights), table))
+                wanted.append(Wanted(head, head, table.options[options[best]], weights))
+            made = layer_entries(work, layer, tables, wanted, pool)
+            found[layer] = [made[one.key] for one in wanted]
             bar.update()
     return found, predicted
 
