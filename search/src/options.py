@@ -132,10 +132,13 @@ class FamilyTable:
         self._weight: dict[torch.device, torch.Tensor] = {}
 
     def dropped_pairs(self, device: torch.device) -> torch.Tensor:
-        """What the families' masks drop, as columns: fp32 ``[NB * NB, patterns]``, 1 where a pair is dropped."""
+        """What the families' masks drop, as columns: ``[NB * NB, patterns]``, 1 where a pair is dropped.
+
+        fp32 on a CPU. Elsewhere there is little memory to keep it in, and it is uint8.
+        """
         if device not in self._flat:
-            bits = np.stack([~mask.reshape(-1) for mask in self.masks], 1)
-            self._flat[device] = torch.from_numpy(bits).to(device).float()
+            bits = torch.from_numpy(np.stack([~mask.reshape(-1) for mask in self.masks], 1))
+            self._flat[device] = bits.float() if device.type == "cpu" else bits.to(device, torch.uint8)
         return self._flat[device]
 
     def kept_by_families(self, values: np.ndarray) -> np.ndarray:

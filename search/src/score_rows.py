@@ -13,8 +13,8 @@ __all__ = ["add_item"]
 
 #: Sampled queries of a head for which true errors of masks are measured: a ratio, which so many give well enough.
 _LADDER_ROWS = 128
-#: What the heads take that are scored together.
-_GROUP_BYTES = 10 * CHUNK_BYTES
+#: What the heads take that are scored together, at most; and of the memory that the model itself takes, at most.
+_GROUP_BYTES, _GROUP_SHARE = 10 * CHUNK_BYTES, 0.08
 
 
 def add_item(
@@ -44,7 +44,7 @@ def add_item(
     each = 4 * (4 * blocks * width * dim + 11 * rows * blocks)
     if ladder:
         each += 4 * len(chosen) * samples * (blocks * dim + q.shape[0])
-    count = max(1, _GROUP_BYTES // each)
+    count = max(1, _group_bytes(q.device) // each)
     for first in range(0, len(heads), count):
         group = torch.tensor(heads[first : first + count], device=q.device)
         queries, keys, values = (x.index_select(1, group) for x in (q, k, v))
@@ -64,6 +64,13 @@ def add_item(
         if len(text):
             of_text, _ = attend_rows(queries[None], keys[None], values[None], text, scale, mask)
             found.energy[at] += text_share * of_text[0].square().sum((0, 2)) * unit.square()
+
+
+def _group_bytes(device: torch.device) -> int:
+    """What a group of heads may take: a search should fit where the model does."""
+    if device.type != "cuda":
+        return _GROUP_BYTES
+    return min(_GROUP_BYTES, int(_GROUP_SHARE * torch.cuda.max_memory_allocated(device)))
 
 
 def _ladder_blocks(blocks: int, samples: int, device: torch.device) -> torch.Tensor:

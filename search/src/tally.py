@@ -49,7 +49,7 @@ def sum_up(
     left = torch.zeros(heads, tails, options, device=error.device)
     dropped = torch.zeros(heads, options, device=error.device)
     both = torch.cat([error, mass[None]])
-    sums = _long_product(both.flatten(0, 1), table.dropped_pairs(error.device)).unflatten(0, (tails + 1, heads))
+    sums = _long_product(both.flatten(0, 1), table.dropped_pairs(error.device).float()).unflatten(0, (tails + 1, heads))
     left[:, :, table.places], dropped[:, table.places] = sums[:-1].transpose(0, 1), sums[-1]
     for scale, level in enumerate(levels):
         if level is None:
