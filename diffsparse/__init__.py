@@ -50,7 +50,14 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
     "diffsparse.tokens": ("TokenLayout",),
     "diffsparse.blocks": ("BlockIndex",),
     "diffsparse.heads": ("HeadSpec",),
-    "diffsparse.kernels.select": ("register_selector",),
+    "diffsparse.selection": (
+        "Budget",
+        "OnlineSelection",
+    ),
+    "diffsparse.kernels.select": (
+        "register_selector",
+        "register_signal",
+    ),
     "diffsparse.layout": (
         "BlockLayout",
         "build_layout",
@@ -88,6 +95,7 @@ if TYPE_CHECKING:  # the same table, for type checkers and editors (a test compa
     from diffsparse.heads import HeadSpec as HeadSpec
     from diffsparse.kernels.backends import register_backend as register_backend
     from diffsparse.kernels.select import register_selector as register_selector
+    from diffsparse.kernels.select import register_signal as register_signal
     from diffsparse.kernels.tails import register_tail as register_tail
     from diffsparse.layout import BlockLayout as BlockLayout
     from diffsparse.layout import build_layout as build_layout
@@ -125,6 +133,8 @@ if TYPE_CHECKING:  # the same table, for type checkers and editors (a test compa
     from diffsparse.search.api import evaluate_plan as evaluate_plan
     from diffsparse.search.api import search_plan as search_plan
     from diffsparse.search.recompose import compose_plan as compose_plan
+    from diffsparse.selection import Budget as Budget
+    from diffsparse.selection import OnlineSelection as OnlineSelection
     from diffsparse.tokens import TokenLayout as TokenLayout
 
 

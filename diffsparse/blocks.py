@@ -8,7 +8,7 @@ import torch
 
 from diffsparse.tokens import HeadSelection, TokenLayout, take_heads
 
-__all__ = ["BlockIndex", "pack_bits", "unpack_bits"]
+__all__ = ["BlockIndex", "pack_bits", "unpack_bits", "with_text"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,11 +71,7 @@ class BlockIndex:
             )
         if mask.device != tokens.device:
             raise ValueError(f"the block mask is on {mask.device}, the token layout on {tokens.device}")
-        mask = mask[None] if mask.ndim == 3 else mask
-        order = tokens.head_order.long()
-        real = (tokens.lengths() > 0)[order]  # [H, N]
-        mask = (mask | tokens.always_kept()[order]) & (real[:, :, None] & real[:, None, :])
-        return cls._from_final_mask(mask)
+        return cls._from_final_mask(with_text(mask[None] if mask.ndim == 3 else mask, tokens))
 
     @classmethod
     def _from_final_mask(cls, mask: torch.Tensor) -> BlockIndex:
@@ -150,6 +146,13 @@ class BlockIndex:
         length = self.row_ptr[:, -1]
         begin = length.cumsum(0, dtype=torch.int32) - length  # one item's lists behind another's
         return replace(self, row_ptr=self.row_ptr + begin[:, None], col_idx=torch.cat(lists).to(torch.int32))
+
+
+def with_text(mask: torch.Tensor, tokens: TokenLayout) -> torch.Tensor:
+    """A block mask ``[..., H, N, N]`` with text kept, and without blocks that a head's order does not have."""
+    order = tokens.head_order.long()
+    real = (tokens.lengths() > 0)[order]  # [H, N]
+    return (mask | tokens.always_kept()[order]) & (real[:, :, None] & real[:, None, :])
 
 
 def pack_bits(mask: torch.Tensor) -> torch.Tensor:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 import numpy as np
 
 from diffsparse.entry import Execution, HeadEntry
+from diffsparse.messages import shown
 from diffsparse.patterns.registry import decode_pattern, encode_pattern
 from diffsparse.schedule import Schedule
+from diffsparse.selection import Budget, OnlineSelection
 from diffsparse.typed import PlanError, Reading, Shape, know, plain, read_object
 
 __all__ = [
@@ -27,7 +29,23 @@ def _read_execution(value: Any, where: str, reading: Reading) -> Execution:
     return read_object(Execution, value, "an entry's execution", where, reading)  # type: ignore[no-any-return]
 
 
+def _read_budget(value: Any, where: str, reading: Reading) -> Budget:
+    return read_object(Budget, value, "a budget", where, reading)  # type: ignore[no-any-return]
+
+
+def _read_selection(value: Any, where: str, reading: Reading) -> OnlineSelection:
+    parameters = value.get("parameters", {})
+    if type(parameters) is not dict:
+        raise PlanError(f"{where}.parameters must be an object, got {shown(parameters)}")
+    if "budget" not in value:
+        raise PlanError(f"{where} lacks budget")
+    value = value | {"parameters": [[name, number] for name, number in parameters.items()]}
+    return read_object(OnlineSelection, value, "a selection", where, reading)  # type: ignore[no-any-return]
+
+
 know(Execution, Shape("an object", (dict,), _read_execution))
+know(Budget, Shape("an object", (dict,), _read_budget))
+know(OnlineSelection, Shape("an object", (dict,), _read_selection))
 
 
 def encode_entry(entry: HeadEntry, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -35,8 +53,20 @@ def encode_entry(entry: HeadEntry, arrays: dict[str, np.ndarray]) -> dict[str, A
     return {
         "order": str(entry.order),
         "pattern": encode_pattern(entry.pattern, arrays),
-        "selection": entry.selection,
+        "selection": _plain_selection(entry.selection),
         "execution": _plain_execution(entry.execution),
+    }
+
+
+def _plain_selection(selection: str | OnlineSelection) -> Any:
+    if isinstance(selection, str):
+        return selection
+    cadence = list(selection.cadence) if isinstance(selection.cadence, tuple) else selection.cadence
+    return {
+        "rule": selection.rule,
+        "budget": asdict(selection.budget),
+        "parameters": dict(selection.parameters),
+        "cadence": cadence,
     }
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from diffsparse.messages import shown
 from diffsparse.order import RasterOrder, TokenOrder
 from diffsparse.patterns import Full, Pattern
+from diffsparse.selection import OnlineSelection
 from diffsparse.tails import TAILS, tail_names
 
 __all__ = ["MODES", "NUMERICS", "SELECTIONS", "TAILS", "Execution", "HeadEntry"]
@@ -60,24 +61,38 @@ class Execution:
 
 @dataclass(frozen=True)
 class HeadEntry:
-    """One head's choice of ``(order, pattern, selection, execution)``."""
+    """One head's choice of ``(order, pattern, selection, execution)``.
+
+    ``selection``: who picks the blocks. ``static``: the pattern. An :class:`~diffsparse.selection.OnlineSelection`: a
+    rule picks them from q and k at denoising time, among those that the pattern keeps.
+    """
 
     order: TokenOrder = field(default_factory=RasterOrder)
     pattern: Pattern = field(default_factory=Full)
-    selection: str = "static"
+    selection: str | OnlineSelection = "static"
     execution: Execution = field(default_factory=Execution)
 
     def __post_init__(self) -> None:
         if not isinstance(self.order, TokenOrder) or not isinstance(self.pattern, Pattern):
             raise ValueError(f"an entry takes an order and a pattern, got {shown((self.order, self.pattern))}")
-        _choice("selection", self.selection, SELECTIONS)
+        if not isinstance(self.selection, OnlineSelection) and self.selection not in SELECTIONS:
+            raise ValueError(
+                f"selection must be one of {', '.join(SELECTIONS)}, or an OnlineSelection; got {shown(self.selection)}"
+            )
         self.pattern.check_order(self.order)
+
+    @property
+    def online(self) -> OnlineSelection | None:
+        """The rule that picks this head's blocks, where one does and the head is computed at all."""
+        found = self.selection if isinstance(self.selection, OnlineSelection) else None
+        return None if self.execution.mode == "skip" else found
 
     @property
     def is_whole(self) -> bool:
         """True where a call that computes this head is plain attention over everything."""
         how = self.execution
-        return isinstance(self.pattern, Full) and how.mode == "exact" and how.numerics == "auto"
+        whole = isinstance(self.pattern, Full) and self.selection == "static"
+        return whole and how.mode == "exact" and how.numerics == "auto"
 
     @property
     def is_dense(self) -> bool:
@@ -91,4 +106,7 @@ class HeadEntry:
         order = "" if self.order.is_raster else f" @{self.order}"
         numerics = "" if self.execution.numerics == "auto" else f" in {self.execution.numerics}"
         reuse = f" reused for {self.execution.reuse:.3g}" if self.execution.reuse else ""
-        return f"{self.pattern}{order}{tail}{numerics}{reuse}"
+        blocks = str(self.pattern)
+        if self.online is not None:
+            blocks = str(self.online) if isinstance(self.pattern, Full) else f"{self.online} within {self.pattern}"
+        return f"{blocks}{order}{tail}{numerics}{reuse}"

@@ -10,6 +10,7 @@ import torch
 from diffsparse.entry import NUMERICS as NUMERICS_NAMES
 from diffsparse.entry import HeadEntry
 from diffsparse.online import OnlineRepair
+from diffsparse.picks import Picks
 from diffsparse.repair import HeadRepair
 from diffsparse.tails import tail_code
 from diffsparse.tokens import HeadSelection, TokenLayout, take_heads
@@ -28,12 +29,15 @@ class HeadSpec:
     numerics, tails: those in use, ``none`` left aside of tails. Kept beside the table, so that it need not be read back
         from a device; a plan may set them to what holds for all its layers, so that compiled code sees one value.
     repair: what the heads' outputs are corrected by once they are computed, or None.
+    picks: the heads whose blocks a rule picks from q and k, among those that the block lists hold; None where the lists
+        are final.
     """
 
     table: torch.Tensor
     numerics: tuple[str, ...]
     tails: tuple[str, ...] = ()
     repair: HeadRepair | OnlineRepair | None = None
+    picks: Picks | None = None
 
     @property
     def num_heads(self) -> int:
@@ -48,12 +52,14 @@ class HeadSpec:
     def to(self, device: torch.device | str) -> HeadSpec:
         """The same with its tensors on ``device``."""
         repair = None if self.repair is None else self.repair.to(device)
-        return replace(self, table=self.table.to(device), repair=repair)
+        picks = None if self.picks is None else self.picks.to(device)
+        return replace(self, table=self.table.to(device), repair=repair, picks=picks)
 
     def heads(self, selection: HeadSelection) -> HeadSpec:
         """Some of the heads; what is kept beside the table stays."""
         repair = None if self.repair is None else self.repair.heads(selection)
-        return replace(self, table=take_heads(self.table, selection), repair=repair)
+        picks = None if self.picks is None else self.picks.heads(selection)
+        return replace(self, table=take_heads(self.table, selection), repair=repair, picks=picks)
 
     def skipping(self, heads: torch.Tensor) -> HeadSpec:
         """The same, where these heads, bool ``[H]``, are skipped too."""

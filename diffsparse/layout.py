@@ -15,7 +15,9 @@ from diffsparse.grid import TokenGrid
 from diffsparse.heads import HeadSpec, describe_heads
 from diffsparse.online import OnlineRepair
 from diffsparse.order import TokenOrder
+from diffsparse.picks import picks_of
 from diffsparse.repair import HeadRepair
+from diffsparse.selection import Budget
 from diffsparse.tokens import HeadSelection, TokenLayout, cut_tokens
 
 __all__ = ["BlockLayout", "build_layout", "head_block_mask"]
@@ -30,7 +32,8 @@ class BlockLayout:
     heads: what each head does with them.
     grid, orders: what ``tokens`` was made from; ``tokens.head_order`` counts these orders.
     densities: of each head, executed query-key work over all query-key pairs of the call, with its tail and the exact
-        rows of an online repair; empty where the index was made on the device, and the host has not read it back.
+        rows of an online repair; empty where the index was made on the device, and the host has not read it back. Of
+        a head whose blocks are picked from q and k (``heads.picks``) the most that its budget allows.
     """
 
     grid: TokenGrid
@@ -137,6 +140,15 @@ def _with_text(mask: np.ndarray, text_blocks: tuple[int, int]) -> np.ndarray:
     return mask
 
 
+def _fullest(mask: np.ndarray, lengths: np.ndarray, text_blocks: tuple[int, int], budget: Budget) -> np.ndarray:
+    """What an online selection among the blocks of ``mask`` keeps at most; text stays."""
+    before, after = text_blocks
+    video = slice(before, len(mask) - after)
+    most = mask.copy()
+    most[video, video] = budget.fullest(mask[video, video], lengths[video])
+    return most
+
+
 def build_layout(
     grid: TokenGrid,
     entries: Sequence[HeadEntry],
@@ -147,8 +159,9 @@ def build_layout(
 ) -> BlockLayout:
     """Evaluate one layer's entries (one per head) on a grid.
 
-    ``masks`` replaces the entries' patterns by given block masks (bool ``[num_blocks, num_blocks]`` with text, whose
-    rows and columns are kept whatever the masks say). ``packed``: bits instead of lists.
+    Lists of a head with an online selection hold the blocks that may be picked. ``masks`` replaces the entries'
+    patterns by given block masks (bool ``[num_blocks, num_blocks]`` with text, whose rows and columns are kept whatever
+    the masks say). ``packed``: bits instead of lists.
     """
     tokens, orders = cut_tokens(grid, [entry.order for entry in entries], block_size)
     n, order_of = tokens.num_blocks, tokens.head_order.tolist()
@@ -159,10 +172,12 @@ def build_layout(
     counts = np.zeros((len(entries), n), np.int64)
     columns: list[np.ndarray] = []
     densities: list[float] = []
+    shares: list[float | None] = []
     for h, (entry, o) in enumerate(zip(entries, order_of)):
         rows = rows_of[o]
         if entry.execution.mode == "skip":
             densities.append(0.0)
+            shares.append(None)
             continue
         if masks is not None:
             mask = np.asarray(masks[h], bool)
@@ -180,6 +195,9 @@ def build_layout(
         else:
             rank = ranks[o][ranks[o] < rows]
             columns.append(rank[np.nonzero(mask[:, rank])[1]])
+        if entry.online is not None:
+            mask = _fullest(mask, lengths[o][:rows], tokens.text_blocks, entry.online.budget)
+        shares.append(None if entry.online is None else float(mask.mean()))
         densities.append(call_density(mask, lengths[o][:rows], entry.execution.tail))
 
     row_ptr = np.concatenate([[0], np.cumsum(counts.reshape(-1))]).astype(np.int32)
@@ -190,6 +208,6 @@ def build_layout(
         orders=orders,
         tokens=tokens,
         index=BlockIndex(torch.from_numpy(row_ptr)[None], torch.from_numpy(col_idx), n),
-        heads=describe_heads(entries, tokens),
+        heads=replace(describe_heads(entries, tokens), picks=picks_of(entries, shares)),
         densities=tuple(densities),
     )

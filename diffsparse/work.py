@@ -24,7 +24,8 @@ class HeadWork:
     time that an online repair takes, over a dense head's. blocks: kept blocks over all pairs of blocks, which is what
     kernels multiply, short ones as a whole. gathered: the head's order is not the model's. Of these None where only a
     layout is known: kept: pairs computed exactly, over all. visual: the same of visual tokens alone. fill: how full the
-    blocks of its order are (:func:`block_fill`).
+    blocks of its order are (:func:`block_fill`). varies: a rule picks its blocks, and how many depends on q and k; the
+    figures are the most that there may be.
     """
 
     density: float
@@ -37,6 +38,7 @@ class HeadWork:
     visual: float | None = None
     fill: float | None = None
     extra: float = 0.0
+    varies: bool = False
 
 
 @lru_cache(maxsize=256)
@@ -59,6 +61,9 @@ def _unrepaired(entry: HeadEntry, grid: TokenGrid, block_size: int) -> HeadWork:
         return HeadWork(0.0, 0.0, execution.tail, gathered, True, execution.numerics, kept=0.0, visual=0.0)
     lengths = entry.order.partition(grid.visual_only(), block_size).lengths.astype(np.float64)
     mask = entry.pattern.block_mask(grid, entry.order, block_size)
+    online = entry.online
+    if online is not None:
+        mask = online.budget.fullest(mask, lengths)
     tokens, visual, inside = float(grid.seq_len), float(grid.num_visual), len(lengths)
     blocks = inside + sum(-(-n // block_size) for n in (grid.text_before, grid.text_after))
     # Text rows and columns are always exact.
@@ -76,4 +81,5 @@ def _unrepaired(entry: HeadEntry, grid: TokenGrid, block_size: int) -> HeadWork:
         kept=kept,
         visual=pairs / visual**2,
         fill=block_fill(entry.order, grid, block_size),
+        varies=online is not None and not online.budget.is_fixed,
     )

@@ -56,6 +56,20 @@ def repo_root() -> Path:
     return ROOT
 
 
+@pytest.fixture
+def no_more_rules() -> Iterator[None]:
+    """Rules that a test registers are gone after it."""
+    from diffsparse import selection
+    from diffsparse.kernels.select import rules
+
+    tables: tuple[Any, ...] = (rules._SELECTORS, rules._SIGNALS, selection._ADDED, selection._BY_THEMSELVES)
+    before = [table.copy() for table in tables]
+    yield
+    for table, known in zip(tables, before):
+        table.clear()
+        table.update(known)
+
+
 def _poison(tensor: torch.Tensor) -> torch.Tensor:
     if type(tensor) is not torch.Tensor or tensor.is_meta:  # fake tensors have no memory
         return tensor

@@ -47,6 +47,7 @@ from diffsparse.reader import FORMAT_VERSION
 from diffsparse.repair import REPAIR_KEY, Repair
 from diffsparse.saving import DIGEST_KEY
 from diffsparse.schedule import Schedule
+from diffsparse.selection import BUDGETS, CADENCES, RULES, Budget, OnlineSelection
 from diffsparse.tokens import BLOCK_SIZES
 
 PAGE = Path(__file__).resolve().parents[1] / "plan_format.md"
@@ -62,6 +63,11 @@ JSON_FORM = {
     "TokenGrid": "`[frames, height, width]`",
     "TokenOrder": "order",
     "Execution": "object, below",
+    "Budget": "object, below",
+    "BudgetKind": f"one of {', '.join(f'`{kind}`' for kind in BUDGETS)}",
+    "str | OnlineSelection": "string, or object, below",
+    "tuple[tuple[str, float], ...]": "object: numbers by name",
+    "str | tuple[float, ...]": f"{', '.join(f'`{c}`' for c in CADENCES)}, or list of numbers",
     "tuple[Pattern, ...]": "list of patterns",
     "tuple[float, ...]": "list of numbers",
     "tuple[str, ...]": "list of strings",
@@ -123,10 +129,14 @@ def default_of(field: Field[Any]) -> str:
         value = field.default_factory()
     else:
         return "required"
+    if field.name == "parameters":
+        value = dict(value)
     if isinstance(value, Pattern):
         value = encode_pattern(value, {})
     elif isinstance(value, TokenOrder):
         value = str(value)
+    elif isinstance(value, Budget):
+        return "required"  # in a file: what reads it wants to know the budget
     elif isinstance(value, Execution):
         value = {f.name: getattr(value, f.name) for f in fields(value)}
     return f"`{json.dumps(value)}`"
@@ -154,6 +164,21 @@ def example() -> SparsityPlan:
     """A small plan for no model in particular: the same in every version of the page."""
     near = HeadEntry(TileOrder(1, 8, 8), Window((2, 0.4, 0.4)) | Sink(frames=1), execution=Execution(tail="mean"))
     return SparsityPlan.uniform(near, HeadEntry(), schedule=Schedule(sparse_below=0.9, phase_bounds=(0.3,)))
+
+
+def picked() -> HeadEntry:
+    """An entry whose blocks are picked while the model runs."""
+    rule = OnlineSelection("pooled", Budget("top_p", 0.9, most=0.5), cadence=(0.8, 0.4))
+    return HeadEntry(TileOrder(1, 8, 8), selection=rule)
+
+
+def rule_words() -> list[str]:
+    """Each rule of the library, with its parameters, their defaults and bounds."""
+    words = []
+    for rule, parameters in RULES.items():
+        told = [f"`{name}` {p.default:g}, from {p.least:g} to {p.most:g}" for name, p in parameters.items()]
+        words.append(f"`{rule}`" + (f" ({'; '.join(told)})" if told else ""))
+    return words
 
 
 def with_arrays() -> SparsityPlan:
@@ -236,7 +261,20 @@ def page() -> str:
         prose(inspect.getdoc(HeadEntry) or ""),
         "",
         *field_table(HeadEntry),
-        f"`selection` is {' or '.join(f'`{s}`' for s in SELECTIONS)} in this version.",
+        f"`selection` is {' or '.join(f'`{s}`' for s in SELECTIONS)}, or an object:",
+        "",
+        prose(inspect.getdoc(OnlineSelection) or ""),
+        "",
+        *field_table(OnlineSelection),
+        f"Rules are {', '.join(rule_words())}; one from outside has to be made known with "
+        "`diffsparse.register_signal` or `diffsparse.register_selector` before the plan is read. `budget`:",
+        "",
+        prose(inspect.getdoc(Budget) or ""),
+        "",
+        *field_table(Budget),
+        "```json",
+        json.dumps(encode_entry(picked(), {})["selection"], indent=1),
+        "```",
         "",
         "`execution`:",
         "",

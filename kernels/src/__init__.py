@@ -8,7 +8,7 @@ from diffsparse.kernels.backends import BACKENDS, Backend, CallFacts, KernelBack
 from diffsparse.kernels.backends.reference.forward import reference_attention
 from diffsparse.kernels.checks import check
 from diffsparse.kernels.merge import merge_attention
-from diffsparse.kernels.select import Selector, register_selector, select_blocks, selectors
+from diffsparse.kernels.select import Selector, Signal, register_selector, register_signal, select_blocks, selectors
 from diffsparse.kernels.tails import Tail, register_tail
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "CallFacts",
     "KernelBackend",
     "Selector",
+    "Signal",
     "Tail",
     "available_backends",
     "backend_ways",
@@ -25,6 +26,7 @@ __all__ = [
     "reference_attention",
     "register_backend",
     "register_selector",
+    "register_signal",
     "select_blocks",
     "selectors",
     "register_tail",

@@ -6,11 +6,13 @@ from typing import Any, Literal, overload
 
 import torch
 
+from diffsparse.blocks import BlockIndex
 from diffsparse.kernels.backends import about_way, backend_names
 from diffsparse.kernels.checks import cannot_run
 from diffsparse.kernels.inputs import input_error
 from diffsparse.kernels.operands import as_operands
 from diffsparse.kernels.ops import sparse_attention_op
+from diffsparse.kernels.select import pick_blocks
 from diffsparse.layout import BlockLayout
 
 __all__ = ["available_backends", "backend_ways", "sparse_attention"]
@@ -72,7 +74,8 @@ def sparse_attention(
 
     Args:
         q, k, v: ``[batch, seq, heads, head_dim]`` of one shape, dtype and device; any strides, last axis contiguous.
-        layout: for this ``seq`` and number of heads, on the same device.
+        layout: for this ``seq`` and number of heads, on the same device. Where heads have an online selection, their
+            blocks are picked from q and k first.
         scale: factor of the logits; ``head_dim ** -0.5`` where None.
         kv_len: valid tokens of each item, int32 ``[batch]``, or a bool key mask ``[batch, seq]``. Only text may be
             masked out. On a GPU its values are taken on trust, since reading them would stall the device.
@@ -114,13 +117,19 @@ def run_checked(
     numerics: str = "auto",
     backend: str = "auto",
     return_lse: bool = False,
+    index: BlockIndex | None = None,
 ) -> Any:
-    """:func:`sparse_attention` of arguments with which ``inputs.input_error`` has found nothing wrong."""
+    """:func:`sparse_attention` of arguments with which ``inputs.input_error`` has found nothing wrong.
+
+    ``index``: the blocks, where they have been picked from q and k already.
+    """
+    if index is None and layout.heads.picks is not None:
+        index = pick_blocks(layout, q, k, scale)[0]
     out, lse = sparse_attention_op(
         q,
         k,
         v,
-        *as_operands(layout),
+        *as_operands(layout, index),
         kv_len,
         float(q.shape[-1] ** -0.5 if scale is None else scale),
         return_lse,

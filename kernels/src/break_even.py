@@ -52,21 +52,24 @@ _SHIPPED = Path(__file__).with_name("break_even.json")
 
 def work_of(layout: BlockLayout) -> list[HeadWork]:
     """What each head of a layout has to do."""
-    heads, n = layout.num_heads, layout.num_blocks
+    heads, n, picks = layout.num_heads, layout.num_blocks, layout.heads.picks
     counts = layout.index.row_ptr[0].diff().view(heads, n).sum(1).tolist()
     blocks = (layout.tokens.lengths() > 0).sum(1).tolist()
     online = layout.heads.repair
     extra = online.time(layout.grid) if isinstance(online, OnlineRepair) else 0.0
     order, table = layout.tokens.head_order.tolist(), layout.heads.table.tolist()
+    kept = [counts[h] / blocks[order[h]] ** 2 for h in range(heads)]
+    shares = kept if picks is None else [s if of is None else of for s, of in zip(kept, picks.shares)]
     return [
         HeadWork(
             density=layout.densities[h],
-            blocks=counts[h] / blocks[order[h]] ** 2,
+            blocks=shares[h],
             tail=tail_name(table[h][TAIL]),
             gathered=table[h][GATHERED] > 0,
             skipped=bool(table[h][SKIP]),
             numerics=NUMERICS_NAMES[table[h][NUMERICS]],
             extra=extra,
+            varies=picks is not None and picks.varies[h],
         )
         for h in range(heads)
     ]

@@ -10,6 +10,7 @@ from diffsparse.blocks import BlockIndex
 from diffsparse.entry import NUMERICS as NAMES
 from diffsparse.entry import TAILS
 from diffsparse.heads import NUMERICS, TAIL, HeadSpec
+from diffsparse.kernels.select import pick_blocks
 from diffsparse.layout import BlockLayout
 from diffsparse.tokens import TokenLayout
 
@@ -101,7 +102,12 @@ def make_call(
     return_lse: bool = False,
     numerics: str = "auto",
 ) -> AttentionCall:
-    """Put a layout and its tensors together; ``scale`` defaults to ``head_dim ** -0.5``. Packed ones are unpacked."""
+    """Put a layout and its tensors together; ``scale`` defaults to ``head_dim ** -0.5``. Packed ones are unpacked.
+
+    Blocks that are to be picked from q and k are.
+    """
+    if layout.heads.picks is not None:
+        layout = replace(layout, index=pick_blocks(layout, q, k, scale)[0])
     layout = layout.unpacked()
     return AttentionCall(
         q=q,

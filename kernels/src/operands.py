@@ -22,9 +22,14 @@ _TAIL = "tail:"
 _ONLINE = "online:"
 
 
-def as_operands(layout: BlockLayout) -> tuple[list[torch.Tensor], list[int], str]:
-    """The tensors of a layout, how its tokens are cut, and what holds for its heads, as names between commas."""
-    tokens, index, heads = layout.tokens, layout.index, layout.heads
+def as_operands(layout: BlockLayout, index: BlockIndex | None = None) -> tuple[list[torch.Tensor], list[int], str]:
+    """The tensors of a layout, how its tokens are cut, and what holds for its heads, as names between commas.
+
+    ``index``: blocks in place of its own.
+    """
+    tokens, heads = layout.tokens, layout.heads
+    if index is None:
+        index = layout.index
     tensors = [tokens.gather, tokens.scatter, tokens.block_start, tokens.head_order]
     tensors += [index.row_ptr, index.col_idx, heads.table]
     traits = list(heads.numerics)

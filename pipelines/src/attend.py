@@ -16,6 +16,7 @@ from diffsparse.kernels.dense import dense_attention, dense_heads_
 from diffsparse.layout import BlockLayout
 from diffsparse.pipelines.call import call_of
 from diffsparse.pipelines.exchange import exchange_compiled
+from diffsparse.pipelines.picking import pick_compiled
 from diffsparse.pipelines.policy import (
     BY_PLAN,
     OTHER_KEYS,
@@ -102,14 +103,17 @@ def attend(layer: LayerState, request: Request) -> torch.Tensor:
         if apart is not None:
             by_heads = state.dense.for_heads(q, k, v, key_mask, scale, dense)
     backend, watch = machine.kernel, call.start_watch(device)
+    picked, density = None, None
+    if layout.heads.picks is not None:
+        picked, density = call.pick(index, layout, q, k, scale)
     if apart is not None and by_heads is not None:
-        out = run_checked(q, k, v, apart[0], scale=scale, kv_len=key_mask, backend=layer.backend)
+        out = run_checked(q, k, v, apart[0], scale=scale, kv_len=key_mask, backend=layer.backend, index=picked)
         dense_heads_(out, q, k, v, apart[1], kernel=by_heads, scale=scale, key_mask=key_mask)
         backend = f"{backend}, dense heads {by_heads}"
     else:
-        out = run_checked(q, k, v, layout, scale=scale, kv_len=key_mask, backend=layer.backend)
+        out = run_checked(q, k, v, layout, scale=scale, kv_len=key_mask, backend=layer.backend, index=picked)
     call.exchange(index, out, recalled)
-    call.ran_sparse(index, shape, layout.density, backend, watch)
+    call.ran_sparse(index, shape, layout.density if density is None else density, backend, watch)
     return out
 
 
@@ -134,7 +138,8 @@ def _compiled(layer: LayerState, request: Request) -> torch.Tensor:
         out = dense() if kernel is None else dense_attention(q, k, v, kernel=kernel, scale=scale, key_mask=key_mask)
         return out if layer.reuse is None else exchange_compiled(out.clone(), layer.reuse)
     _leave_note(layer, RAN_SPARSE, kernel or "")
-    out = run_checked(q, k, v, layout, scale=scale, kv_len=key_mask, backend=layer.backend)
+    picked = None if layer.picks is None else pick_compiled(q, k, layout, layer.picks, scale)
+    out = run_checked(q, k, v, layout, scale=scale, kv_len=key_mask, backend=layer.backend, index=picked)
     if layer.dense_heads is not None:
         assert kernel is not None  # or the heads would not have been taken out of the layout
         dense_heads_(out, q, k, v, layer.dense_heads, kernel=kernel, scale=scale, key_mask=key_mask)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from diffsparse.blocks import BlockIndex
 from diffsparse.grid import TokenGrid
 from diffsparse.kernels.clock import Watch, start_watch
 from diffsparse.layout import BlockLayout
@@ -47,6 +48,7 @@ class Call:
     ``reuse``: this forward to what is kept of others; None where nothing is used again.
     ``recalled``: of layers in compiled code, the heads whose outputs are.
     ``whole``: what was decided of the layer that is running, where its q, k and v are stand-ins.
+    ``picked``: of layers whose blocks are picked from q and k, the density of each call, on its device.
     """
 
     state: ModelState
@@ -60,7 +62,7 @@ class Call:
     previous: Call | None = None
     frame: FrameType | None = None
     # layer index -> (density executed, work of the dense call, why dense, backend or dense kernel)
-    events: dict[int, list[tuple[float | None, float, str, str]]] = field(default_factory=dict)
+    events: dict[int, list[tuple[float | torch.Tensor | None, float, str, str]]] = field(default_factory=dict)
     watches: list[tuple[int, bool, Watch]] = field(default_factory=list)
     foreign: set[int] = field(default_factory=set)
     compiled: frozenset[int] = frozenset()
@@ -71,6 +73,7 @@ class Call:
     whole: Whole | None = None
     reused_heads: Counter[int] = field(default_factory=Counter)
     without_projections: Counter[int] = field(default_factory=Counter)
+    picked: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     _exchanged: Counter[int] = field(default_factory=Counter)
 
     def is_running(self) -> bool:
@@ -161,11 +164,23 @@ class Call:
         self._exchanged[index] += 1
         self.reused_heads[index] += sum(len(group.heads) for group in recalled)
 
+    def pick(
+        self, index: int, layout: BlockLayout, q: torch.Tensor, k: torch.Tensor, scale: float | None
+    ) -> tuple[BlockIndex, torch.Tensor]:
+        """The blocks of a layer's next call, ``[B, S, H, D]``, as its rules pick them, and the call's density."""
+        before = self.picked.setdefault(index, [])
+        factor = float(q.shape[-1] ** -0.5 if scale is None else scale)
+        found, density = self.state.reuse.picks.pick(self.reuse, index, len(before), layout, q, k, factor)
+        before.append(density)
+        return found, density
+
     def start_watch(self, device: torch.device) -> Watch | None:
         """For the call that comes next, where it can be timed."""
         return start_watch(device, self.state.timing)
 
-    def ran_sparse(self, index: int, shape: torch.Size, density: float, backend: str, watch: Watch | None) -> None:
+    def ran_sparse(
+        self, index: int, shape: torch.Size, density: float | torch.Tensor, backend: str, watch: Watch | None
+    ) -> None:
         """Count a sparse call. ``shape``: of its queries, ``[B, S, H, D]``."""
         self.events.setdefault(index, []).append((density, _work(shape), "", backend))
         if watch is not None:
@@ -229,16 +244,15 @@ class Call:
                             count.dense_kernels[backend] += 1
                     else:
                         count.sparse_calls += 1
-                        count.done += density * work
-                        count.sparse_density += density
+                        count.add_density(density, work)
                         count.backends[backend] += 1
         if unseen and not cached:
             state.log(f"some layers run dense: {unseen}")
 
-    def _compiled_events(self, layer: LayerState) -> list[tuple[float | None, float, str, str]]:
+    def _compiled_events(self, layer: LayerState) -> list[tuple[float | torch.Tensor | None, float, str, str]]:
         """What a layer ran in compiled code, by the notes that it left: counters live outside traced code."""
-        events: list[tuple[float | None, float, str, str]] = []
-        layout = layer.layout
+        events: list[tuple[float | torch.Tensor | None, float, str, str]] = []
+        layout, picked = layer.layout, iter(self.picked.get(layer.index, ()))
         notes = layer.notes()
         # Models whose text is known in the call only call attention item by item: together they are the batch.
         items = self.batch / len(notes) if notes and self.state.family.text_from_call else self.batch
@@ -249,7 +263,7 @@ class Call:
             grid = self.grid_of(layer.index)
             work = float(items * self.state.architecture.heads * (grid.seq_len**2 if grid else 0))
             if what == RAN_SPARSE and layout is not None:
-                events.append((layout.density, work, "", COMPILED))
+                events.append((next(picked, layout.density), work, "", COMPILED))
                 continue
             reason = self.problem or (what if layout is not None else self._reason_by_plan(layer))
             if self.problem is not None or layout is not None:

@@ -36,6 +36,10 @@ NOT_TOLD = (
     "outputs are not used again over steps: that needs a pipeline with a scheduler, whose forwards can be told apart "
     "by their prompts"
 )
+PICKED_ANEW = (
+    "blocks are picked in every call: to keep them over steps needs a pipeline with a scheduler, whose forwards can be "
+    "told apart by their prompts"
+)
 _MODULE_FILE = torch.nn.Module.__call__.__code__.co_filename
 
 
@@ -183,6 +187,7 @@ def _before_model(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
     for layer in state.layers:
         layout: BlockLayout | str | None = None
         layer.reuse = None
+        layer.picks = torch.tensor(layer.index) if state.rules else None
         if call.problem is None and device is not None:
             recalled = _recalled(call, layer) if call.compiled else ()
             layout = call.layout(layer.index, device, uniform=bool(call.compiled), recalled=recalled)
@@ -200,7 +205,8 @@ def _recalled(call: Call, layer: LayerState) -> tuple[Group, ...]:
     """The heads of a layer in compiled code that need not be computed, decided before it runs."""
     state, grid = call.state, call.grid_of(layer.index)
     # Where text is known in the call only, layers run dense in compiled code.
-    if call.reuse is None or grid is None or state.family.text_from_call:
+    reuses = state.plan is not None and state.plan.reuses
+    if call.reuse is None or not reuses or grid is None or state.family.text_from_call:
         return ()
     layer.reuse = torch.tensor(layer.index)
     shape = (call.batch, grid.seq_len, state.architecture.heads, state.architecture.head_dim)
@@ -277,10 +283,15 @@ def _read_call(module: torch.nn.Module, state: ModelState, args: Any, kwargs: An
     plan, reuse = state.plan, None
     phase_of = None if plan is None else state.phases.of(plan.schedule, state.scheduler)
     phase = phase_of(level) if phase_of is not None and level is not None else None
-    if plan is not None and plan.reuses and phase_of is not None and level is not None and problem is None:
+    keeps = any(rule.is_kept for rule in state.rules)
+    told_apart = plan is not None and (plan.reuses or keeps)
+    if told_apart and phase_of is not None and level is not None and problem is None:
         reuse = state.reuse.begin(state.scheduler, level, phase_of, arguments)
         if reuse is None and phase is not None:
-            state.log(NOT_TOLD)
+            if plan is not None and plan.reuses:
+                state.log(NOT_TOLD)
+            if keeps:
+                state.log(PICKED_ANEW)
     return Call(
         state=state,
         grid=grid,

@@ -161,9 +161,11 @@ def judge_layer(
     # Heads in 8 bits are faster than dense attention with every block kept, too.
     eight = {head.numerics for head in heads} - {"auto"}
     in_8_bits = bool(eight) and eight <= set(machine.numerics)
-    if min(head.density for head in heads) >= 1 and not in_8_bits:
+    # What a rule keeps at most says little where its budget depends on the data and has no bound.
+    unbounded = any(head.varies and head.density >= 1 for head in heads)
+    if min(head.density for head in heads) >= 1 and not in_8_bits and not unbounded:
         return LayerVerdict(AS_MUCH if any(head.extra for head in heads) else FULL, 1.0, 1.0)
-    time = machine.table.over_dense(heads, tokens) if machine.table is not None else None
+    time = machine.table.over_dense(heads, tokens) if machine.table is not None and not unbounded else None
     if time is not None and time >= 1:
         return LayerVerdict(SLOWER, 1.0, 1.0)
     told = time if costs is None else costs.over_dense(heads, tokens)

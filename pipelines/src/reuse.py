@@ -2,6 +2,7 @@
 
 One :class:`ReuseStore` a model. What it holds belongs to one generation: it is dropped when the scheduler gets new
 timesteps, when the noise level rises, when a forward raises, and head by head as soon as no later step can use it.
+Blocks that were picked for several steps (``diffsparse.pipelines.picking``) are dropped by the same signs.
 
 Each guidance branch has outputs of its own. Branches are told apart by the prompt's tensor, which pipelines keep over a
 generation, by switches among the arguments, and by how many like calls came before at the same noise level (a scheduler
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from diffsparse.entry import HeadEntry
+from diffsparse.pipelines.picking import PickStore
 from diffsparse.reuse import serves
 
 __all__ = ["Group", "ReuseStep", "ReuseStore", "groups_of"]
@@ -96,6 +98,7 @@ class ReuseStore:
 
     def __init__(self) -> None:
         self.peak = 0
+        self.picks = PickStore()
         self._held: dict[_Key, _Held] = {}
         self._timesteps: weakref.ref[torch.Tensor] | None = None
         self._levels: list[float] = []
@@ -114,6 +117,7 @@ class ReuseStore:
     def clear(self) -> None:
         """Forget all outputs."""
         self._held.clear()
+        self.picks.clear()
         self._branches.clear()
         self._seen.clear()
         self._prompts.clear()
@@ -147,6 +151,7 @@ class ReuseStore:
         phase, prompt = phase_of(level), self._prompt(arguments)
         if phase is None:
             self._held.clear()  # a dense step ends what serves
+            self.picks.clear()
         if prompt is None or phase is None:
             return None
         key = (prompt, *(f"{n}={v!r}" for n, v in sorted(arguments.items()) if _is_switch(v)))
@@ -181,6 +186,7 @@ class ReuseStore:
         gone = {branch for key, branch in self._branches.items() if key[0] in dead}
         self._prompts = {n: known for n, known in self._prompts.items() if n not in dead}
         self._held = {key: held for key, held in self._held.items() if key[0] not in gone}
+        self.picks.drop(gone)
 
     def _next_level(self, level: float) -> float | None:
         if not self._levels or min(abs(known - level) for known in self._levels) > _ROUNDING:
@@ -247,6 +253,8 @@ class ReuseStore:
             self.clear()
         elif step.ahead is not None:
             ahead = step.ahead
+            if ahead == -1.0:
+                self.picks.drop({step.branch})
             self._held = {
                 key: held
                 for key, held in self._held.items()

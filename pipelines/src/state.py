@@ -13,7 +13,7 @@ import weakref
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,9 +23,11 @@ from diffsparse.grid import TokenGrid
 from diffsparse.kernels.break_even import work_of
 from diffsparse.kernels.clock import Watch
 from diffsparse.layout import BlockLayout, build_layout
+from diffsparse.pipelines.counts import LayerCounts
 from diffsparse.pipelines.dense import DenseChoice
 from diffsparse.pipelines.family import Family, architecture_of, family_by_class, layers_of
 from diffsparse.pipelines.phases import PhaseFinder
+from diffsparse.pipelines.picking import rules_of
 from diffsparse.pipelines.policy import SLOWER, Machine, entries_of, judge_layer, machine_for
 from diffsparse.pipelines.reuse import Group, ReuseStore, groups_of
 from diffsparse.pipelines.uniform import alike, mark_sizes
@@ -34,7 +36,6 @@ from diffsparse.plan import Architecture, SparsityPlan
 __all__ = [
     "LAYER_STATE",
     "MODEL_STATE",
-    "LayerCounts",
     "LayerState",
     "LayoutCache",
     "ModelState",
@@ -79,11 +80,12 @@ class LayerState:
     masked_dense_kernel: str | None = None
     dense_heads: torch.Tensor | None = None  # bool [H] on the CPU: heads that ``layout`` leaves to ``dense_kernel``
     reuse: torch.Tensor | None = None  # the index on the CPU, where outputs are used again: for compiled code
+    picks: torch.Tensor | None = None  # the same, where any head of the plan has its blocks picked from q and k
     # What compiled code did in this forward: (what it did before, what it did last, the dense kernel for such a call).
     ran: tuple[Any, str, str] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "layout": None, "dense_heads": None, "reuse": None, "ran": None}
+        return {**self.__dict__, "layout": None, "dense_heads": None, "reuse": None, "picks": None, "ran": None}
 
     def notes(self) -> list[tuple[str, str]]:
         """What compiled code did in this forward, call by call: what, and the dense kernel for such a call."""
@@ -92,30 +94,6 @@ class LayerState:
             ran, what, kernel = ran
             found.append((what, kernel))
         return found[::-1]
-
-
-@dataclass
-class LayerCounts:
-    """What one layer did so far. ``work`` and ``done`` are query-key pairs: of dense attention, and as executed.
-
-    Times are sums over the calls that were timed, which may be fewer than those that were made.
-    """
-
-    sparse_calls: int = 0
-    dense_calls: int = 0
-    work: float = 0.0
-    done: float = 0.0
-    sparse_density: float = 0.0  # summed over sparse calls
-    unseen: int = 0  # forwards in which the layer made no attention call
-    reused_heads: int = 0  # head calls that took an earlier step's output
-    without_projections: int = 0  # calls of which all heads did, so that q, k and v were not computed
-    sparse_seconds: float = 0.0
-    dense_seconds: float = 0.0
-    timed_sparse: int = 0
-    timed_dense: int = 0
-    reasons: Counter[str] = field(default_factory=Counter)
-    backends: Counter[str] = field(default_factory=Counter)
-    dense_kernels: Counter[str] = field(default_factory=Counter)
 
 
 class LayoutCache:
@@ -194,6 +172,7 @@ class ModelState:
         """What belongs to this object alone, and is made anew for a copy."""
         self.layouts = LayoutCache()
         self.reuse = ReuseStore()
+        self.rules = rules_of(self.plan)
         self.phases = PhaseFinder()
         self._groups: dict[tuple[int, int], tuple[Group, ...]] = {}
         self._whole: dict[tuple[int, int], bool] = {}
@@ -214,6 +193,7 @@ class ModelState:
         own = (
             "layouts",
             "reuse",
+            "rules",
             "phases",
             "_groups",
             "_whole",

@@ -47,8 +47,9 @@ class TransformerSummary:
         corrects, of all phases and layers. online_rows: exact rows of each sparse call, where the plan's repair is
         fitted in it. reused_heads: calls of a head that took an earlier step's output; reuse_bytes: the most memory
         that such outputs had; calls_without_projections: calls of layers whose heads all took one, so that q, k and v
-        were not computed. races: with ``dense_backend="fastest"``, what was measured for each shape: the kernel
-        that is fastest and the milliseconds of all that ran; race_excluded: why the others did not.
+        were not computed. rules: what picks blocks from q and k while the model runs; pick_bytes: the most memory that
+        blocks had which serve several steps. races: with ``dense_backend="fastest"``, what was measured for each shape:
+        the kernel that is fastest and the milliseconds of all that ran; race_excluded: why the others did not.
     """
 
     name: str
@@ -68,6 +69,8 @@ class TransformerSummary:
     reused_heads: int = 0
     reuse_bytes: int = 0
     calls_without_projections: int = 0
+    rules: tuple[str, ...] = ()
+    pick_bytes: int = 0
     dense_backend: str | None = None
     races: dict[str, str] = field(default_factory=dict)
     race_excluded: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -177,6 +180,10 @@ class SparseSummary:
                 lines.append(f"  heads whose output the plan repairs (of all phases): {t.repaired_heads}")
             if t.online_rows is not None:
                 lines.append(f"  outputs are repaired online, by {t.online_rows} exact rows of each sparse call")
+            for rule in t.rules:
+                lines.append(f"  blocks are picked while the model runs: {rule}")
+            if t.pick_bytes:
+                lines.append(f"  picked blocks that serve several steps: at most {t.pick_bytes / 1e6:.1f} MB held")
             if t.reused_heads:
                 lines.append(
                     f"  outputs used again over steps: {t.reused_heads} calls of heads, at most "
@@ -229,7 +236,8 @@ def _figure(value: float | None) -> str:
 def sparse_attention_summary(pipe_or_transformer: Any) -> SparseSummary:
     """Plan, calls, densities, kernels, grids, times and reasons for dense attention, since it was enabled.
 
-    Asking makes no GPU wait. Times are there on a CPU, and on a GPU where ``timing=True`` was given to
+    Asking makes no GPU wait, unless the plan's blocks are picked while the model runs: what was kept is counted on the
+    GPU, and read when it is asked for. Times are there on a CPU, and on a GPU where ``timing=True`` was given to
     :func:`enable_sparse_attention`; calls in compiled code are not timed.
     """
     result = {}
@@ -242,6 +250,8 @@ def sparse_attention_summary(pipe_or_transformer: Any) -> SparseSummary:
 
 def _summarise(name: str, state: ModelState) -> TransformerSummary:
     with state.counting() as counts:
+        for c in counts:
+            c.read()
         layers = tuple(
             LayerSummary(
                 name=layer.name,
@@ -283,6 +293,8 @@ def _summarise(name: str, state: ModelState) -> TransformerSummary:
             reused_heads=sum(c.reused_heads for c in counts),
             reuse_bytes=state.reuse.peak,
             calls_without_projections=sum(c.without_projections for c in counts),
+            rules=tuple(str(rule) for rule in state.rules),
+            pick_bytes=state.reuse.picks.peak,
             dense_backend="fastest" if state.dense is not None else None,
             races={str(key): str(race) for key, race in races.items()},
             race_excluded={str(key): dict(race.excluded) for key, race in races.items()},

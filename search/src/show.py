@@ -56,6 +56,8 @@ def family(entry: HeadEntry) -> str:
     """What kind of entry this is, in a word or two."""
     if entry.execution.mode == "skip":
         return "skip"
+    if entry.online is not None:
+        return entry.online.rule
     return "dense" if entry.is_whole else entry.pattern.family
 
 

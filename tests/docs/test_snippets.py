@@ -49,7 +49,7 @@ def _known_tails() -> Iterator[None]:
 
 
 @pytest.fixture
-def place(_known_tails: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(_known_tails: None, no_more_rules: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with what snippets name, in which ``cuda`` is the CPU and other models are tiny random ones."""
     from diffusers import DiffusionPipeline, FluxPipeline, WanPipeline
 

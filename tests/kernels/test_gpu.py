@@ -17,11 +17,12 @@ from diffsparse.grid import TokenGrid
 from diffsparse.kernels import reference_attention, sparse_attention
 from diffsparse.kernels.call import make_call
 from diffsparse.kernels.repair import mend_, no_fused_pass
-from diffsparse.kernels.select import select_blocks
+from diffsparse.kernels.select import pick_blocks, select_blocks, selectors
 from diffsparse.kernels.summaries import summarize, summarize_halves
 from diffsparse.layout import build_layout
 from diffsparse.online import OnlineRepair
 from diffsparse.order import TileOrder
+from diffsparse.selection import Budget, OnlineSelection
 from tests.kernels import rows
 from tests.kernels.cases import MIXED, assert_like_torch, head, inputs, one_key_layout, random_layout, with_wide_queries
 from tests.kernels.mend import SHAPES, Shape, check, maps, maps_of, output
@@ -376,6 +377,31 @@ def test_a_rule_that_reads_q_and_k_never_waits_for_the_gpu(backend: str) -> None
     assert torch.equal(lse.isfinite(), finite)
     assert float((lse.double() - want_lse)[finite].abs().max()) < 2e-2
     assert picked.index.batch == 2 and not torch.equal(picked.index.mask()[0], picked.index.mask()[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rule", selectors())
+def test_picked_blocks_never_wait_for_the_gpu_and_are_those_of_the_cpu(backend: str, rule: str) -> None:
+    grid = TokenGrid(2, 16, 24, text_before=5, text_after=70)
+    selection = OnlineSelection(rule, Budget("top_p", 0.6, most=0.5))
+    layout = build_layout(grid, [replace(entry, selection=selection) for entry in MIXED], packed=True)
+    there = layout.to("cuda")
+    q, k, v = inputs(grid, len(MIXED), 64, batch=2, dtype=torch.bfloat16, device="cuda")
+    sparse_attention(q, k, v, there, backend=backend)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = sparse_attention(q, k, v, there, backend=backend)
+        index, density = pick_blocks(there, q, k)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    on_cpu, cpu_density = pick_blocks(layout, q.cpu(), k.cpu())
+    # Sums in another order may let nearly equal scores change places.
+    differ = (index.mask().cpu() != on_cpu.mask()).float().mean()
+    assert float(differ) < 5e-3 and float(density) == pytest.approx(float(cpu_density), abs=5e-3)
+    picked = replace(there, index=index, heads=replace(there.heads, picks=None))
+    want, _ = reference_attention(q, k, v, picked)
+    assert float((out.double() - want).norm() / want.norm()) < 8e-3
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

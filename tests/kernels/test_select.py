@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -12,7 +11,6 @@ from diffsparse.blocks import BlockIndex
 from diffsparse.grid import TokenGrid
 from diffsparse.heads import SKIP
 from diffsparse.kernels import reference_attention, sparse_attention
-from diffsparse.kernels import select as select_room
 from diffsparse.kernels.select import register_selector, select_blocks, selectors
 from diffsparse.layout import build_layout
 from diffsparse.order import AxisOrder, TileOrder
@@ -20,14 +18,6 @@ from tests.kernels.cases import MIXED, head, inputs
 from tests.tolerance import ATTENTION, assert_near
 
 GRIDS = (TokenGrid(3, 13, 11), TokenGrid(2, 16, 16), TokenGrid(2, 9, 16, text_before=5, text_after=77))
-
-
-@pytest.fixture
-def no_more_rules() -> Iterator[None]:
-    before = dict(select_room._SELECTORS)
-    yield
-    select_room._SELECTORS.clear()
-    select_room._SELECTORS.update(before)
 
 
 def pooled_by_hand(q: torch.Tensor, k: torch.Tensor, layout, h: int, budget: float) -> torch.Tensor:

@@ -34,6 +34,7 @@ from diffsparse.search.explain_table import explain_table
 from diffsparse.search.generate import GenerationSettings, generate_clip
 from diffsparse.search.scale import TokenScale, scale_of_class, scale_of_pipeline, scale_of_record
 from diffsparse.search.show import parse_grid
+from diffsparse.selection import Budget, OnlineSelection
 from diffsparse.work import block_fill
 from tests.search.plans import make_plan
 
@@ -90,6 +91,21 @@ def test_an_online_repair_costs_its_rows_and_its_product() -> None:
 
 
 # -- sizes -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [Budget("density", 0.3), Budget("top_p", 0.9, most=0.4), Budget("top_p", 0.9)])
+def test_a_rule_is_named_and_counted_by_its_budget(budget: Budget) -> None:
+    rule = OnlineSelection("pooled", budget)
+    entry = HeadEntry(TileOrder(1, 8, 8), selection=rule, execution=Execution(tail="mean"))
+    plan = SparsityPlan.from_table({"a": [[entry, HeadEntry()]]}, record={"costs": COSTS})
+    found = told(plan)
+    layer = found.layers[0].phases[0]
+    assert layer.dense_because is None and layer.families == {"pooled": 1, "dense": 1}
+    assert layer.density == pytest.approx(build_layout(GRID, [entry, HeadEntry()]).density)
+    assert layer.time is not None and 0 < layer.time <= 1
+    note = next(n for n in found.notes if "picked while the model runs" in n)
+    assert str(rule) in note and ("the most" in note) == (budget.kind == "top_p") and note in found.to_dict()["notes"]
+    assert str(rule) in " ".join(explain_table(found).replace("\n", " ").split())
 
 
 def test_usual_sizes_give_their_grids() -> None:

@@ -1,0 +1,105 @@
+"""The rules by name: those that score pairs of blocks, and those that pick blocks by themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+
+from diffsparse.blocks import BlockIndex
+from diffsparse.kernels.select.budgets import keep
+from diffsparse.kernels.select.pooled import score_pooled
+from diffsparse.kernels.select.signals import Signal
+from diffsparse.selection import Budget, add_rule
+from diffsparse.tokens import TokenLayout
+
+__all__ = ["Selector", "register_selector", "register_signal", "rule_mask", "selectors"]
+
+
+class Selector(Protocol):
+    """Picks the blocks that heads compute, from the queries and keys of the call itself.
+
+    ``q``, ``k``: ``[B, S, H, D]`` in the model's token order. ``tokens``: how they are cut. ``budget``: the share of
+    the video's key blocks that a row of blocks keeps, in (0, 1]. Returns an index with lists for every item of the
+    batch, or one that serves all. Parameters follow as keyword arguments with defaults.
+
+    It runs in the middle of a generation, so it works on the device of q and reads nothing back from it.
+    :meth:`BlockIndex.from_mask` makes an index that way, and adds the text, which is always kept.
+    """
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, tokens: TokenLayout, budget: float) -> BlockIndex: ...
+
+
+# Any callable, as each has parameters of its own.
+_SIGNALS: dict[str, Callable[..., torch.Tensor]] = {"pooled": score_pooled}
+_SELECTORS: dict[str, Callable[..., BlockIndex]] = {}
+
+
+def register_selector(name: str, rule: Selector, parameters: Mapping[str, float] | None = None) -> None:
+    """Make a rule that picks blocks known by a name, so that plans can have it. ``parameters``: names and defaults.
+
+    Raises ValueError where the name is taken or is not an identifier.
+    """
+    _check_name(name)
+    _SELECTORS[name] = rule
+    add_rule(name, parameters or {}, scores=False)
+
+
+def register_signal(name: str, signal: Signal, parameters: Mapping[str, float] | None = None) -> None:
+    """Make a rule that scores pairs of blocks known by a name; any budget serves it. ``parameters``: names and
+    defaults.
+
+    Raises ValueError where the name is taken or is not an identifier.
+    """
+    _check_name(name)
+    _SIGNALS[name] = signal
+    add_rule(name, parameters or {}, scores=True)
+
+
+def _check_name(name: str) -> None:
+    if not name.isidentifier():
+        raise ValueError(f"a selector's name is an identifier, such as 'pooled'; got {name!r}")
+    if name in _SELECTORS or name in _SIGNALS:
+        raise ValueError(f"there is a selector {name!r} already; take another name")
+
+
+def selectors() -> tuple[str, ...]:
+    """The names of all rules."""
+    return (*_SIGNALS, *_SELECTORS)
+
+
+def rule_mask(
+    name: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    tokens: TokenLayout,
+    budget: Budget,
+    scale: float,
+    parameters: Mapping[str, float],
+    family: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The video's pairs of blocks that a rule keeps: bool ``[B or 1, H, N, N]``; what it says of text is left open.
+
+    family: bool ``[B or 1, H, N, N]``, the pairs that may be kept, or None for all. A rule that scores looks for its
+    budget among them; one that picks by itself does not know of them.
+
+    budget, parameters: as an :class:`~diffsparse.OnlineSelection` of that rule may have them. Raises ValueError for an
+    index of the wrong shape.
+    """
+    if (signal := _SIGNALS.get(name)) is not None:
+        visual = torch.stack([tokens.visual_blocks(o) for o in range(tokens.block_start.shape[0])])
+        visual = visual[tokens.head_order.long()]  # [H, N]
+        candidates = visual[:, :, None] & visual[:, None, :]
+        candidates = candidates[None] if family is None else candidates & family
+        return keep(signal(q, k, tokens, scale, **parameters), candidates, visual.sum(1), budget)
+    selector = _SELECTORS[name]
+    index = selector(q, k, tokens, budget.value, **parameters)
+    found = (index.num_blocks, index.num_heads, index.device)
+    wanted = (tokens.num_blocks, tokens.num_heads, tokens.device)
+    if found != wanted or index.batch not in (1, q.shape[0]):
+        raise ValueError(
+            f"the selector {name!r} gave an index of {found[0]} blocks and {found[1]} heads on {found[2]} for "
+            f"{index.batch} item(s); wanted {wanted[0]}, {wanted[1]}, {wanted[2]}, and 1 or {q.shape[0]}"
+        )
+    return index.mask()
