@@ -17,17 +17,22 @@ __all__ = ["FIRST_DENSITY", "MOST_BUDGET", "Curve", "Tried", "best_of", "next_bu
 #: more or less of it on each machine. Plans at it were near enough to dense to say something of cheaper ones, and
 #: cheap enough to be kept.
 FIRST_DENSITY = 0.4
+#: The same of generations of at most so many steps, in which each step counts for more.
+FEW_STEPS, FEW_STEPS_DENSITY = 12, 0.5
 #: A plan that takes more of the dense attention's time than this is not worth its name, so none is tried.
 MOST_BUDGET = 0.9
 #: What a clip loses, 1 - SSIM, goes with this power of the predicted error until two points say more. On
 #: examples/tiny_wan (8 steps) it went with 0.94 from a budget of 0.4 to 0.188, and with 0.84 from there to 0.082.
 POWER = 0.9
-#: Powers that two points may say: SSIM is noisy, and two points near each other would say anything.
+#: How far from it a power may well be, and how far off the line the logarithm of a clip's loss may: with these, two
+#: points that are near each other say little of the power, and two far apart say it.
+POWER_SPREAD, LOSS_SPREAD = 0.3, 0.15
+#: Powers that two points may say.
 POWERS = (0.25, 1.5)
 #: Budgets are chosen for this share of the loss that is allowed: one that misses by a hair is a try for nothing.
 AIM = 0.9
 #: The same for the last try while nothing holds: it must not miss.
-LAST_AIM = 0.5
+LAST_AIM = 0.7
 #: Budgets that are nearer to each other than this share are not worth a further try.
 GAP = 0.04
 #: Of what lies between a budget that fails and one that holds, a try leaves at least this share on either side.
@@ -49,11 +54,13 @@ class Curve:
     """What is predicted of the best plan at each budget: float ``[points]`` each.
 
     Budgets rise, errors do not. ``densities``: of the whole trajectory, about; they need not rise everywhere.
+    ``steps``: of a generation.
     """
 
     budgets: np.ndarray
     errors: np.ndarray
     densities: np.ndarray
+    steps: int = FEW_STEPS + 1
 
     def __post_init__(self) -> None:
         shapes = {self.budgets.shape, self.errors.shape, self.densities.shape}
@@ -80,13 +87,14 @@ class Curve:
         return float(self.budgets[at - 1] + share * (self.budgets[at] - self.budgets[at - 1]))
 
     def first(self) -> float:
-        """The least budget that buys :data:`FIRST_DENSITY`; the largest of all where none does."""
-        enough = self.densities >= FIRST_DENSITY
+        """The least budget that buys the density that is tried first; the largest of all where none does."""
+        wanted = FEW_STEPS_DENSITY if self.steps <= FEW_STEPS else FIRST_DENSITY
+        enough = self.densities >= wanted
         at = int(np.argmax(enough))
         if not enough.any() or at == 0:
             return float(self.budgets[at if enough.any() else -1])
         low, high = float(self.densities[at - 1]), float(self.densities[at])
-        share = (FIRST_DENSITY - low) / (high - low)
+        share = (wanted - low) / (high - low)
         return float(self.budgets[at - 1] + share * (self.budgets[at] - self.budgets[at - 1]))
 
 
@@ -141,10 +149,17 @@ def _guess(tried: Sequence[Tried], start: Tried, target: float, curve: Curve, ai
     """The budget whose worst clip should lose ``aim`` times what it may, seen from a point."""
     wanted = float(np.log(max(aim * (1 - target), _LEAST_LOSS)))
     x, y, power = curve.log_error(start.budget), _loss(start.ssim), POWER
-    # The point on the other side of the target, where there is one; else the nearest one.
     others = [p for p in tried if p is not start and abs(curve.log_error(p.budget) - x) > 1e-9]
-    if others:
-        across = [p for p in others if (p.ssim >= target) != (start.ssim >= target)]
-        other = min(across or others, key=lambda p: abs(p.budget - start.budget))
+    if across := [p for p in others if (p.ssim >= target) != (start.ssim >= target)]:
+        # Between the two: whatever the noise, the target lies there.
+        other = min(across, key=lambda p: abs(p.budget - start.budget))
         power = (_loss(other.ssim) - y) / (curve.log_error(other.budget) - x)
+    elif others:
+        # Beyond all of them: as the line that is likeliest, of which the power is known beforehand, about.
+        xs = np.array([x, *(curve.log_error(p.budget) for p in others)])
+        ys = np.array([y, *(_loss(p.ssim) for p in others)])
+        away = xs - xs.mean()
+        trust = (LOSS_SPREAD / POWER_SPREAD) ** 2
+        power = float((away @ ys + trust * POWER) / (away @ away + trust))
+        y = float(ys.mean() + power * (x - xs.mean()))
     return curve.budget(x + (wanted - y) / float(np.clip(power, *POWERS)))

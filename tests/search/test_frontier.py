@@ -157,3 +157,20 @@ def test_a_curve_is_read_both_ways() -> None:
     for budget in (0.1, 0.15, 0.4, 0.77, 0.9):
         assert predicted.budget(predicted.log_error(budget)) == pytest.approx(budget)
     assert predicted.budget(10.0) == pytest.approx(0.1) and predicted.budget(-50.0) == pytest.approx(0.9)
+
+
+def test_few_steps_begin_at_a_higher_density() -> None:
+    budgets = np.linspace(0.1, 0.9, 9)
+    few, many = (Curve(budgets, 1 - budgets, budgets, steps).first() for steps in (8, 20))
+    assert few == pytest.approx(0.5) and many == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("noise", [-0.02, 0.0, 0.02])
+def test_two_near_misses_do_not_send_the_last_try_far_away(noise: float) -> None:
+    """Clips of the two points may differ by as much as the points: what they say of the slope is little."""
+    predicted = curve()
+    ssim = power_law(predicted, 0.05 * float(np.exp(-0.9 * predicted.log_error(0.6))), 0.9)
+    assert ssim(0.6) == pytest.approx(0.95)
+    tried = [Tried(0.43, ssim(0.43)), Tried(0.5, ssim(0.5) + noise)]
+    last = next_budget(tried, 0.95, predicted, 3)
+    assert last is not None and 0.6 <= last <= 0.8

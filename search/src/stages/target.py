@@ -149,7 +149,7 @@ def error_curve(composer: Composer) -> Curve:
         errors, densities = np.minimum(errors, found), np.where(found < errors, kept, densities)
     if not np.isfinite(errors).all():
         raise BadInput(f"no plan at a budget of {budgets[int(np.argmax(~np.isfinite(errors)))]:.3f} can be made")
-    return Curve(budgets, np.minimum.accumulate(errors), densities)
+    return Curve(budgets, np.minimum.accumulate(errors), densities, composer.steps)
 
 
 def _density(composer: Composer, dense: int, items: Items, choice: np.ndarray) -> float:
