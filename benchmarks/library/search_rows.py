@@ -52,6 +52,8 @@ def groups(layers: int, step: float) -> int:
 def extrapolated(few: list[Row], more: list[Row], layers: int) -> list[Row]:
     """Rows of the whole model from those of two with fewer layers: each further layer adds as much as those between.
 
+    What does not grow, as the compilation of kernels, stays as it is.
+
     In ``sensitivity`` all layers run once for each group of layers.
     """
     first, second = few[-1], more[-1]
@@ -79,8 +81,8 @@ def extrapolated(few: list[Row], more: list[Row], layers: int) -> list[Row]:
 
 
 def _line(at: tuple[int, ...], first: float, second: float) -> float:
-    """The value at the third place of a line through values at the first and the second; none is below 0."""
-    return max(0.0, second + (second - first) / (at[1] - at[0]) * (at[2] - at[1]))
+    """The value at the third place of a line through values at the first and the second; no line falls."""
+    return max(first, second) + max(0.0, second - first) / (at[1] - at[0]) * (at[2] - at[1])
 
 
 def write(path: Path, rows: list[Row]) -> None:
