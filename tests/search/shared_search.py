@@ -16,9 +16,11 @@ import torch
 
 from diffsparse.search.commands.common import stop
 from diffsparse.search.errors import BadInput
+from diffsparse.search.inputs import as_input, as_inputs
 from diffsparse.search.ranks import launched, sharing
 from diffsparse.search.search import search_plan
 from diffsparse.search.store import SearchStore
+from tests.search.conditioned import PIPELINES, write_files
 from tests.search.tiny import PROMPTS, build_pipeline, config, fix_costs
 
 #: Prompts of a search of which as many are traced as there are, but for the last one.
@@ -51,8 +53,18 @@ def note_writes() -> list[str]:
     return written
 
 
-def run(out: Path, prompts: int, kill: dict[str, int] | None = None, note: bool = False, **changes: Any) -> None:
-    """``kill``: by rank, after how many writes it is killed. ``note``: write what is measured into a file."""
+def run(
+    out: Path,
+    prompts: int,
+    kill: dict[str, int] | None = None,
+    note: bool = False,
+    pipeline: str | None = None,
+    **changes: Any,
+) -> None:
+    """``kill``: by rank, after how many writes it is killed. ``note``: write what is measured into a file.
+
+    ``pipeline``: one of those that are given pictures and clips.
+    """
     torch.set_num_threads(1)
     place = launched()
     rank = 0 if place is None else place.rank
@@ -63,9 +75,14 @@ def run(out: Path, prompts: int, kill: dict[str, int] | None = None, note: bool 
         fix_costs(patch)
         wanted = config(**{"trace_prompts": prompts} | changes)
         lines: list[str] = []
-        search_plan(
-            build_pipeline(), ALL_PROMPTS[: prompts + 1], wanted, out, progress=False, say=lines.append, ranks=ranks
-        )
+        pipe, inputs = build_pipeline(), as_inputs(ALL_PROMPTS[: prompts + 1])
+        if pipeline is not None:
+            files = out.parent / f"files{rank}"
+            files.mkdir(parents=True, exist_ok=True)
+            write_files(files)
+            pipe = PIPELINES[pipeline].build()
+            inputs = [as_input(one, files) for one in PIPELINES[pipeline].inputs()]
+        search_plan(pipe, inputs, wanted, out, progress=False, say=lines.append, ranks=ranks)
         (out / f"done{rank}.json").write_text(json.dumps(lines))
         (out / f"written{rank}.json").write_text(json.dumps(written))
 

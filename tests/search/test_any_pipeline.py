@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +18,7 @@ from diffsparse.search.evaluate import compare, generate_dense
 from diffsparse.search.explain import explain, shape_for
 from diffsparse.search.generate import GenerationSettings, generate_clip
 from diffsparse.search.inputs import as_input, check_inputs, read_inputs
+from diffsparse.search.recompose import compose_plan
 from diffsparse.search.search import SearchConfig, search_plan
 from diffsparse.search.shortened import steps_to_ask
 from tests.search.conditioned import PIPELINES, write_files
@@ -75,6 +77,10 @@ def test_searched_evaluated_and_explained(name: str, files: Path, tmp_path: Path
     assert report.trajectory_density == pytest.approx(plan.record["search"]["trajectory_density"], abs=0.03)
     assert [clip.prompt for clip in report.clips] == [one.name for one in inputs]
     assert report.psnr is not None and 20 < report.psnr.mean < 140
+
+    again = compose_plan(tmp_path, density=asked.density, out=tmp_path / "again", progress=False, say=quiet)
+    assert again.entries == plan.entries and np.array_equal(again.index, plan.index)
+    assert again.record["calibration"] == plan.record["calibration"]
 
     found = explain(plan, shape_for(plan, folder=str(tmp_path)), device=torch.device("cpu"), dtype=torch.float32)
     assert str(found.shape.grid) == plan.record["calibration"]["grid"]

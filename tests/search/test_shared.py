@@ -14,6 +14,7 @@ from diffsparse.plan import SparsityPlan
 from diffsparse.search.measured import PooledAttention
 from diffsparse.search.store import SearchStore
 from tests.helpers.process import run_script
+from tests.search.conditioned import PIPELINES
 from tests.search.tiny import SHAPE_OPTIONS
 
 SEARCH: dict[str, Any] = {"prompts": 3, "repair": True, "validation_prompts": 2}
@@ -60,6 +61,17 @@ def test_the_plan_is_that_of_one_process(alone: dict[str, bytes], tmp_path: Path
     assert not left_over(tmp_path)
     lines = [json.loads((tmp_path / f"done{rank}.json").read_text()) for rank in range(processes)]
     assert any(line.startswith("chosen: ") for line in lines[0]) and not any(lines[1:]), "rank 0 alone talks"
+
+
+@pytest.mark.slow(reason="a search in one process and one in two, which load the libraries")
+def test_so_is_that_of_a_pipeline_that_is_given_pictures(tmp_path: Path) -> None:
+    changes = {"pipeline": "wan_i2v", "prompts": 2, "validation_prompts": 1, "guidance_scale": 3.0}
+    changes |= PIPELINES["wan_i2v"].settings | {"steps": 4, "trace_steps": 2, "density": PIPELINES["wan_i2v"].density}
+    for processes in (1, 2):
+        done = search(tmp_path / str(processes) / "plan", processes, **changes)
+        assert done.returncode == 0, done.stderr
+    first, second = (files(tmp_path / str(processes) / "plan") for processes in (1, 2))
+    assert first == second
 
 
 @pytest.mark.slow(reason="searches for a target in one process and in two")
