@@ -59,7 +59,17 @@ class Parameter:
 
 
 #: The rules of this library, with their parameters.
-RULES: dict[str, dict[str, Parameter]] = {"pooled": {}}
+RULES: dict[str, dict[str, Parameter]] = {
+    "pooled": {},
+    "pooled_max": {},
+    "sub_block": {"parts": Parameter(4, 1, 16)},
+    "antidiagonal": {"stride": Parameter(8, 1, 64)},
+    "mass": {"rows": Parameter(4, 1, 128)},
+    "sampled_max": {"samples": Parameter(16, 1, 128)},
+    "vertical_slash": {"rows": Parameter(64, 1, 4096)},
+    "key_means": {},
+    "spread": {},
+}
 _ADDED: dict[str, dict[str, Parameter]] = {}
 _BY_THEMSELVES: set[str] = set()
 

@@ -19,7 +19,7 @@ from diffsparse.kernels.select.pick import pick_blocks
 from diffsparse.layout import BlockLayout, build_layout
 from diffsparse.order import AxisOrder, RasterOrder, TileOrder
 from diffsparse.patterns import Full, Window
-from diffsparse.selection import Budget, OnlineSelection
+from diffsparse.selection import BUDGETS, RULES, Budget, OnlineSelection
 from tests.kernels.cases import inputs
 from tests.tolerance import ATTENTION, assert_near
 
@@ -82,11 +82,11 @@ class OnOneDevice(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("kind", ["density", "top_k", "top_p", "top_p_head", "quantile", "weight", "score"])
-def test_no_value_is_read_and_none_is_copied(kind: str) -> None:
+@pytest.mark.parametrize(("rule", "kind"), [*(("pooled", kind) for kind in BUDGETS), *((r, "top_p") for r in RULES)])
+def test_no_value_is_read_and_none_is_copied(rule: str, kind: str) -> None:
     """Tensors on ``meta`` stand for those on a GPU: whatever asks for a value of theirs fails."""
     budget = Budget(kind, 3 if kind == "top_k" else 0.4)  # type: ignore[arg-type]
-    entries = [replace(ENTRIES[1], selection=OnlineSelection("pooled", budget)), *ENTRIES]
+    entries = [replace(ENTRIES[1], selection=OnlineSelection(rule, budget)), *ENTRIES]
     layout = build_layout(GRIDS[1], entries, packed=True).to("meta")
     q, k, _ = (x.to("meta", torch.bfloat16) for x in inputs(GRIDS[1], len(entries), 16, batch=2))
     with OnOneDevice():

@@ -22,7 +22,7 @@ from diffsparse.patterns import Full, Window
 from diffsparse.pipelines import architecture_of, sparse_attention, sparse_attention_summary, tap_attention
 from diffsparse.plan import SparsityPlan
 from diffsparse.schedule import Schedule
-from diffsparse.selection import Budget, OnlineSelection
+from diffsparse.selection import RULES, Budget, OnlineSelection
 from tests.pipelines.models import CASES, generate, run, wan, wan_inputs, wan_pipeline
 from tests.tolerance import GENERATION, MODEL, assert_near
 
@@ -187,6 +187,36 @@ def test_compiled_layers_share_a_graph(fresh_dynamo: None) -> None:
         assert counter.frame_count == 1
         run(model, wan_inputs(3, 9, 7))
         assert counter.frame_count <= 2
+
+
+def ruled(name: str) -> SparsityPlan:
+    """A plan for any model, with one of the library's rules, and room for rows of different lengths."""
+    rule = OnlineSelection(name, Budget("top_p", 0.6, least=0.2, most=0.7))
+    return SparsityPlan.uniform(HeadEntry(TileOrder(1, 8, 8), selection=rule, execution=Execution(tail="mean")))
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_rule_runs_in_a_model(model: str, name: str) -> None:
+    case, plan = CASES[model], ruled(name)
+    transformer, inputs = case.build(), doubled(case.inputs(*case.shapes[0]))
+    with tap_attention(transformer, by_hand(plan)):
+        wanted = run(transformer, inputs)
+    with sparse_attention(transformer, plan):
+        assert torch.equal(run(transformer, inputs), wanted)
+        told = sparse_attention_summary(transformer).transformers["transformer"]
+    assert told.dense_calls == 0 and 0 < told.density < 1
+
+
+@pytest.mark.slow(reason="compiles a model")
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_runs_in_a_compiled_model(name: str, fresh_dynamo: None) -> None:
+    model, inputs, plan = wan(), wan_inputs(3, 7, 9), ruled(name)
+    with sparse_attention(model, plan):
+        wanted = run(model, inputs)
+    model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    with sparse_attention(model, plan):
+        assert_near(run(model, inputs), wanted, MODEL)
 
 
 def test_beside_an_online_repair_and_a_dense_kernel() -> None:

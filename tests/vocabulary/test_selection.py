@@ -33,6 +33,7 @@ BUDGETS = (
 )
 SELECTIONS = tuple(OnlineSelection("pooled", budget) for budget in BUDGETS) + (
     OnlineSelection("pooled", Budget(), cadence="once"),
+    OnlineSelection("antidiagonal", Budget(), (("stride", 16),)),
     OnlineSelection("pooled", Budget(), cadence=(0.8, 0.4)),
 )
 
@@ -76,6 +77,14 @@ GOOD: dict[str, Any] = {"rule": "pooled", "budget": {"kind": "density", "value":
         (GOOD | {"budget": {"least": -1}}, "a budget's least is a share of a row's blocks: it must be a number from 0"),
         (GOOD | {"parameters": [1]}, r"selection.parameters must be an object, got \[1\]"),
         (GOOD | {"parameters": {"stride": 8}}, "'pooled' has no parameter 'stride'; it takes none"),
+        (
+            GOOD | {"rule": "antidiagonal", "parameters": {"stride": 0}},
+            "stride of the selector 'antidiagonal' must be an integer from 1 to 64, got 0",
+        ),
+        (
+            GOOD | {"rule": "mass", "parameters": {"rows": 4.0}},
+            "rows of the selector 'mass' must be an integer from 1 to 128, got 4.0",
+        ),
         (GOOD | {"cadence": "often"}, "cadence must be one of call, once, or a list of noise levels; got 'often'"),
         (GOOD | {"cadence": []}, "cadence must be one of call, once, or a list of noise levels"),
         (GOOD | {"cadence": [0.5, 2]}, "a noise level of a cadence must be a number from 0 to 1, got 2"),

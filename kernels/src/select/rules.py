@@ -8,9 +8,16 @@ from typing import Protocol
 import torch
 
 from diffsparse.blocks import BlockIndex
+from diffsparse.kernels.select.antidiagonal import score_antidiagonal
 from diffsparse.kernels.select.budgets import keep
+from diffsparse.kernels.select.key_means import score_key_means
+from diffsparse.kernels.select.mass import score_mass, score_sampled_max
 from diffsparse.kernels.select.pooled import score_pooled
+from diffsparse.kernels.select.pooled_max import score_pooled_max
 from diffsparse.kernels.select.signals import Signal
+from diffsparse.kernels.select.spread import score_spread
+from diffsparse.kernels.select.sub_block import score_sub_block
+from diffsparse.kernels.select.vertical_slash import score_vertical_slash
 from diffsparse.selection import Budget, add_rule
 from diffsparse.tokens import TokenLayout
 
@@ -32,7 +39,17 @@ class Selector(Protocol):
 
 
 # Any callable, as each has parameters of its own.
-_SIGNALS: dict[str, Callable[..., torch.Tensor]] = {"pooled": score_pooled}
+_SIGNALS: dict[str, Callable[..., torch.Tensor]] = {
+    "pooled": score_pooled,
+    "pooled_max": score_pooled_max,
+    "sub_block": score_sub_block,
+    "antidiagonal": score_antidiagonal,
+    "mass": score_mass,
+    "sampled_max": score_sampled_max,
+    "vertical_slash": score_vertical_slash,
+    "key_means": score_key_means,
+    "spread": score_spread,
+}
 _SELECTORS: dict[str, Callable[..., BlockIndex]] = {}
 
 

@@ -1,0 +1,26 @@
+"""The rule ``pooled_max``: what the mean query could have in common with the best key of a block."""
+
+from __future__ import annotations
+
+import torch
+
+from diffsparse.kernels.select.blocked import in_blocks, take
+from diffsparse.kernels.select.signals import block_means
+from diffsparse.tokens import TokenLayout
+
+__all__ = ["score_pooled_max"]
+
+
+def score_pooled_max(q: torch.Tensor, k: torch.Tensor, tokens: TokenLayout, scale: float) -> torch.Tensor:
+    """The most that ``scale * mean(q) . x`` can be for an ``x`` between a block's least and largest keys.
+
+    Least and largest are taken channel by channel, so no key of the block has a larger product. The bound of Quest
+    (2406.10774), there for one query. Arguments as of :class:`~diffsparse.kernels.select.Signal`.
+    """
+    numbers, there = in_blocks(tokens)
+    keys = take(k, numbers, there)
+    outside = ~there[None, ..., None]
+    least = keys.masked_fill(outside, torch.inf).amin(3).nan_to_num(posinf=0.0)  # [B, H, N, D]
+    largest = keys.masked_fill(outside, -torch.inf).amax(3).nan_to_num(neginf=0.0)
+    mean = scale * block_means(q, tokens)
+    return mean.clamp(min=0) @ largest.transpose(2, 3) + mean.clamp(max=0) @ least.transpose(2, 3)

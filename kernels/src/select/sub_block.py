@@ -1,0 +1,44 @@
+"""The rule ``sub_block``: mean queries and keys of the parts of blocks."""
+
+from __future__ import annotations
+
+import torch
+
+from diffsparse.kernels.select.blocked import in_blocks, take
+from diffsparse.tokens import TokenLayout
+
+__all__ = ["part_means", "score_sub_block"]
+
+
+def part_means(x: torch.Tensor, tokens: TokenLayout, parts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean rows of ``parts`` equal runs of every block: fp32 ``[B, H, N, parts, D]``; and bool, which have a token.
+
+    Token ``i`` of a block of ``n`` is in part ``floor(i * parts / n)``.
+    """
+    numbers, there = in_blocks(tokens)
+    length = there.sum(-1, keepdim=True).clamp(min=1)  # [H, N, 1]
+    place = torch.arange(tokens.block_size, device=x.device)
+    part = (place * parts).div(length, rounding_mode="floor")
+    inside = (part[..., None, :] == torch.arange(parts, device=x.device)[:, None]) & there[..., None, :]  # [H, N, p, W]
+    count = inside.sum(-1)
+    means = (inside.float()[None] @ take(x, numbers, there)) / count.clamp(min=1)[None, ..., None]
+    return means, count > 0
+
+
+def score_sub_block(
+    q: torch.Tensor, k: torch.Tensor, tokens: TokenLayout, scale: float, *, parts: int = 4
+) -> torch.Tensor:
+    """``log sum exp(scale * q_a . k_b)`` over the mean queries ``a`` and mean keys ``b`` of two blocks' parts.
+
+    SubBlock of SGLang's sparse attention for diffusion, with 4 x 4 parts. Other arguments as of
+    :class:`~diffsparse.kernels.select.Signal`.
+    """
+    queries, real = part_means(q, tokens, parts)
+    keys, there = part_means(k, tokens, parts)
+    score = torch.full((), -torch.inf, device=q.device)
+    for a in range(parts):
+        for b in range(parts):
+            logits = scale * queries[..., a, :] @ keys[..., b, :].transpose(2, 3)
+            outside = ~(real[:, :, None, a] & there[:, None, :, b])
+            score = torch.logaddexp(score, logits.masked_fill(outside[None], -torch.inf))
+    return score
