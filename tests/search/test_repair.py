@@ -12,10 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from diffsparse.entry import HeadEntry
 from diffsparse.grid import TokenGrid
 from diffsparse.pipelines import tap_attention
 from diffsparse.pipelines.tap import AttentionCall
 from diffsparse.plan import SparsityPlan
+from diffsparse.schedule import Schedule
 from diffsparse.search.config import SearchConfig
 from diffsparse.search.generate import Clip, GenerationSettings
 from diffsparse.search.observe import final_latents
@@ -174,6 +176,30 @@ def test_a_search_writes_a_repair_and_says_what_it_gained(tmp_path: Path, monkey
         pipe, PROMPTS, replace(config, repair=False), tmp_path / "with", progress=False, say=lambda line: None
     )
     assert plain.repair is None
+
+
+@pytest.mark.parametrize(
+    ("bounds", "steps"),
+    [((), 8), ((0.5,), 8), ((0.95,), 8), ((0.95, 0.9), 12), ((0.97, 0.94, 0.5), 24), ((0.99, 0.98, 0.97), 50)],
+)
+def test_a_repair_is_fitted_on_generations_with_a_step_in_each_phase(
+    monkeypatch: pytest.MonkeyPatch, bounds: tuple[float, ...], steps: int
+) -> None:
+    from diffsparse.search.stages import repair as module
+
+    def levels(count: int) -> list[float]:
+        return np.linspace(1, 0, count, endpoint=False).tolist()
+
+    schedule = Schedule(phase_bounds=bounds)
+    plan = SparsityPlan.from_table({"a": [[HeadEntry()]] * schedule.num_phases}, schedule=schedule)
+    work = SimpleNamespace(
+        config=SimpleNamespace(steps=50, trace_steps=8, seed=0), trace_levels=levels(8), settings=lambda n: n,
+        pipe=None, prompts=[None],
+    )  # fmt: skip
+    monkeypatch.setattr(module, "call_levels", lambda pipe, prompt, seed, count: levels(count))
+    assert module.fitting_steps(work, plan) == steps  # type: ignore[arg-type]
+    work.config.steps = 8
+    assert module.fitting_steps(work, plan) == 8  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("after", "kept"), [(30.4, True), (29.6, True), (29.4, False), (31.0, True)])

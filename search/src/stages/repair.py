@@ -13,7 +13,7 @@ from diffsparse.plan import SparsityPlan
 from diffsparse.repair import Repair
 from diffsparse.search.compose import Candidate
 from diffsparse.search.measured import plan_digest
-from diffsparse.search.observe import final_latents, watched_updates
+from diffsparse.search.observe import call_levels, final_latents, watched_updates
 from diffsparse.search.repair import ErrorSums, RepairTap, add_sums, fit_repair
 from diffsparse.search.sharing import share
 from diffsparse.search.stages.validate import validate
@@ -24,6 +24,8 @@ __all__ = ["NOISE_DB", "better_with_repair", "mended", "repaired", "with_repair"
 
 #: Two plans whose clips are no further apart in PSNR, in dB, cannot be told from each other by a few clips.
 NOISE_DB = 0.5
+#: Generations that a repair may be fitted on, by their steps over those that are traced; then as long as any.
+LENGTHS = (1.0, 1.5, 2.0, 3.0)
 
 
 def mended(work: Workspace, chosen: Candidate, quality: dict[str, Any]) -> tuple[Candidate, dict[str, Any]]:
@@ -100,6 +102,25 @@ def _store_sums(work: Workspace, places: list[tuple[int, int, int, int]], plan: 
         work.apart.put_errors(digest, i, found)
 
 
+def fitting_steps(work: Workspace, plan: SparsityPlan) -> int:
+    """Steps of a generation that a repair is fitted on: few, but each phase has one.
+
+    As many as were traced where that will do; all of a generation that the plan is for have one in each phase.
+    """
+    most, phases = work.config.steps, set(range(plan.schedule.num_phases))
+    assert most is not None  # the settings are resolved
+    for length in LENGTHS:
+        steps = round(length * work.config.trace_steps)
+        if steps >= most:
+            break
+        levels = work.trace_levels
+        if length > 1:
+            levels = call_levels(work.pipe, work.prompts[0], work.config.seed, work.settings(steps))
+        if phases <= set(plan.schedule.phases(levels)):
+            return steps
+    return most
+
+
 def _error_sums(
     work: Workspace, places: list[tuple[int, int, int, int]], plan: SparsityPlan
 ) -> Iterator[tuple[int, dict[tuple[int, str], ErrorSums]]]:
@@ -108,12 +129,8 @@ def _error_sums(
     ``places``: numbers, halves of cross-validation, prompts and seeds.
     """
     config = work.config
-    # A generation as short as those that were traced may have no step in a short phase.
-    some = set(plan.schedule.phases(work.trace_levels))
-    short = some >= set(range(plan.schedule.num_phases))
-    settings = work.settings(config.trace_steps) if short else config.settings(config.steps)
-    each = config.trace_steps if short else config.steps
-    assert each is not None  # the settings are resolved
+    each = fitting_steps(work, plan)
+    settings = config.settings(each) if each == config.steps else work.settings(each)
     with work.bar(len(places) * each, "repair") as bar, watched_updates(work.pipe, lambda _: bar.update()):
         for done, (i, half, prompt, seed) in enumerate(places, 1):
             tap = RepairTap(plan, seed=config.seed + i, half=half)
