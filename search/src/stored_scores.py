@@ -218,9 +218,12 @@ class StoredScores(ABC):
         members = Counter(self.part(step) for step in range(self.trace_length))
         order = self.head_orders[layer][head]
         place = self.heads_of(layer)[order].index(head)
-        return np.asarray(
-            sum(share[part] / members[part] * self._map(layer, part)[order][place].numpy() for part in share)
-        )
+        found: torch.Tensor | None = None
+        for part, weight in share.items():
+            factor, own = weight / members[part], self._map(layer, part)[order][place]
+            found = own * factor if found is None else found.add_(own, alpha=factor)  # these are large
+        assert found is not None
+        return found.numpy()
 
     def _map(self, layer: str, part: int) -> dict[TokenOrder, torch.Tensor]:
         """:meth:`maps`, those of one layer held."""
