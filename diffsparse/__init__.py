@@ -71,7 +71,10 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
         "PlanError",
     ),
     "diffsparse.online": ("OnlineRepair",),
-    "diffsparse.presets": ("preset",),
+    "diffsparse.presets": (
+        "list_presets",
+        "preset",
+    ),
     "diffsparse.pipelines": (
         "enable_sparse_attention",
         "disable_sparse_attention",
@@ -128,6 +131,7 @@ if TYPE_CHECKING:  # the same table, for type checkers and editors (a test compa
     from diffsparse.pipelines import sparse_attention_summary as sparse_attention_summary
     from diffsparse.plan import PlanError as PlanError
     from diffsparse.plan import SparsityPlan as SparsityPlan
+    from diffsparse.presets import list_presets as list_presets
     from diffsparse.presets import preset as preset
     from diffsparse.schedule import Schedule as Schedule
     from diffsparse.search.api import evaluate_plan as evaluate_plan

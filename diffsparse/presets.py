@@ -9,11 +9,23 @@ from diffsparse.online import OnlineRepair
 from diffsparse.order import RasterOrder, TileOrder
 from diffsparse.patterns import Radial, Window
 from diffsparse.plan import SparsityPlan
+from diffsparse.published import PUBLISHED
 from diffsparse.schedule import Schedule
 
-__all__ = ["PRESETS", "preset"]
+__all__ = ["PRESETS", "list_presets", "preset"]
 
-PRESETS = ("dense", "window", "radial", "conservative")
+_OWN = {
+    "dense": "everything dense, to try the attaching alone",
+    "window": "one window for all heads, on tiles, with a tail",
+    "radial": "a window that halves with the distance in frames (arXiv 2506.19852)",
+    "conservative": "a wide window with a tail: what plan='auto' takes where there is no searched plan",
+}
+PRESETS = (*_OWN, *PUBLISHED)
+
+
+def list_presets() -> dict[str, str]:
+    """Every preset by name, with one line on what it does and where it is from."""
+    return _OWN | {name: method.line for name, method in PUBLISHED.items()}
 
 
 def preset(
@@ -22,7 +34,7 @@ def preset(
     images: bool = False,
     sparse_below: float | None = None,
     dense_layers: tuple[str, ...] = (),
-    block_size: int = 64,
+    block_size: int | None = None,
     repair_rows: int | None = None,
     **options: Any,
 ) -> SparsityPlan:
@@ -37,6 +49,13 @@ def preset(
     each query sees 60% of the frames and 50% of the rows and columns around it exactly and the rest through block
     summaries. Options as those of ``window``.
 
+    The others are published methods with their authors' settings, of which :func:`list_presets` has a line each:
+    ``xattention`` (options ``tau``, ``stride``), ``adaspa`` (``density``, ``rows``, ``search_at``), ``sparsed``
+    (``density``, ``rows``), ``minference`` (``density``, ``rows``), ``draft`` (``density``), ``blade`` (``mass``,
+    ``least``, ``most``, ``samples``), ``sla`` (``density``), ``vmoba`` (``tau``), ``sol`` (``tau``), ``subblock``
+    (``density``, ``parts``) and ``gna`` (``size``, ``stride``); each has ``tail`` too. ``diffsparse.published`` says of
+    each what is faithful and what is not.
+
     images: the plan is for a model that makes images. ``radial`` is on square tiles then: a block of raster order is a
     piece of a row, and up to 2048 x 2048 pixels all are kept. Where a name is given instead of a plan, as in
     ``enable_sparse_attention(pipe, "radial")``, the model decides.
@@ -45,13 +64,19 @@ def preset(
     usual number). None: they are not.
 
     Steps at a noise level above ``sparse_below`` stay dense (default 0.9, ``conservative`` 0.85: the first steps decide
-    what the picture becomes), as do ``dense_layers``. Raises ValueError for other names and TypeError for options that
+    what the picture becomes; published methods have their own), as do ``dense_layers``. block_size: tokens of a block;
+    64 where None, or the method's own. Raises ValueError for other names and TypeError for options that
     the preset does not have.
     """
+    method = PUBLISHED.get(name)
     if sparse_below is None:
-        sparse_below = 0.85 if name == "conservative" else 0.9
+        sparse_below = method.sparse_below if method is not None else 0.85 if name == "conservative" else 0.9
+    if block_size is None:
+        block_size = 64 if method is None else method.block_size
     schedule = Schedule(sparse_below=sparse_below, dense_layers=tuple(dense_layers))
-    if name == "dense":
+    if method is not None:
+        entry = method.entry(block_size, **options)
+    elif name == "dense":
         if refused := sorted(options) + ["repair_rows"] * (repair_rows is not None):
             raise TypeError(f"preset('dense') takes no {', '.join(refused)}")
         entry = HeadEntry()

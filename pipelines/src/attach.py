@@ -36,11 +36,11 @@ def enable_sparse_attention(
 
     Args:
         pipe_or_transformer: a diffusers pipeline (both transformers of Wan 2.2 are covered) or a transformer.
-        plan: a ``SparsityPlan``; a folder or Hub id of one; ``"dense"``, ``"window"``, ``"radial"`` or
-            ``"conservative"``; a dict of these by component (``{"transformer": ..., "transformer_2": ...}``; one that
-            is left out stays dense); or ``"auto"``: the plan in the model folder's ``sparse_plan`` if it is for this
-            architecture, else the one cached for it, else the conservative preset, with a warning. A log line says
-            which.
+        plan: a ``SparsityPlan``; a folder or Hub id of one; the name of a preset, such as
+            ``"conservative"`` (:func:`diffsparse.list_presets`); a dict of these by component (``{"transformer": ...,
+            "transformer_2": ...}``; one that is left out stays dense); or ``"auto"``: the plan in the model folder's
+            ``sparse_plan`` if it is for this architecture, else the one cached for it, else the conservative preset,
+            with a warning. A log line says which.
         backend: the kernel, ``"auto"`` or one of ``diffsparse.kernels.BACKENDS``; one asked for by name runs or raises.
             With ``"auto"`` everything stays dense if there is no kernel for the device, and a layer stays dense if the
             device's break-even table says that sparse attention would be slower there; the summary gives the reason.

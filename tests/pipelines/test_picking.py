@@ -21,6 +21,8 @@ from diffsparse.order import AxisOrder, RasterOrder, TileOrder
 from diffsparse.patterns import Full, Window
 from diffsparse.pipelines import architecture_of, sparse_attention, sparse_attention_summary, tap_attention
 from diffsparse.plan import SparsityPlan
+from diffsparse.presets import preset
+from diffsparse.published import PUBLISHED
 from diffsparse.schedule import Schedule
 from diffsparse.selection import RULES, Budget, OnlineSelection
 from tests.pipelines.models import CASES, generate, run, wan, wan_inputs, wan_pipeline
@@ -30,6 +32,7 @@ pytestmark = pytest.mark.usefixtures("no_more_rules")
 
 #: No text, text after the video, and before it; the second one's batch has two items, of which one has less text.
 MODELS = ("wan", "hunyuan", "flux")
+STEPS = 8
 
 
 @pytest.fixture(autouse=True)
@@ -219,6 +222,33 @@ def test_every_rule_runs_in_a_compiled_model(name: str, fresh_dynamo: None) -> N
         assert_near(run(model, inputs), wanted, MODEL)
 
 
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_published_method_runs_in_a_model(model: str, name: str) -> None:
+    case = CASES[model]
+    transformer, inputs = case.build(), doubled(case.inputs(*case.shapes[0]))
+    dense, plan = run(transformer, inputs), preset(name, images=model == "flux", sparse_below=1.0, block_size=64)
+    with tap_attention(transformer, by_hand(plan)):
+        wanted = run(transformer, inputs)
+    with sparse_attention(transformer, plan):
+        assert_near(run(transformer, inputs), wanted, MODEL)
+        told = sparse_attention_summary(transformer).transformers["transformer"]
+    assert torch.isfinite(wanted).all() and torch.equal(run(transformer, inputs), dense)
+    assert told.plan == f"preset {name!r}" and told.sparse_calls + told.dense_calls == len(case.layers)
+    assert 0 < told.density <= 1
+
+
+@pytest.mark.slow(reason="compiles a model")
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_published_method_runs_in_a_compiled_pipeline(name: str, fresh_dynamo: None) -> None:
+    pipe = wan_pipeline()
+    with pipe.sparse_attention(name):
+        wanted = generate(pipe, STEPS)
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    with pipe.sparse_attention(name):
+        assert_near(generate(pipe, STEPS), wanted, GENERATION)
+
+
 def test_beside_an_online_repair_and_a_dense_kernel() -> None:
     model, inputs = wan(), wan_inputs(3, 7, 9)
     plan = replace(picking_plan(model), repair=OnlineRepair(16))
@@ -254,8 +284,6 @@ def test_an_entry_without_its_rule_is_refused() -> None:
 
 
 # -- cadence -----------------------------------------------------------------------------------------------------------
-
-STEPS = 8
 
 
 def often(cadence: Any) -> Callable[[HeadEntry], HeadEntry]:

@@ -15,8 +15,10 @@ from diffsparse.grid import TokenGrid
 from diffsparse.order import AxisOrder, RasterOrder, TileOrder
 from diffsparse.patterns import Bitmap, Full, Sink, Window
 from diffsparse.plan import Architecture, PlanError, SparsityPlan
-from diffsparse.presets import PRESETS, preset
+from diffsparse.presets import PRESETS, list_presets, preset
+from diffsparse.published import PUBLISHED
 from diffsparse.schedule import Schedule
+from diffsparse.selection import Budget, OnlineSelection
 from diffsparse.typed import Reading, read_object
 from tests.vocabulary.strategies import orders, token_rules
 
@@ -341,6 +343,36 @@ def test_presets_serve_any_model_and_grid(name):
         assert 0 < plan.trajectory_density(grid, np.linspace(1, 0.05, 8)) <= 1
     assert SparsityPlan.from_json(plan.to_files()["sparse_plan.json"]).to_files() == plan.to_files()
     assert plan.record["preset"] == name
+
+
+def test_presets_are_listed_with_a_line_each():
+    told = list_presets()
+    assert tuple(told) == PRESETS and all(line and "\n" not in line for line in told.values())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_methods_have_their_own_settings(name):
+    method = PUBLISHED[name]
+    plan = preset(name)
+    assert plan.block_size == method.block_size and plan.schedule.sparse_below == method.sparse_below
+    assert ("arXiv" in method.entry.__doc__) == ("arXiv" in method.line)
+    changed = preset(name, sparse_below=0.5, block_size=64, dense_layers=("a",), tail="centroids", repair_rows=64)
+    assert changed.schedule.sparse_below == 0.5 and changed.block_size == 64 and changed.online_repair.rows == 64
+    assert changed.schedule.dense_layers == ("a",) and changed.entries[0].execution.tail == "centroids"
+    with pytest.raises(TypeError, match="speed"):
+        preset(name, speed=2)
+
+
+def test_options_of_published_methods():
+    assert preset("xattention", tau=0.95, stride=16).entries[0].selection == OnlineSelection(
+        "antidiagonal", Budget("top_p", 0.95), (("stride", 16),)
+    )
+    assert preset("adaspa", search_at=[0.6, 0.3], density=0.1).entries[0].selection == OnlineSelection(
+        "mass", Budget("density", 0.1), (("rows", 64),), (0.6, 0.3)
+    )
+    assert preset("blade", most=0.1).entries[0].selection.budget == Budget("top_p", 0.95, least=0.05, most=0.1)
+    with pytest.raises(ValueError, match="kind 'top_p' must be a number from 0 to 1, got 2"):
+        preset("xattention", tau=2)
 
 
 def test_the_preset_of_auto_keeps_more_than_the_window():

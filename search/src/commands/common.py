@@ -47,7 +47,9 @@ __all__ = [
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A diffusers pipeline: a local folder or a Hub id.")]
 Plan = Annotated[
     str,
-    typer.Argument(metavar="PLAN", help="A plan's folder, a Hub repository, or dense, window, radial or conservative."),
+    typer.Argument(
+        metavar="PLAN", help="A plan's folder, a Hub repository, or a preset, such as window or xattention."
+    ),
 ]
 Prompts = Annotated[
     str,
