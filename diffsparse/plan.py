@@ -28,6 +28,7 @@ from diffsparse.repair import REPAIR_KEY, Repair
 from diffsparse.reuse import computed_steps, stretches
 from diffsparse.saving import ARRAYS_NAME, CARD_NAME, DIGEST_KEY, JSON_NAME, arrays_digest, write_plan
 from diffsparse.schedule import Schedule
+from diffsparse.selection import OnlineSelection
 from diffsparse.tokens import BLOCK_SIZES
 from diffsparse.work import head_work
 
@@ -183,6 +184,7 @@ class SparsityPlan:
         """Density of every sparse call, float ``[phases, layers]``, tails and an online repair counted; dense layers
         count 1.
 
+        Of heads whose blocks are picked while the model runs (``rules``) the most that their budgets allow.
         ``layers`` and ``heads`` default to the architecture's; a plan for any model without either is one layer.
         """
         return self._densities(grid, layers, heads, None)
@@ -241,6 +243,11 @@ class SparsityPlan:
                 computed = np.array(computed_steps((-distinct).tolist(), reuse))[of]
                 result[steps] -= saved[phase] * ~computed
         return result
+
+    @property
+    def rules(self) -> tuple[OnlineSelection, ...]:
+        """What picks blocks of its heads while a model runs, each once."""
+        return tuple(dict.fromkeys(entry.online for entry in self.entries if entry.online is not None))
 
     @property
     def reuses(self) -> bool:

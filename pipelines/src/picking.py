@@ -17,22 +17,15 @@ from diffsparse.grid import TokenGrid
 from diffsparse.kernels.select.pick import Picked, assemble, pick_group
 from diffsparse.layout import BlockLayout
 from diffsparse.pipelines.context import CTX
-from diffsparse.plan import SparsityPlan
-from diffsparse.selection import OnlineSelection, is_due
+from diffsparse.selection import is_due
 
 if TYPE_CHECKING:
     from diffsparse.pipelines.call import Call
     from diffsparse.pipelines.reuse import ReuseStep
 
-__all__ = ["PickStore", "pick_compiled", "rules_of"]
+__all__ = ["PickStore", "pick_compiled"]
 
 _NAME = "diffsparse::pick_blocks"
-
-
-def rules_of(plan: SparsityPlan | None) -> tuple[OnlineSelection, ...]:
-    """What picks blocks in a plan, each once."""
-    found = () if plan is None else (entry.online for entry in plan.entries)
-    return tuple(dict.fromkeys(one for one in found if one is not None))
 
 
 @dataclass(frozen=True, eq=False)

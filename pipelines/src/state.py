@@ -27,7 +27,6 @@ from diffsparse.pipelines.counts import LayerCounts
 from diffsparse.pipelines.dense import DenseChoice
 from diffsparse.pipelines.family import Family, architecture_of, family_by_class, layers_of
 from diffsparse.pipelines.phases import PhaseFinder
-from diffsparse.pipelines.picking import rules_of
 from diffsparse.pipelines.policy import SLOWER, Machine, entries_of, judge_layer, machine_for
 from diffsparse.pipelines.reuse import Group, ReuseStore, groups_of
 from diffsparse.pipelines.uniform import alike, mark_sizes
@@ -172,7 +171,7 @@ class ModelState:
         """What belongs to this object alone, and is made anew for a copy."""
         self.layouts = LayoutCache()
         self.reuse = ReuseStore()
-        self.rules = rules_of(self.plan)
+        self.rules = () if self.plan is None else self.plan.rules
         self.phases = PhaseFinder()
         self._groups: dict[tuple[int, int], tuple[Group, ...]] = {}
         self._whole: dict[tuple[int, int], bool] = {}

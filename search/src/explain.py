@@ -322,10 +322,10 @@ def explain(
             f"{plan.reused_heads} of {plan.index.size} heads serve several steps: densities and times are of calls in "
             "which all heads compute"
         )
-    if rules := dict.fromkeys(entry.online for entry in plan.entries if entry.online is not None):
-        most = any(not rule.budget.is_fixed for rule in rules)
+    if plan.rules:
+        most = any(not rule.budget.is_fixed for rule in plan.rules)
         notes.append(
-            f"blocks are picked while the model runs: {'; '.join(map(str, rules))}"
+            f"blocks are picked while the model runs: {'; '.join(map(str, plan.rules))}"
             + (": densities and times are the most that these budgets allow" if most else "")
             + ". Times leave out what picking takes"
         )

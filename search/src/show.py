@@ -139,6 +139,7 @@ def describe(plan: SparsityPlan, grid: TokenGrid | None = None, figures: HeadFig
         },
         "grid": None if grid is None else str(grid),
         "call_density": float(np.mean(call)) if call else None,
+        "rules": [str(rule) for rule in plan.rules],
         "repaired_heads": 0 if plan.fitted_repair is None else plan.fitted_repair.num_heads,
         "reused_heads": plan.reused_heads,
         "online_rows": None if plan.online_repair is None else plan.online_repair.rows,
@@ -171,6 +172,9 @@ def plan_table(
     ]  # fmt: skip
     if data["call_density"] is not None:
         head.append(["call density", f"{data['call_density']:.3f} (mean of sparse calls, tails counted)"])
+    if plan.rules:
+        most = "" if all(rule.budget.is_fixed for rule in plan.rules) else "; densities are the most that this allows"
+        head.append(["picked", "; ".join(data["rules"]) + f", while the model runs{most}"])
     if data["repaired_heads"]:
         head.append(["repair", f"{data['repaired_heads']} of {plan.index.size} heads (of all phases)"])
     if data["reused_heads"]:

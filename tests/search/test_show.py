@@ -85,6 +85,20 @@ def test_an_online_repair_is_told_and_counted(monkeypatch: pytest.MonkeyPatch) -
     assert "online" not in plan_table(make_plan(), GRID)
 
 
+@pytest.mark.parametrize("name", ["xattention", "adaspa"])
+def test_what_picks_blocks_is_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    plan, grid = preset(name), TokenGrid(3, 16, 16)
+    (rule,) = plan.rules
+    data = describe(plan, grid)
+    assert data["rules"] == [str(rule)] and data["layers"][0]["families"] == {rule.rule: 1}
+    assert data["call_density"] == pytest.approx(plan.call_densities(grid).mean())
+    table = " ".join(plan_table(plan, grid).split())
+    assert f"{rule}, while the model runs" in table
+    assert ("the most that this allows" in table) == (name == "xattention")  # its budget depends on the data
+    assert describe(preset("window"), grid)["rules"] == []
+
+
 def test_errors_of_the_heads_are_a_column_where_they_are_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
