@@ -14,7 +14,7 @@ import numpy as np
 from diffsparse.grid import TokenGrid
 from diffsparse.order import BlockPartition, TokenOrder
 
-__all__ = ["best_pairs", "carry_mask"]
+__all__ = ["best_pairs", "block_shares", "carry_mask"]
 
 # Shares are ranked in steps this fine.
 _LEVELS = 1 << 12
@@ -51,6 +51,11 @@ def carry_mask(
     if mask.any(1).all():
         kept[np.arange(new.num_blocks), score.argmax(1)] = True
     return kept
+
+
+def block_shares(source: TokenGrid, target: TokenGrid, order: TokenOrder, block_size: int) -> np.ndarray:
+    """Share of each block of ``target`` that lies in each block of ``source``, float32 ``[n, m]``; rows sum to 1."""
+    return _shares(order.partition(source, block_size), order.partition(target, block_size))
 
 
 def best_pairs(score: np.ndarray, lengths: np.ndarray, wanted: float) -> np.ndarray:

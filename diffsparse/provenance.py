@@ -99,6 +99,7 @@ _RECORD = _object_of(
         grid=_grid,
         trace_steps=_count,
         traced_prompts=_count,
+        also=_object_of(grid=_grid, **dict.fromkeys(("height", "width", "num_frames"), _setting)),
         **dict.fromkeys(("steps", "height", "width", "num_frames", "guidance_scale", "true_cfg_scale"), _setting),
     ),
     search=_object_of(

@@ -52,6 +52,7 @@ def search_plan(
     repair: bool = True,
     repair_rows: int = 0,
     reuse_memory: float | None = None,
+    also_size: tuple[int, int, int | None] | None = None,
     about: Mapping[str, Any] | None = None,
     progress: bool = True,
     say: Callable[[str], None] | None = None,
@@ -87,6 +88,8 @@ def search_plan(
         repair: whether what the plan's heads get wrong is fitted, so that a run corrects it.
         repair_rows: where not 0, each call of a run fits its repair by so many rows, and the search fits none.
         reuse_memory: GB of outputs that a run may keep; a quarter of what the dense run takes on a GPU, else 1.
+        also_size: height, width and frames (None for images) of a second size, whose attention is measured as well: the
+            plan's masks and choices are made for both sizes. It takes two more generations of few steps.
         about: what else the plan's record is to say of the model, as JSON values: LoRA, offloading and the like.
         progress: whether bars are shown on stderr.
         say: receives the lines meant for a user: the estimate, what was chosen. They are logged where not given.
@@ -138,8 +141,14 @@ def search_plan(
         repair_rows=repair_rows,
         points=points,
         reuse_memory=reuse_memory,
+        also_size=also_size,
         **thoroughness(device_of(pipe), trace_prompts, samples),
     )
+    if config.also_size is not None:
+        try:
+            check_shape(pipe, *config.also_size)
+        except BadInput as error:
+            raise BadInput(f"--also-size {config.also_text}: {error}") from None
     with intact(pipe), eager(pipe):
         return engine.search_plan(
             pipe,

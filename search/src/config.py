@@ -54,6 +54,8 @@ class SearchConfig:
     exact rows (``diffsparse.online``). ``points``: how many budgets are tried for a target, at most; None is 4.
     ``reuse_memory``: GB of outputs that a run may keep to use them again at later steps (``diffsparse.reuse``); 0:
     none; None: a quarter of the most that the dense model takes on a GPU, 1 GB on a CPU. Sizes are in pixels.
+    ``also_size``: height, width and frames (None for images) of a second size, at which two generations are traced as
+    well: masks are made from both sizes, and options are chosen by what they leave at both.
     Steps, guidance and sizes that are None are the pipeline's own (:meth:`resolved`).
     """
 
@@ -78,6 +80,7 @@ class SearchConfig:
     target: float | None = None
     points: int | None = None
     reuse_memory: float | None = None
+    also_size: tuple[int, int, int | None] | None = None
 
     def __post_init__(self) -> None:
         asked = {n: v for n in ("budget", "density", "target") if (v := getattr(self, n)) is not None}
@@ -97,6 +100,8 @@ class SearchConfig:
             )
         if not 0 <= self.seed <= MAX_SEED:
             raise BadInput(f"the seed is an integer from 0 to {MAX_SEED}, got {shorten(str(self.seed), 60)}")
+        if self.also_size is not None:
+            object.__setattr__(self, "also_size", _checked_size(self.also_size))
         memory = self.reuse_memory
         if memory is not None and not (isinstance(memory, Real) and math.isfinite(memory) and memory >= 0):
             raise BadInput(f"a reuse memory is a number of GB of at least 0, got {shorten(repr(memory), 60)}")
@@ -122,6 +127,11 @@ class SearchConfig:
             raise BadInput(f"dense_steps must be at least 0, got {self.dense_steps}")
         if self.dense_steps is not None and self.steps is not None and self.dense_steps >= self.steps:
             raise BadInput(f"dense_steps lies between 0 and {self.steps - 1}, got {self.dense_steps}")
+
+    @property
+    def also_text(self) -> str:
+        """The second size as an option names it."""
+        return "x".join(str(side) for side in self.also_size or () if side is not None)
 
     @property
     def goal(self) -> float | None:
@@ -205,6 +215,19 @@ class SearchConfig:
         return GenerationSettings(
             steps, self.guidance_scale, self.height, self.width, self.num_frames, true_cfg_scale=self.true_cfg_scale
         )
+
+
+def _checked_size(size: Any) -> tuple[int, int, int | None]:
+    """``(height, width, frames or None)`` of two or three numbers. Raises :class:`BadInput` for anything else."""
+    sides = tuple(size) if isinstance(size, (tuple, list)) else ()
+    if len(sides) == 3 and sides[2] is None:
+        sides = sides[:2]
+    if len(sides) not in (2, 3) or not all(isinstance(x, int) and not isinstance(x, bool) and x >= 1 for x in sides):
+        raise BadInput(
+            "also_size is a height and a width in pixels, and the frames of a clip, as (480, 832, 49); got "
+            f"{shorten(repr(size), 60)}"
+        )
+    return sides[0], sides[1], sides[2] if len(sides) == 3 else None
 
 
 def thoroughness(device: torch.device, trace_prompts: int | None = None, samples: int | None = None) -> dict[str, Any]:

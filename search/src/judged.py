@@ -36,7 +36,7 @@ def put_maps(work: Workspace, prompts: Sequence[int], path: Path) -> None:
     discard(path)
     with SearchStore(path) as store:
         for i, prompt in enumerate(prompts):
-            store.take(work.store, (f"map/{prompt}/",))
+            store.take(work.store, (f"map/{prompt}/", "carried/"))
             for part, layer in work.apart.parts(prompt - 1) if i else []:
                 if f"map/{prompt}/{part}/{layer}" in store:
                     continue

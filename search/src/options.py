@@ -118,11 +118,13 @@ class FamilyTable:
         self.patterns: list[Pattern] = []
         self.masks: list[np.ndarray] = []
         self.places: list[int] = []
-        known: set[bytes] = set()
+        known: dict[bytes, int] = {}
+        #: For each family the first one that has the same mask here, whose place stands for both.
+        self.same_as: list[int] = []
         for place, pattern in enumerate(found := families(grid)):
             mask = pattern.block_mask(grid, order, block_size)
-            if (packed := np.packbits(mask).tobytes()) not in known:
-                known.add(packed)
+            self.same_as.append(known.setdefault(packed := np.packbits(mask).tobytes(), place))
+            if known[packed] == place:
                 self.patterns.append(pattern)
                 self.masks.append(mask)
                 self.places.append(place)

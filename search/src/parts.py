@@ -41,15 +41,19 @@ class EarlierMasks:
         if known is None or known[0] != run:
             # A pipeline may run fewer steps than it is asked for: parts in which no step is were not written.
             first, *others = [p for p in run if f"map/{self.prompt}/{p}/{layer}" in self.store]
-            total = self.work.maps(first, layer, self.prompt, device, self.store)
+            total = self._maps(first, layer, device)
             for other in others:
-                for of, value in self.work.maps(other, layer, self.prompt, device, self.store).items():
+                for of, value in self._maps(other, layer, device).items():
                     total[of] += value
             grid = self.work.grids[layer]
             # Held on the host.
             levels = {o: levels_of(v, self.work.table(grid, o).device_weight(device)).cpu() for o, v in total.items()}
             known = self._levels[layer, window] = run, levels
         return known[1]
+
+    def _maps(self, part: int, layer: str, device: torch.device) -> dict[TokenOrder, torch.Tensor]:
+        maps = self.work.maps(part, layer, self.prompt, device, self.store)
+        return self.work.with_also(maps, part, layer, 1, self.store)
 
 
 class PromptSums:
@@ -70,7 +74,7 @@ class PromptSums:
         self._drift: dict[tuple[int, str], np.ndarray] = {}
         self._maps: dict[tuple[str, TokenOrder], torch.Tensor] = {}
         self._done: dict[str, int] = {}
-        self._earlier = EarlierMasks(work, prompt)
+        self._earlier = work.masks or EarlierMasks(work, prompt)
         self._tails = {layer: [TAILS.index(tail) for tail in tails] for layer, tails in work.probe.tails.items()}
 
     def wants(self, step: int, layer: str) -> bool:

@@ -24,6 +24,7 @@ from diffsparse.search.layers import common_architecture, main_grid
 from diffsparse.search.ranks import Ranks, leading
 from diffsparse.search.sharing import remove_files, serve, shared_store
 from diffsparse.search.shortened import check_steps
+from diffsparse.search.stages.also import begin_also, end_also
 from diffsparse.search.stages.compose import compose_plans, composer_of, layer_costs, measure_rest
 from diffsparse.search.stages.probe import run_probe
 from diffsparse.search.stages.repair import mended, repaired
@@ -103,8 +104,10 @@ def _run(work: Workspace, out: Path, model: Mapping[str, Any]) -> SparsityPlan:
     if dense := work.probe.dense:
         name, reason = next(iter(dense.items()))
         work.say(f"{len(dense)} other layers stay dense ({name}: {reason})")
+    begin_also(work)
     layer_costs(work)
     run_trace(work)
+    end_also(work)
     measure_rest(work)
     work.put_facts(facts_of(work, model))
     composer = composer_of(work)
@@ -157,7 +160,8 @@ _CHOOSING, _SETTING_UP = 0.03, 45.0
 
 def _estimate(work: Workspace, probe: Probe) -> float:
     """Seconds that a search takes after its first step, validation apart."""
-    steps, branches = work.config.trace_steps, probe.branches
+    config, branches = work.config, probe.branches
+    steps = config.trace_steps
     prompts = min(probe.prompts, len(work.prompts))
     scoring = _SCORING
     if work.device.type == "cuda":
@@ -168,6 +172,8 @@ def _estimate(work: Workspace, probe: Probe) -> float:
     rounds = math.ceil(prompts / ranks)
     generations = rounds + (prompts - rounds) / ranks
     calls = 3 + screened + generations * steps * (1 + scoring)
+    if config.also_size is not None:  # attention grows faster than the tokens
+        calls += 2 * steps * (1 + scoring) * _also_tokens(config) ** 1.5
     calls += math.ceil(len(effect_steps(work)) * len(layer_groups(tuple(probe.grids), most_groups(probe))) / ranks)
     injected = [steps - step for step in inject_steps(work)]
     calls += (max(injected) if ranks > 1 else sum(injected)) + steps  # an error in a step; outputs used again
@@ -176,6 +182,13 @@ def _estimate(work: Workspace, probe: Probe) -> float:
     heads = len(probe.grids) * work.architecture.heads
     rest = _CHOOSING * heads + (_SETTING_UP if work.device.type == "cuda" else 5.0)
     return calls * branches * probe.forward_seconds + rest
+
+
+def _also_tokens(config: SearchConfig) -> float:
+    """Tokens of the second size over those of the first one; 1 where the first is not known."""
+    assert config.also_size is not None
+    pairs = zip(config.also_size, (config.height, config.width, config.num_frames), strict=True)
+    return math.prod(other / own for other, own in pairs if other and own)
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,13 @@ def _recorded_grid(plan: SparsityPlan) -> TokenGrid | None:
     return recorded_grid(recorded)
 
 
+def _also_measured(plan: SparsityPlan) -> str | None:
+    """The grid of the second size that a plan was searched for, or None."""
+    calibration = plan.record.get("calibration")
+    also = calibration.get("also") if isinstance(calibration, dict) else None
+    return f"{also['grid']}, for masks that hold at both sizes" if isinstance(also, dict) and also.get("grid") else None
+
+
 def _entry_densities(plan: SparsityPlan, grid: TokenGrid | None) -> list[float | None]:
     if grid is None:
         return [None] * len(plan.entries)
@@ -170,6 +177,8 @@ def plan_table(
         ["phases", ", ".join(name.replace(" ", GLUE) for name in phase_names(plan))],
         ["grid", str(grid) if grid is not None else "not known; --grid T,H,W gives densities"],
     ]  # fmt: skip
+    if also := _also_measured(plan):
+        head.append(["also measured", also])
     if data["call_density"] is not None:
         head.append(["call density", f"{data['call_density']:.3f} (mean of sparse calls, tails counted)"])
     if plan.rules:

@@ -24,7 +24,7 @@ __all__ = ["STORE_FORMAT", "SearchStore", "StoreDamaged", "StoreLocked", "StoreM
 T = TypeVar("T")
 
 #: Counted up whenever what the store holds changes. Files of before 10 do not say theirs where it is looked for.
-STORE_FORMAT = 10
+STORE_FORMAT = 11
 #: How long to wait for another process that has the file, which may be about to end.
 LOCK_SECONDS = 2.0
 #: Arrays of together so many bytes are compressed.

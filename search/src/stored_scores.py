@@ -14,6 +14,7 @@ from diffsparse.grid import TokenGrid
 from diffsparse.order import TokenOrder
 from diffsparse.plan import Architecture
 from diffsparse.search.candidates import BITMAP_DENSITIES
+from diffsparse.search.carried import joined_values
 from diffsparse.search.codes import from_codes, to_codes
 from diffsparse.search.config import SearchConfig
 from diffsparse.search.options import FamilyTable, HeadScores
@@ -36,6 +37,7 @@ class StoredScores(ABC):
 
     def __init__(self) -> None:
         self._known: dict[str, dict[str, np.ndarray]] = {}
+        self._both: dict[str, dict[str, np.ndarray]] = {}
         # Of one layer, by parts: pictures of attention, and maps.
         self._drawn: tuple[str, dict[int, np.ndarray]] = "", {}
         self._held: tuple[str, dict[int, dict[TokenOrder, torch.Tensor]]] = "", {}
@@ -142,6 +144,49 @@ class StoredScores(ABC):
         codes = self.coded(layer, maps)
         self.store.put_all({f"sums/{part}/{layer}": sums, f"map/{int(sums['prompts'])}/{part}/{layer}": codes})
 
+    @property
+    @abstractmethod
+    def also(self) -> StoredScores | None:
+        """The scores at the second size, where there is one."""
+
+    def with_also(
+        self,
+        maps: dict[TokenOrder, torch.Tensor],
+        part: int,
+        layer: str,
+        prompts: int,
+        store: SearchStore | None = None,
+    ) -> dict[TokenOrder, torch.Tensor]:
+        """Maps of a part, with those of the second size's first ``prompts`` prompts where there is one."""
+        if self.config.also_size is None:
+            return maps
+        arrays = (self.store if store is None else store).get_arrays(f"carried/{prompts}/{part}/{layer}")
+        return {
+            order: joined_values(value, from_codes(arrays[f"codes{i}"], arrays[f"peak{i}"], value.device))
+            for i, (order, value) in enumerate(maps.items())
+        }
+
+    def _means_of_both(self, layer: str) -> dict[str, np.ndarray]:
+        """:meth:`_means`, with what options leave at the second size, too: the mean of both sizes.
+
+        What is left at the second size counts as the same share of the output at the main one.
+        """
+        own, also = self._means(layer), self.also
+        if also is None:
+            return own
+        if layer not in self._both:
+            other = also._means(layer)
+            share = np.divide(
+                own["energy"], other["energy"], out=np.zeros_like(own["energy"]), where=other["energy"] > 0
+            )
+            left = other["left"] * share[..., None, None]
+            for order, heads in also.heads_of(layer).items():
+                # Families that are alike there have one place, and may differ here.
+                table = also.table(also.grids[layer], order)
+                left[:, heads, :, : table.num_families] = left[:, heads][..., table.same_as]
+            self._both[layer] = {**own, "left": (own["left"] + left) / 2}
+        return self._both[layer]
+
     def _means(self, layer: str) -> dict[str, np.ndarray]:
         """A layer's sums of all traced steps, ``[steps, heads, ...]``, as means over prompts."""
         if layer not in self._known:
@@ -180,9 +225,10 @@ class StoredScores(ABC):
         weights: Mapping[int, float],
         masked: Sequence[int] | None = None,
         repaired: bool | None = None,
+        alone: bool = False,
     ) -> list[HeadScores]:
-        """Those of all heads of a layer."""
-        return self._head_scores(layer, slice(None), weights, masked, repaired)
+        """Those of all heads of a layer. ``alone``: at the main size, where the search has two."""
+        return self._head_scores(layer, slice(None), weights, masked, repaired, alone)
 
     def _head_scores(
         self,
@@ -191,9 +237,10 @@ class StoredScores(ABC):
         weights: Mapping[int, float],
         masked: Sequence[int] | None,
         repaired: bool | None,
+        alone: bool = False,
     ) -> list[HeadScores]:
         steps, share = list(weights), np.array(list(weights.values()))
-        means = self._means(layer)
+        means = self._means(layer) if alone else self._means_of_both(layer)
         mended = self.config.repair if repaired is None else repaired
         left, energy, summed, true = (
             np.tensordot(share, means[name][steps, heads], 1)
@@ -231,7 +278,7 @@ class StoredScores(ABC):
             self._held = layer, {}
         held = self._held[1]
         if part not in held:
-            held[part] = self.maps(part, layer, self.prompts_traced)
+            held[part] = self.with_also(self.maps(part, layer, self.prompts_traced), part, layer, 2)
         return held[part]
 
     def drift(self, layer: str, head: int) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +18,7 @@ from diffsparse.plan import Architecture
 from diffsparse.search.config import SearchConfig
 from diffsparse.search.facts import Facts
 from diffsparse.search.options import FamilyTable
+from diffsparse.search.section import Section
 from diffsparse.search.store import SearchStore
 from diffsparse.search.stored_scores import StoredScores
 
@@ -144,6 +145,8 @@ class StoredSearch(StoredScores):
     ``num_prompts``: how many inputs the search was given.
     """
 
+    _also: StoredSearch | None = None
+
     def __init__(
         self,
         architecture: Architecture,
@@ -161,6 +164,27 @@ class StoredSearch(StoredScores):
 
     def bar(self, total: int, label: str) -> Stage:
         return Stage(total, label, self.progress, self.on_stage)
+
+    # -- the second size -------------------------------------------------------------------------------------------
+
+    @property
+    def also(self) -> StoredSearch | None:
+        """The same search at the second size, where there is one: what is measured there, of two generations."""
+        size = self.config.also_size
+        if size is None or self._also is not None:
+            return self._also
+        height, width, frames = size
+        config = replace(self.config, height=height, width=width, num_frames=frames, also_size=None)
+        self._also = self._other_size(config, Section(self.store, "also/"))
+        self._also.parts = self.parts  # of the same steps
+        return self._also
+
+    def _other_size(self, config: SearchConfig, store: Section) -> StoredSearch:
+        return StoredSearch(self.architecture, 2, config, store, self.progress, self.say, self.on_stage)
+
+    def probe_at(self, grids: dict[str, TokenGrid]) -> Probe:
+        """What is known of the second size when its grids are."""
+        return replace(self.probe, grids=grids, prompts=2, size=None)
 
     # -- what the pipeline told ------------------------------------------------------------------------------------
 

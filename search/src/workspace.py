@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -19,6 +19,7 @@ from diffsparse.search.inputs import Input
 from diffsparse.search.layers import common_architecture
 from diffsparse.search.observe import Recording, call_levels, record
 from diffsparse.search.ranks import Ranks
+from diffsparse.search.section import Section
 from diffsparse.search.shortened import find_asked, shortens
 from diffsparse.search.store import SearchStore
 from diffsparse.search.stored_search import Probe, Stage, StoredSearch, Validation
@@ -29,8 +30,20 @@ __all__ = ["Probe", "Stage", "Validation", "Workspace"]
 MAX_CLIP_BYTES = 2**31
 
 
+class Masks(Protocol):
+    """What masks compute."""
+
+    def levels(self, part: int, layer: str, order: TokenOrder, device: torch.device) -> list[torch.Tensor]:
+        """By densities, for each window of parts: uint8 ``[heads of the order, NB, NB]``."""
+
+
 class Workspace(StoredSearch):
-    """The state that stages share; everything costly is in the store, and read and written through the names here."""
+    """The state that stages share; everything costly is in the store, and read and written through the names here.
+
+    ``masks``: what is judged here where that is not masks of the prompts before.
+    """
+
+    masks: Masks | None = None
 
     def __init__(
         self,
@@ -56,6 +69,17 @@ class Workspace(StoredSearch):
         self.recordings: dict[int, Recording] = {}
         #: Whether all ranks have the recording of the first prompt.
         self.recording_given = False
+
+    @property
+    def also(self) -> Workspace | None:
+        """The same at the second size, where there is one."""
+        found = super().also
+        assert found is None or isinstance(found, Workspace)
+        return found
+
+    def _other_size(self, config: SearchConfig, store: Section) -> StoredSearch:
+        prompts = (self.prompts[0], self.prompts[min(1, self.prompts_traced - 1)])
+        return Workspace(self.pipe, prompts, config, store, self.progress, self.say, self.on_stage)
 
     @property
     def device(self) -> torch.device:

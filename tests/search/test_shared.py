@@ -74,6 +74,14 @@ def test_so_is_that_of_a_pipeline_that_is_given_pictures(tmp_path: Path) -> None
     assert first == second
 
 
+@pytest.mark.slow(reason="a search in one process and one in two, which load the libraries")
+def test_so_is_that_for_two_sizes(tmp_path: Path) -> None:
+    for name, processes in (("one", 1), ("two", 2)):
+        done = search(tmp_path / name, processes, also_size=[48, 64, 13])
+        assert done.returncode == 0, done.stderr
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+
+
 @pytest.mark.slow(reason="searches for a target in one process and in two")
 def test_so_is_that_for_a_target(tmp_path: Path) -> None:
     """Of which each point's clips are made until one falls below it."""

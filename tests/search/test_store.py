@@ -137,7 +137,7 @@ def test_who_has_a_record_is_told_where_that_is_known(tmp_path: Path, monkeypatc
 # -- formats -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("known", [0, 9, 11])
+@pytest.mark.parametrize("known", [0, 10, stores.STORE_FORMAT + 1])
 @pytest.mark.parametrize("reading", [False, True])
 def test_a_record_of_another_format_is_refused_and_left_as_it_is(tmp_path: Path, known: int, reading: bool) -> None:
     path = tmp_path / "search.sqlite"
@@ -146,11 +146,13 @@ def test_a_record_of_another_format_is_refused_and_left_as_it_is(tmp_path: Path,
     with sqlite3.connect(path) as db:
         db.execute(f"PRAGMA user_version = {known}")
     db.close()
-    before = path.read_bytes()
-    if known > stores.STORE_FORMAT:
-        told = rf"a newer diffsparse \(format {known}, this one reads 10\); update diffsparse, or choose another --out"
+    before, ours = path.read_bytes(), stores.STORE_FORMAT
+    if known > ours:
+        told = (
+            rf"a newer diffsparse \(format {known}, this one reads {ours}\); update diffsparse, or choose another --out"
+        )
     else:
-        told = rf"an older diffsparse \(format {known or 'below 10'}, this one reads 10\); delete it to search anew, or"
+        told = rf"an older diffsparse \(format {known or 'below 10'}, this one reads {ours}\); delete it to search anew"
     with pytest.raises(StoreMismatch, match=told) as caught:
         SearchStore(path, reading=reading)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)

@@ -40,6 +40,7 @@ __all__ = [
     "check_share",
     "check_target",
     "interruptible",
+    "read_size",
     "say",
     "stop",
 ]
@@ -141,6 +142,18 @@ def check_numbers(**values: int | float | None) -> None:
             raise BadInput(f"{option} {value}: it must be at least {least}")
         if value is not None and name in ("seed", "first_seed") and value > MAX_OPTION_SEED:
             raise BadInput(f"{option} {str(value)[:40]}: it must be at most {MAX_OPTION_SEED}")
+
+
+def read_size(option: str, text: str | None) -> tuple[int, int, int | None] | None:
+    """Height, width and frames of ``832x480x81``; of images, ``1024x768``, without frames."""
+    if text is None:
+        return None
+    sides = text.lower().split("x")
+    if len(sides) not in (2, 3) or not all(side.isascii() and side.isdigit() and int(side) > 0 for side in sides):
+        raise BadInput(
+            f"{option} {text[:60]}: it is a height and a width in pixels, and the frames of a clip: 832x480x81"
+        )
+    return int(sides[0]), int(sides[1]), int(sides[2]) if len(sides) == 3 else None
 
 
 def check_rows(rows: int, repair: bool) -> None:

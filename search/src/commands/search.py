@@ -28,6 +28,7 @@ from diffsparse.search.commands.common import (
     check_share,
     check_target,
     interruptible,
+    read_size,
     say,
 )
 from diffsparse.search.errors import BadInput
@@ -129,6 +130,14 @@ def search_command(
             "[default: a quarter of the dense run's memory on a GPU, else 1]",
         ),
     ] = None,
+    also_size: Annotated[
+        str | None,
+        typer.Option(
+            "--also-size",
+            metavar="HEIGHTxWIDTH[xFRAMES]",
+            help="A second size to measure attention at, as 832x480x81: masks and choices are made for both.",
+        ),
+    ] = None,
     lora: Loras = None,
     scheduler: Scheduler = None,
     offload: Offload = "none",
@@ -185,6 +194,7 @@ def search_command(
         check_numbers(repair_rows=repair_rows)
         check_rows(repair_rows, repair)
         check_numbers(num_processes=num_processes)
+        second = read_size("--also-size", also_size)
         from diffsparse.search import load, ranks
 
         def told(plan: SparsityPlan, folder: Path, name: str) -> None:
@@ -265,6 +275,7 @@ def search_command(
                 repair=repair,
                 repair_rows=repair_rows,
                 reuse_memory=reuse_memory,
+                also_size=second,
                 about=setup.about,
                 progress=leads,
                 say=say if leads else lambda line: None,

@@ -64,6 +64,7 @@ def search_record(stored: StoredSearch) -> dict[str, Any]:
                 for name in ("guidance_scale", "true_cfg_scale", "height", "width", "num_frames")
                 if (value := facts.size.get(name, getattr(config, name))) is not None
             },
+            **_also(stored),
         },
         "search": {
             "budget": config.budget,
@@ -74,6 +75,15 @@ def search_record(stored: StoredSearch) -> dict[str, Any]:
         "costs": stored.costs(grid).to_dict(),
         "environment": dict(facts.environment),
     }
+
+
+def _also(stored: StoredSearch) -> dict[str, Any]:
+    """The second size, where there is one."""
+    also = stored.also
+    if also is None:
+        return {}
+    sizes = {name: value for name in ("height", "width", "num_frames") if (value := getattr(also.config, name))}
+    return {"also": {"grid": str(main_grid(also.grids)), **sizes}}
 
 
 def write_plan(stored: StoredSearch, chosen: Candidate, seconds: float, out: Path) -> SparsityPlan:

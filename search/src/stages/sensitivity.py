@@ -82,7 +82,7 @@ def reference(work: Workspace) -> tuple[dict[str, list[HeadEntry]], np.ndarray]:
     every = range(work.trace_length)  # they share a mask
     with work.bar(len(work.layers), "masks") as bar, workers() as pool:
         for j, (layer, grid) in enumerate(work.grids.items()):
-            by_step = [work.layer_scores(layer, {step: 1.0}, every, repaired=False) for step in every]
+            by_step = [work.layer_scores(layer, {step: 1.0}, every, repaired=False, alone=True) for step in every]
             tables = [work.table(grid, work.orders[layer, head]) for head in range(work.architecture.heads)]
             wanted = []
             for head, table in enumerate(tables):

@@ -14,7 +14,7 @@ from diffsparse.search.sharing import discard, rank_file, share
 from diffsparse.search.stages.probe import why_unseen
 from diffsparse.search.workspace import Workspace
 
-__all__ = ["run_trace"]
+__all__ = ["run_trace", "trace_prompts"]
 
 
 def run_trace(work: Workspace) -> None:
@@ -28,10 +28,15 @@ def run_trace(work: Workspace) -> None:
         _trace_all(work, todo)
 
 
-def _trace_all(work: Workspace, prompts: list[int], apart: tuple[int, ...] = ()) -> None:
+def trace_prompts(work: Workspace, prompts: list[int], label: str) -> None:
+    """Score every step of a generation of each of them, one after another. ``label``: of the bar."""
+    _trace_all(work, prompts, label=label)
+
+
+def _trace_all(work: Workspace, prompts: list[int], apart: tuple[int, ...] = (), label: str = "trace") -> None:
     """``apart``: those whose predecessors are traced at the same time."""
     steps = work.config.trace_steps
-    with work.bar(len(prompts) * steps, "trace") as bar, watched_updates(work.pipe, lambda _: bar.update()):
+    with work.bar(len(prompts) * steps, label) as bar, watched_updates(work.pipe, lambda _: bar.update()):
         for i, p in enumerate(prompts, 1):
             if p in apart and work.apart is not None and work.apart.is_traced(p):
                 # Its scores are there; judging its masks takes its generation.
