@@ -71,8 +71,8 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
         "PlanError",
     ),
     "diffsparse.online": ("OnlineRepair",),
-    "diffsparse.presets": (
-        "list_presets",
+    "diffsparse.preset_plans": (
+        "presets",
         "preset",
     ),
     "diffsparse.pipelines": (
@@ -131,8 +131,8 @@ if TYPE_CHECKING:  # the same table, for type checkers and editors (a test compa
     from diffsparse.pipelines import sparse_attention_summary as sparse_attention_summary
     from diffsparse.plan import PlanError as PlanError
     from diffsparse.plan import SparsityPlan as SparsityPlan
-    from diffsparse.presets import list_presets as list_presets
-    from diffsparse.presets import preset as preset
+    from diffsparse.preset_plans import preset as preset
+    from diffsparse.preset_plans import presets as presets
     from diffsparse.schedule import Schedule as Schedule
     from diffsparse.search.api import evaluate_plan as evaluate_plan
     from diffsparse.search.api import search_plan as search_plan

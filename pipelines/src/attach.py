@@ -37,7 +37,7 @@ def enable_sparse_attention(
     Args:
         pipe_or_transformer: a diffusers pipeline (both transformers of Wan 2.2 are covered) or a transformer.
         plan: a ``SparsityPlan``; a folder or Hub id of one; the name of a preset, such as
-            ``"conservative"`` (:func:`diffsparse.list_presets`); a dict of these by component (``{"transformer": ...,
+            ``"conservative"`` (:func:`diffsparse.presets`); a dict of these by component (``{"transformer": ...,
             "transformer_2": ...}``; one that is left out stays dense); or ``"auto"``: the plan in the model folder's
             ``sparse_plan`` if it is for this architecture, else the one cached for it, else the conservative preset,
             with a warning. A log line says which.

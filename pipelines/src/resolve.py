@@ -18,7 +18,7 @@ from diffsparse.pipelines._diffusers import local_folder
 from diffsparse.pipelines.families.sizes import USUAL_SIZES
 from diffsparse.pipelines.family import architecture_of
 from diffsparse.plan import JSON_NAME, PlanError, SparsityPlan
-from diffsparse.presets import PRESETS, preset
+from diffsparse.preset_plans import PRESETS, preset
 
 __all__ = ["PLAN_FOLDER", "cache_folder", "makes_images", "named_plan", "resolve_plans"]
 

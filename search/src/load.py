@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffsparse.codec import PlanError
 from diffsparse.plan import SparsityPlan
-from diffsparse.presets import PRESETS
+from diffsparse.preset_plans import PRESETS
 from diffsparse.saving import is_full
 from diffsparse.search.columns import printable, shorten
 from diffsparse.search.errors import BadInput, DiskFull

@@ -15,7 +15,7 @@ import torch
 
 from diffsparse.kernels import sparse_attention
 from diffsparse.plan import SparsityPlan
-from diffsparse.presets import preset
+from diffsparse.preset_plans import preset
 from diffsparse.search import load
 from diffsparse.search.errors import BadInput
 from diffsparse.search.generate import GenerationSettings

@@ -33,7 +33,7 @@ from diffsparse.pipelines import (
 from diffsparse.pipelines import family as families
 from diffsparse.pipelines.context import CTX
 from diffsparse.plan import PlanError, SparsityPlan
-from diffsparse.presets import preset
+from diffsparse.preset_plans import preset
 from diffsparse.schedule import Schedule
 from tests.helpers.process import run_python
 from tests.pipelines.models import (

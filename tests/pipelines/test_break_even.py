@@ -20,7 +20,7 @@ from diffsparse.patterns import Band
 from diffsparse.pipelines import architecture_of, sparse_attention, sparse_attention_summary
 from diffsparse.pipelines.policy import FULL, SLOWER
 from diffsparse.plan import SparsityPlan
-from diffsparse.presets import preset
+from diffsparse.preset_plans import preset
 from tests.helpers.break_even import table
 from tests.pipelines.models import run, wan, wan_inputs
 

@@ -16,7 +16,7 @@ from diffsparse.pipelines import (
     tap_attention,
 )
 from diffsparse.pipelines.families.tested import features_of
-from diffsparse.presets import preset
+from diffsparse.preset_plans import preset
 from diffsparse.schedule import Schedule
 from tests.pipelines.claims import shows
 from tests.pipelines.models import CASES, generate, mixed_plan, run, wan, wan_inputs, wan_pipeline

@@ -10,7 +10,7 @@ import torch
 
 from diffsparse.pipelines import attend, patch, sparse_attention, sparse_attention_summary
 from diffsparse.pipelines.policy import UNKNOWN
-from diffsparse.presets import preset
+from diffsparse.preset_plans import preset
 from tests.pipelines import zoo_image
 from tests.pipelines.case import TEXT
 from tests.pipelines.models import mixed_plan, wan, wan_inputs

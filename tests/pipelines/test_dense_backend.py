@@ -21,7 +21,7 @@ from diffsparse.pipelines import (
 )
 from diffsparse.pipelines import dense as choosing
 from diffsparse.plan import SparsityPlan
-from diffsparse.presets import preset
+from diffsparse.preset_plans import preset
 from diffsparse.schedule import Schedule
 from tests.pipelines.models import CASES, run, wan, wan_inputs
 from tests.tolerance import MODEL, assert_near

@@ -22,7 +22,7 @@ from diffsparse.pipelines import (
 from diffsparse.pipelines.context import CTX
 from diffsparse.pipelines.state import LayerState
 from diffsparse.plan import SparsityPlan
-from diffsparse.presets import preset
+from diffsparse.preset_plans import preset
 from tests.pipelines.models import CASES, Case, dense_plan, masked_attention, mixed_plan, run
 from tests.tolerance import MODEL, assert_near
 

@@ -16,7 +16,7 @@ from diffsparse.layout import BlockLayout, build_layout
 from diffsparse.order import RasterOrder, TileOrder
 from diffsparse.patterns import GridStripes, Pattern, Radial, Window
 from diffsparse.pipelines import enable_sparse_attention, sparse_attention, sparse_attention_summary, tap_attention
-from diffsparse.presets import preset
+from diffsparse.preset_plans import preset
 from tests.pipelines.case import TEXT
 from tests.pipelines.claims import shows
 from tests.pipelines.models import flux, flux_inputs, masked_attention, mixed_plan, run, wan

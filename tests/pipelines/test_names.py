@@ -11,7 +11,7 @@ from diffsparse.grid import TokenGrid
 from diffsparse.order import TileOrder
 from diffsparse.pipelines import enable_sparse_attention, sparse_attention, sparse_attention_summary
 from diffsparse.pipelines.resolve import makes_images, named_plan, resolve_plans
-from diffsparse.presets import PRESETS, preset
+from diffsparse.preset_plans import PRESETS, preset
 from tests.pipelines.models import flux, run, wan, wan_inputs, wan_pipeline
 
 pytestmark = pytest.mark.usefixtures("own_cache")

@@ -12,7 +12,7 @@ from diffsparse.kernels.backends.reference.forward import reference_attention
 from diffsparse.online import OnlineRepair
 from diffsparse.pipelines import sparse_attention, sparse_attention_summary, tap_attention
 from diffsparse.plan import SparsityPlan
-from diffsparse.presets import preset
+from diffsparse.preset_plans import preset
 from tests.pipelines.models import CASES, mixed_plan, run, wan, wan_inputs
 from tests.tolerance import Work, assert_near, near
 

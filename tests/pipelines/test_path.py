@@ -17,7 +17,7 @@ import torch
 from diffsparse.kernels import BACKENDS, ops
 from diffsparse.pipelines import attend, patch, sparse_attention, state
 from diffsparse.pipelines.context import CTX
-from diffsparse.presets import preset
+from diffsparse.preset_plans import preset
 from tests.pipelines.models import CASES, run, wan
 
 #: Functions between the one that stands for diffusers' attention and the backend.

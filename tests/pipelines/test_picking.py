@@ -21,7 +21,7 @@ from diffsparse.order import AxisOrder, RasterOrder, TileOrder
 from diffsparse.patterns import Full, Window
 from diffsparse.pipelines import architecture_of, sparse_attention, sparse_attention_summary, tap_attention
 from diffsparse.plan import SparsityPlan
-from diffsparse.presets import preset
+from diffsparse.preset_plans import preset
 from diffsparse.published import PUBLISHED
 from diffsparse.schedule import Schedule
 from diffsparse.selection import RULES, Budget, OnlineSelection

@@ -15,7 +15,7 @@ from diffsparse.order import AxisOrder, CurveOrder, RasterOrder, TileOrder
 from diffsparse.patterns import Band, Empty, Full, Radial, Window
 from diffsparse.pipelines import policy
 from diffsparse.pipelines.policy import Machine, judge_arguments, judge_call, judge_layer, machine_for, misfit
-from diffsparse.presets import preset
+from diffsparse.preset_plans import preset
 from diffsparse.work import head_work
 from tests.helpers import break_even
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from diffsparse.pipelines import sparse_attention_summary
-from diffsparse.presets import preset
+from diffsparse.preset_plans import preset
 from diffsparse.search import evaluate_plan, metrics
 from diffsparse.search.errors import BadInput
 from diffsparse.search.evaluate import DenseSet, compare, generate_dense, paired

@@ -23,7 +23,7 @@ from diffsparse.pipelines import sparse_attention, sparse_attention_summary
 from diffsparse.pipelines.families.sizes import USUAL_SIZES
 from diffsparse.pipelines.policy import SLOWER
 from diffsparse.plan import Architecture, SparsityPlan
-from diffsparse.presets import preset
+from diffsparse.preset_plans import preset
 from diffsparse.schedule import Schedule
 from diffsparse.search import load
 from diffsparse.search.columns import printable, text_table

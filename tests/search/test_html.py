@@ -23,7 +23,7 @@ from diffsparse.layout import build_layout
 from diffsparse.order import AxisOrder, TileOrder
 from diffsparse.patterns import Band, Bitmap, Columns, Empty, Sink, Window
 from diffsparse.plan import Architecture, SparsityPlan
-from diffsparse.presets import preset
+from diffsparse.preset_plans import preset
 from diffsparse.schedule import Schedule
 from diffsparse.search.errors import BadInput
 from diffsparse.search.html import inspector, write_html

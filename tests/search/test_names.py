@@ -11,7 +11,7 @@ import torch
 
 from diffsparse.order import RasterOrder, TileOrder
 from diffsparse.pipelines.resolve import resolve_plans
-from diffsparse.presets import PRESETS, preset
+from diffsparse.preset_plans import PRESETS, preset
 from diffsparse.search import api, cli, evaluate, load
 from diffsparse.search.errors import BadInput
 from diffsparse.search.explain import explain, shape_for

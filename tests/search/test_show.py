@@ -18,7 +18,7 @@ from diffsparse.online import OnlineRepair
 from diffsparse.order import AxisOrder, RasterOrder, TileOrder, TokenOrder
 from diffsparse.patterns import Empty, Full, Sink, Window
 from diffsparse.plan import SparsityPlan
-from diffsparse.presets import preset
+from diffsparse.preset_plans import preset
 from diffsparse.search.columns import text_table
 from diffsparse.search.errors import BadInput
 from diffsparse.search.measured import PooledAttention, figures_beside

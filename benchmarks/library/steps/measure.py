@@ -16,7 +16,7 @@ from benchmarks.library.steps.models import Model, build, inputs
 from benchmarks.library.steps.plans import plan_of
 from benchmarks.library.steps.rows import OK, Row, ratios
 from diffsparse.pipelines import architecture_of, sparse_attention, sparse_attention_summary
-from diffsparse.presets import preset
+from diffsparse.preset_plans import preset
 
 __all__ = ["Step", "bench_model", "run_step"]
 

@@ -15,7 +15,7 @@ from diffsparse.grid import TokenGrid
 from diffsparse.pipelines import architecture_of, find_transformers
 from diffsparse.pipelines.resolve import PLAN_FOLDER, makes_images
 from diffsparse.plan import JSON_NAME, SparsityPlan
-from diffsparse.presets import preset
+from diffsparse.preset_plans import preset
 from diffsparse.search import load
 from diffsparse.search.demo.inspector import PlanView, check_blocks
 from diffsparse.search.demo.sessions import Session

@@ -12,7 +12,7 @@ from diffsparse.plan import SparsityPlan
 from diffsparse.published import PUBLISHED
 from diffsparse.schedule import Schedule
 
-__all__ = ["PRESETS", "list_presets", "preset"]
+__all__ = ["PRESETS", "presets", "preset"]
 
 _OWN = {
     "dense": "everything dense, to try the attaching alone",
@@ -23,7 +23,7 @@ _OWN = {
 PRESETS = (*_OWN, *PUBLISHED)
 
 
-def list_presets() -> dict[str, str]:
+def presets() -> dict[str, str]:
     """Every preset by name, with one line on what it does and where it is from."""
     return _OWN | {name: method.line for name, method in PUBLISHED.items()}
 
@@ -49,7 +49,7 @@ def preset(
     each query sees 60% of the frames and 50% of the rows and columns around it exactly and the rest through block
     summaries. Options as those of ``window``.
 
-    The others are published methods with their authors' settings, of which :func:`list_presets` has a line each:
+    The others are published methods with their authors' settings, of which :func:`presets` has a line each:
     ``xattention`` (options ``tau``, ``stride``), ``adaspa`` (``density``, ``rows``, ``search_at``), ``sparsed``
     (``density``, ``rows``), ``minference`` (``density``, ``rows``), ``draft`` (``density``), ``blade`` (``mass``,
     ``least``, ``most``, ``samples``), ``sla`` (``density``), ``vmoba`` (``tau``), ``sol`` (``tau``), ``subblock``
