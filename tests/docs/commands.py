@@ -31,6 +31,9 @@ GPU_BENCHMARKS = {
     "benchmarks/numerics.py": (
         "needs a Hopper GPU; tests/kernels/test_numerics_benchmark.py runs its parts on the CPU"
     ),
+    "benchmarks/search.py": (
+        "searches models of real size on a GPU; tests/search/test_search_benchmark.py runs the script on small ones"
+    ),
     "benchmarks/pipeline.py": (
         "times steps of large models on a GPU; tests/search/test_pipeline_benchmark.py runs the script with --tiny"
     ),
