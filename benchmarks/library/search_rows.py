@@ -52,9 +52,8 @@ def groups(layers: int, step: float) -> int:
 def extrapolated(few: list[Row], more: list[Row], layers: int) -> list[Row]:
     """Rows of the whole model from those of two with fewer layers: each further layer adds as much as those between.
 
-    What does not grow, as the compilation of kernels, stays as it is.
-
-    In ``sensitivity`` all layers run once for each group of layers.
+    What does not grow, as the compilation of kernels, stays as it is. In ``sensitivity`` all layers run once
+    for each group of layers.
     """
     first, second = few[-1], more[-1]
     status = f"extrapolated from {first.layers} and {second.layers} layers"
