@@ -83,6 +83,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
         "register_family",
     ),
     "diffsparse.search.api": ("evaluate_plan", "search_plan"),
+    "diffsparse.search.compare.api": ("compare_methods",),
     "diffsparse.search.recompose": ("compose_plan",),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
@@ -136,6 +137,7 @@ if TYPE_CHECKING:  # the same table, for type checkers and editors (a test compa
     from diffsparse.schedule import Schedule as Schedule
     from diffsparse.search.api import evaluate_plan as evaluate_plan
     from diffsparse.search.api import search_plan as search_plan
+    from diffsparse.search.compare.api import compare_methods as compare_methods
     from diffsparse.search.recompose import compose_plan as compose_plan
     from diffsparse.selection import Budget as Budget
     from diffsparse.selection import OnlineSelection as OnlineSelection

@@ -105,7 +105,9 @@ def attend(layer: LayerState, request: Request) -> torch.Tensor:
     backend, watch = machine.kernel, call.start_watch(device)
     picked, density = None, None
     if layout.heads.picks is not None:
+        picking = call.start_watch(device)
         picked, density = call.pick(index, layout, q, k, scale)
+        call.has_picked(index, picking)
     if apart is not None and by_heads is not None:
         out = run_checked(q, k, v, apart[0], scale=scale, kv_len=key_mask, backend=layer.backend, index=picked)
         dense_heads_(out, q, k, v, apart[1], kernel=by_heads, scale=scale, key_mask=key_mask)

@@ -63,7 +63,7 @@ class Call:
     frame: FrameType | None = None
     # layer index -> (density executed, work of the dense call, why dense, backend or dense kernel)
     events: dict[int, list[tuple[float | torch.Tensor | None, float, str, str]]] = field(default_factory=dict)
-    watches: list[tuple[int, bool, Watch]] = field(default_factory=list)
+    watches: list[tuple[int, str, Watch]] = field(default_factory=list)
     foreign: set[int] = field(default_factory=set)
     compiled: frozenset[int] = frozenset()
     device: torch.device | None = None
@@ -178,6 +178,12 @@ class Call:
         """For the call that comes next, where it can be timed."""
         return start_watch(device, self.state.timing)
 
+    def has_picked(self, index: int, watch: Watch | None) -> None:
+        """Count the time that picking a call's blocks took; the call's own time has it too."""
+        if watch is not None:
+            watch.stop()
+            self.watches.append((index, "pick", watch))
+
     def ran_sparse(
         self, index: int, shape: torch.Size, density: float | torch.Tensor, backend: str, watch: Watch | None
     ) -> None:
@@ -185,7 +191,7 @@ class Call:
         self.events.setdefault(index, []).append((density, _work(shape), "", backend))
         if watch is not None:
             watch.stop()
-            self.watches.append((index, True, watch))
+            self.watches.append((index, "sparse", watch))
 
     def run_dense(
         self,
@@ -206,7 +212,7 @@ class Call:
         out = dense()
         if watch is not None:
             watch.stop()
-            self.watches.append((index, False, watch))
+            self.watches.append((index, "dense", watch))
         return out
 
     def finish(self, complete: bool, cached: bool) -> None:

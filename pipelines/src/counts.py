@@ -29,6 +29,8 @@ class LayerCounts:
     dense_seconds: float = 0.0
     timed_sparse: int = 0
     timed_dense: int = 0
+    pick_seconds: float = 0.0  # of the timed sparse calls, what picking their blocks took
+    timed_picks: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     backends: Counter[str] = field(default_factory=Counter)
     dense_kernels: Counter[str] = field(default_factory=Counter)

@@ -183,7 +183,7 @@ class ModelState:
         # A strong reference would make a deep copy of the transformer copy the whole pipeline.
         self._pipe = weakref.ref(pipe) if pipe is not None else None
         self.schedule: tuple[Any, list[float]] | None = None
-        self.pending: deque[tuple[int, bool, Watch]] = deque(maxlen=MAX_PENDING)
+        self.pending: deque[tuple[int, str, Watch]] = deque(maxlen=MAX_PENDING)
         scheduler = self.scheduler
         if scheduler is not None:
             self.num_train_timesteps = int(scheduler.config.get("num_train_timesteps", self.num_train_timesteps))
@@ -391,15 +391,18 @@ class ModelState:
     def _collect_times(self) -> None:
         """Read the watches whose calls have ended. Calls end in the order they were made, so it stops at the first."""
         while self.pending:
-            index, sparse, watch = self.pending[0]
+            index, what, watch = self.pending[0]
             seconds = watch.seconds()
             if seconds is None:
                 return
             self.pending.popleft()
             count = self.counts[index]
-            if sparse:
+            if what == "sparse":
                 count.sparse_seconds += seconds
                 count.timed_sparse += 1
+            elif what == "pick":
+                count.pick_seconds += seconds
+                count.timed_picks += 1
             else:
                 count.dense_seconds += seconds
                 count.timed_dense += 1

@@ -18,7 +18,8 @@ class LayerSummary:
     density: mean over its sparse calls. total_density: over all its calls. unseen_calls: forwards in which it made no
     attention call that can be seen: a cache skipped it, or its processor is from outside diffusers.
     sparse_ms, dense_ms: mean milliseconds of the calls that were timed (``timed_calls``); None where none was. On a GPU
-    only with ``timing=True``, and the last calls are missing where the GPU has not ended them yet.
+    only with ``timing=True``, and the last calls are missing where the GPU has not ended them yet. pick_seconds: what
+    picking blocks took in them, where a rule picks any; ``seconds`` has it too.
     """
 
     name: str
@@ -34,6 +35,7 @@ class LayerSummary:
     timed_calls: int = 0
     seconds: float | None = None
     dense_kernels: dict[str, int] = field(default_factory=dict)
+    pick_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,12 @@ class TransformerSummary:
         return sum(timed) if timed else None
 
     @property
+    def pick_seconds(self) -> float | None:
+        """Of that time, what picking blocks took; None where no rule picks any, or nothing was timed."""
+        timed = [layer.pick_seconds for layer in self.layers if layer.pick_seconds is not None]
+        return sum(timed) if timed else None
+
+    @property
     def timed_calls(self) -> int:
         return sum(layer.timed_calls for layer in self.layers)
 
@@ -153,6 +161,7 @@ class SparseSummary:
                 "dense_kernels": t.dense_kernels,
                 "timed_calls": t.timed_calls,
                 "seconds": t.seconds,
+                "pick_seconds": t.pick_seconds,
             }
             result["transformers"][name] = {**asdict(t), "layers": [asdict(x) for x in t.layers], **totals}
         return result
@@ -195,7 +204,8 @@ class SparseSummary:
             if t.seconds is not None:
                 calls = t.sparse_calls + t.dense_calls
                 of = f" ({t.timed_calls} of {calls} calls timed)" if t.timed_calls != calls else ""
-                lines.append(f"  time in attention: {t.seconds:.3f} s{of}")
+                picking = "" if t.pick_seconds is None else f", {t.pick_seconds:.3f} s of it to pick blocks"
+                lines.append(f"  time in attention: {t.seconds:.3f} s{picking}{of}")
             if unseen := sum(layer.unseen_calls for layer in t.layers):
                 lines.append(f"  no attention call seen (skipped by a cache, or a foreign processor): {unseen}")
             lines += [f"  skipped {name}: {why}" for name, why in t.skipped.items()]
@@ -267,6 +277,7 @@ def _summarise(name: str, state: ModelState) -> TransformerSummary:
                 dense_ms=1e3 * c.dense_seconds / c.timed_dense if c.timed_dense else None,
                 timed_calls=c.timed_sparse + c.timed_dense,
                 seconds=c.sparse_seconds + c.dense_seconds if c.timed_sparse + c.timed_dense else None,
+                pick_seconds=c.pick_seconds if c.timed_picks else None,
             )
             for layer, c in zip(state.layers, counts)
         )

@@ -20,7 +20,7 @@ from diffsparse.search.ranks import Ranks
 from diffsparse.search.recorded import recorded_value
 from diffsparse.search.signature import parameters
 
-__all__ = ["evaluate_plan", "search_plan"]
+__all__ = ["asked_settings", "evaluate_plan", "search_plan"]
 
 #: The names of options of a call in a plan's record, where they differ.
 RECORDED_AS = {"num_inference_steps": "steps"}
@@ -110,7 +110,7 @@ def search_plan(
     if not given:
         raise BadInput("a search needs at least one prompt")
     check_dense(pipe)
-    settings = _settings(
+    settings = asked_settings(
         pipe,
         given,
         {},
@@ -219,7 +219,7 @@ def evaluate_plan(
             given, seeds = as_inputs(inputs), check_seeds(seeds)
             if not given:
                 raise BadInput("there is no input to generate; give at least one prompt")
-            settings = _settings(
+            settings = asked_settings(
                 pipe,
                 given,
                 {} if isinstance(plan, str) else plan.record,
@@ -239,7 +239,7 @@ def evaluate_plan(
     return replace(report, dense=dense)
 
 
-def _settings(pipe: Any, inputs: Sequence[Input], record: Mapping[str, Any], **asked: Any) -> GenerationSettings:
+def asked_settings(pipe: Any, inputs: Sequence[Input], record: Mapping[str, Any], **asked: Any) -> GenerationSettings:
     """What was asked for; else what the plan's record says; else None, which is the pipeline's own.
 
     What only the record says, and this pipeline does not take, is left out. Raises :class:`BadInput` for what it

@@ -9,6 +9,7 @@ import typer
 
 from diffsparse.search.commands.bench import bench_break_even_command, bench_kernels_command
 from diffsparse.search.commands.common import BAD_INPUT, INTERRUPTED, say, stop
+from diffsparse.search.commands.compare import compare_command
 from diffsparse.search.commands.demo import demo_command
 from diffsparse.search.commands.env import env_command
 from diffsparse.search.commands.evaluate import eval_command
@@ -51,6 +52,7 @@ def _app(
 
 app.command("search")(search_command)
 app.command("eval")(eval_command)
+app.command("compare")(compare_command)
 app.command("show")(show_command)
 app.command("explain")(explain_command)
 bench_app.command("kernels")(bench_kernels_command)

@@ -35,8 +35,12 @@ __all__ = [
     "check_plan",
     "compare",
     "device_of",
+    "finite",
     "generate_dense",
+    "other_dense_kernel",
     "paired",
+    "run_warm_up",
+    "why_dense",
 ]
 
 #: Reasons for dense calls that are the plan's own.
@@ -182,7 +186,7 @@ class EvalReport:
             for c in self.clips
         ]
         n = len(self.clips)
-        return _finite(
+        return finite(
             {
                 "plan": self.plan,
                 "passed": self.passed,
@@ -227,11 +231,12 @@ def _mean_known(values: list[float | None]) -> float | None:
     return math.fsum(known) / len(known) if known else None
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """As JSON values: no NaN and no infinity (None instead)."""
     if isinstance(value, dict):
-        return {str(k): _finite(v) for k, v in value.items()}
+        return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
@@ -241,7 +246,7 @@ def _finite(value: Any) -> Any:
 
 
 @contextmanager
-def _other_dense_kernel(device: torch.device) -> Iterator[str]:
+def other_dense_kernel(device: torch.device) -> Iterator[str]:
     """Another exact attention than the default: memory-efficient on a GPU, the plain formula elsewhere."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -256,7 +261,7 @@ def device_of(pipe: Any) -> torch.device:
     return torch.device(getattr(pipe, "_execution_device", pipe.device))
 
 
-def _warm_up(pipe: Any, prompt: GenerationInput, settings: GenerationSettings) -> None:
+def run_warm_up(pipe: Any, prompt: GenerationInput, settings: GenerationSettings) -> None:
     """A short generation whose output is not used: it compiles kernels, allocates memory and builds layouts."""
     steps = steps_to_ask(pipe, as_input(prompt), WARM_UP_STEPS)
     generate_clip(pipe, prompt, 0, settings.brief(pipe, steps))
@@ -285,7 +290,7 @@ def generate_dense(
         raise BadInput("there is no prompt to generate")
     check_inputs(pipe, inputs)
     if warm_up:
-        _warm_up(pipe, inputs[0], settings)
+        run_warm_up(pipe, inputs[0], settings)
     made = generate_clips(pipe, inputs, seeds, settings, label="dense", progress=progress)
     clips = {(c.prompt, c.seed): c for c in made}
     pairs = [(clips[i.name, a], clips[i.name, b]) for i in inputs for a, b in combinations(seeds, 2)]
@@ -294,7 +299,7 @@ def generate_dense(
     apart = mean_of([metrics.psnr(a.frames, b.frames) for a, b in pairs]) if other_seed else None
     floor = None
     if noise_floor:
-        with _other_dense_kernel(device_of(pipe)) as kernel:
+        with other_dense_kernel(device_of(pipe)) as kernel:
             again = generate_clip(pipe, inputs[0], seeds[0], settings).frames
         floor = NoiseFloor(kernel, metrics.psnr(again, made[0].frames), metrics.ssim(again, made[0].frames))
     return DenseSet(clips, settings, apart.mean if apart else None, floor)
@@ -340,7 +345,7 @@ def compare(
     first = next(iter(dense.clips.values()))
     with pipelines.sparse_attention(pipe, plan, backend=backend):
         if warm_up:
-            _warm_up(pipe, first.made_from, dense.settings)
+            run_warm_up(pipe, first.made_from, dense.settings)
         before = executed_work(pipelines.sparse_attention_summary(pipe))
         label = name or _plan_name(plan)
         with tqdm(dense.clips, desc=f"sparse ({label})", unit="clip", disable=not progress, leave=False) as bar:
@@ -354,7 +359,7 @@ def compare(
         for twin, clip in zip(dense.clips.values(), sparse, strict=True)
     ]
     call, trajectory = executed_work(summary).since(before)
-    if reasons := _why_dense(summary):
+    if reasons := why_dense(summary):
         notes.append(reasons)
     return EvalReport(
         plan=label,
@@ -371,7 +376,7 @@ def compare(
     )
 
 
-def _why_dense(summary: pipelines.SparseSummary) -> str | None:
+def why_dense(summary: pipelines.SparseSummary) -> str | None:
     """What ran dense though the plan has it sparse, in one line."""
     reasons: dict[str, int] = {}
     for transformer in summary.transformers.values():

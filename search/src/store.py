@@ -51,9 +51,12 @@ class SearchStore:
     """Named JSON values and arrays, each written in a transaction of its own. A context manager.
 
     The file is its process's alone until it is closed: two searches in one folder would undo each other's plan. Every
-    value has a checksum. Raises :class:`StoreLocked`, :class:`StoreMismatch`, :class:`StoreDamaged`,
+    value has a checksum. ``noun``, ``anew``: what the file is the record of, and how it is made again, for messages.
+    Raises :class:`StoreLocked`, :class:`StoreMismatch`, :class:`StoreDamaged`,
     :class:`~diffsparse.search.errors.DiskFull` and :class:`~diffsparse.search.errors.BadInput`.
     """
+
+    noun, anew = "search", "search anew"
 
     def __init__(self, path: Path, *, reading: bool = False) -> None:
         """``reading``: of a file that is there and is not written to, which several processes may do at once."""
@@ -98,7 +101,7 @@ class SearchStore:
             )
         raise StoreMismatch(
             f"{self.path} is the record of an older diffsparse (format {known or 'below 10'}, this one reads "
-            f"{STORE_FORMAT}); delete it to search anew, or choose another --out"
+            f"{STORE_FORMAT}); delete it to {self.anew}, or choose another --out"
         )
 
     def __enter__(self) -> SearchStore:
@@ -119,7 +122,7 @@ class SearchStore:
             code = getattr(error, "sqlite_errorcode", 0) & 0xFF
             if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
                 raise StoreLocked(
-                    f"another search is running on {self.path}{holder.of(self.path)}; wait until it has ended, or "
+                    f"another {self.noun} is running on {self.path}{holder.of(self.path)}; wait until it has ended, or "
                     "choose another --out"
                 ) from error
             # A write that fails for want of space is reported by several names.
@@ -129,18 +132,19 @@ class SearchStore:
                 raise DiskFull(self.path, "run the same command again to go on from there") from error
             if code == sqlite3.SQLITE_NOTADB and opening:
                 raise StoreMismatch(
-                    f"{self.path} is not a search record ({error}); move it away or choose another --out"
+                    f"{self.path} is not a {self.noun} record ({error}); move it away or choose another --out"
                 ) from error
             if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_IOERR):
                 raise BadInput(
-                    f"the search's record {self.path} cannot be read or written ({error}); "
+                    f"the {self.noun}'s record {self.path} cannot be read or written ({error}); "
                     "put that right and run the same command again, or choose another --out"
                 ) from error
             raise self._damaged(str(error)) from error
 
     def _damaged(self, what: str) -> StoreDamaged:
         return StoreDamaged(
-            f"the search's record {self.path} is damaged ({what}); delete it to search anew, or choose another --out"
+            f"the {self.noun}'s record {self.path} is damaged ({what}); delete it to {self.anew}, or choose another "
+            "--out"
         )
 
     def __contains__(self, name: str) -> bool:
@@ -258,7 +262,7 @@ class SearchStore:
         """
         if "identity" not in self:
             if self.names():
-                raise self._damaged("it lacks the search's settings")
+                raise self._damaged(f"it lacks the {self.noun}'s settings")
             self.put_json("identity", identity)
             return False
         known = self.get_json("identity")
@@ -266,7 +270,7 @@ class SearchStore:
         wanted = json.loads(json.dumps(identity))
         if differing := sorted(k for k in {*known, *wanted} if known.get(k) != wanted.get(k)):
             raise StoreMismatch(
-                f"{self.path} holds a search with other settings ({', '.join(differing)}); "
+                f"{self.path} holds a {self.noun} with other settings ({', '.join(differing)}); "
                 "use the same settings to go on with it, or another --out"
             )
         return True
@@ -279,7 +283,7 @@ class SearchStore:
         if (wrote := identity.get("version")) not in (None, diffsparse.__version__):
             raise StoreMismatch(
                 f"{self.path} is the record of diffsparse {wrote}, and this is {diffsparse.__version__}; go on with "
-                "that version, delete it to search anew, or choose another --out"
+                f"that version, delete it to {self.anew}, or choose another --out"
             )
 
 

@@ -99,6 +99,9 @@ SMALL: dict[tuple[str, ...], tuple[str, ...]] = {
     ("diffsparse", "search", "--from"): (),  # of the size that was searched
     ("diffsparse", "search"): (*CLIP, "--trace-prompts", "1", "--samples", "2", "--validate", "0", "--device", "cpu"),
     ("diffsparse", "eval"): (*CLIP, "--seeds", "1", "--no-lpips", "--device", "cpu"),
+    ("diffsparse", "compare"): (
+        *(*CLIP, "--methods", "subblock", "--densities", ".7", "--seeds", "1", "--no-lpips", "--device", "cpu"),
+    ),
     ("diffsparse", "bench", "kernels"): ("--grid", "2,8,8", "--heads", "1", "--head-dim", "32", "--device", "cpu"),
     ("diffsparse", "bench", "break-even"): (
         *("--tokens", "256,512", "--heads", "1", "--head-dim", "32", "--device", "cpu", "--out", "break_even.json"),

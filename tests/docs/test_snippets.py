@@ -87,13 +87,13 @@ def place(_known_tails: None, no_more_rules: None, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(DiffusionPipeline, "to", on_the_cpu)
     for cls in (WanPipeline, FluxPipeline):
         monkeypatch.setattr(cls, "__call__", _smaller(cls.__call__))
-    settings = api._settings
+    settings = api.asked_settings
 
     def small_settings(*args: Any, **kwargs: Any) -> Any:
         found = settings(*args, **kwargs)
         return replace(found, **{n: min(getattr(found, n) or most, most) for n, most in LARGEST.items()})
 
-    monkeypatch.setattr(api, "_settings", small_settings)
+    monkeypatch.setattr(api, "asked_settings", small_settings)
     return tmp_path
 
 

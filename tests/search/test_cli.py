@@ -24,6 +24,7 @@ from tests.search.tiny import PROMPTS, SHAPE_OPTIONS, Cli
     [
         ["search"],
         ["eval"],
+        ["compare"],
         ["show"],
         ["explain"],
         ["bench", "kernels"],

@@ -41,7 +41,7 @@ def test_eval_judges_the_plan_that_runs(
 
     for module, what, stand_in in (
         (load, "load_pipeline", lambda *args, **options: pipe),
-        (api, "_settings", lambda *args, **options: None),
+        (api, "asked_settings", lambda *args, **options: None),
         (evaluate, "generate_dense", lambda *args, **options: None),
         (evaluate, "compare", compare),
     ):
