@@ -57,13 +57,13 @@ def adaspa(
     search_at: tuple[float, ...] = (0.4,),
     tail: str = "none",
 ) -> HeadEntry:
-    """AdaSpa (arXiv 2502.21079): exact attention mass by blocks, the best fifth of each row, searched twice.
+    """AdaSpa (arXiv 2502.21079): exact attention mass by blocks, the best of each row, searched twice.
 
-    As published: blocks of 64, 10 of 50 steps dense, searches at steps 10 and 30, which are the first sparse step here
-    and the noise levels ``search_at``. Its heads get different shares by their recall; here all have ``density``. Its
+    As published: blocks of 64, a fifth of them, of which heads with a good recall give half to others, 10 of 50 steps
+    dense, searches at steps 10 and 30, which are the first sparse step here and the noise levels ``search_at``. Its
     search keeps log-sum-exps, which saves time and changes no block.
     """
-    rule = OnlineSelection("mass", Budget("density", density), (("rows", rows),), tuple(search_at))
+    rule = OnlineSelection("mass", Budget("recall_heads", density), (("rows", rows),), tuple(search_at))
     return _picked(RasterOrder(), rule, tail)
 
 

@@ -30,11 +30,22 @@ __all__ = [
     "share_of",
 ]
 
-BudgetKind = Literal["density", "top_k", "top_p", "top_p_head", "quantile", "weight", "score"]
+BudgetKind = Literal[
+    "density",
+    "top_k",
+    "top_p",
+    "top_p_head",
+    "quantile",
+    "weight",
+    "score",
+    "top_p_heads",
+    "quantile_heads",
+    "recall_heads",
+]
 #: What ``Budget.kind`` may be.
 BUDGETS: tuple[str, ...] = get_args(BudgetKind)
 #: What a cadence may be, beside a list of noise levels.
-CADENCES = ("call", "once")
+CADENCES = ("call", "once", "shrink")
 #: A share of so many blocks is rounded up, unless it is a whole number but for rounding.
 SHARE_ROUNDING = 1e-9
 
@@ -103,6 +114,12 @@ class Budget:
     at least, in (0, 1]; ``top_p_head`` the fewest pairs of a head whose weights sum to that share of all of them.
     ``quantile`` keeps this share of a head's pairs, in (0, 1], those of the largest weights. ``weight`` keeps what has
     this weight at least, in [0, 1]; ``score`` what has this score at least.
+    Three share out among heads, namely those of a layer that have the same selection, tail and reuse, of which each GPU
+    has its own: ``top_p_heads`` keeps the fewest pairs of all of them whose weights sum to that share of all;
+    ``quantile_heads`` that share of all their pairs, those of the largest weights. ``recall_heads`` is as ``density``,
+    but the heads that would keep more than 0.8 of their weights so keep half as many blocks, and as many other heads,
+    those that would keep least, one and a half times as many (AdaSpa, arXiv 2502.21079); at most half of the heads
+    give.
     ``least`` and ``most``: shares of a row's blocks, in [0, 1], between which every row stays, whatever the kind says.
     A row keeps one block at least, where it may keep any.
     """
@@ -133,20 +150,29 @@ class Budget:
         """Whether every row keeps a number of blocks that does not depend on q and k."""
         return self.kind in ("density", "top_k") or self.least == self.most
 
+    @property
+    def over_heads(self) -> bool:
+        """Whether what a head keeps depends on the other heads."""
+        return self.kind.endswith("_heads")
+
     def bounds(self, blocks: int) -> tuple[int, int]:
         """The fewest and the most that a row of ``blocks`` blocks keeps by ``least`` and ``most``."""
         return max(1, share_of(self.least, blocks)), max(1, share_of(self.most, blocks))
 
     def most_blocks(self, blocks: int) -> int:
-        """The most of ``blocks`` blocks that a row keeps, over all q and k; of a ``quantile`` the most on average."""
+        """The most of ``blocks`` blocks that a row keeps, over all q and k.
+
+        Of a ``quantile`` the most on average over rows, and of a share that heads have together over them, too.
+        """
         low, high = self.bounds(blocks)
         if self.kind == "top_k":
             wanted = int(self.value)
         elif self.kind == "density":
             wanted = share_of(self.value, blocks)
         else:
-            # Rows that would be empty keep a block beside the head's share.
-            wanted = share_of(self.value, blocks) + 1 if self.kind == "quantile" else blocks
+            # Rows that would be empty keep a block beside the share.
+            shares = ("quantile", "quantile_heads", "recall_heads")
+            wanted = share_of(self.value, blocks) + 1 if self.kind in shares else blocks
         return min(max(wanted, low), high, blocks)
 
     def fullest(self, mask: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -169,6 +195,9 @@ class Budget:
             "quantile": f"{self.value:.3g} a head",
             "weight": f"weights from {self.value:.3g}",
             "score": f"scores from {self.value:.3g}",
+            "top_p_heads": f"weights of {self.value:.3g} over heads",
+            "quantile_heads": f"{self.value:.3g} over heads",
+            "recall_heads": f"{self.value:.3g} a row, by recall over heads",
         }[self.kind]
         low = f", {self.least:.3g} at least" if self.least else ""
         return words + low + (f", {self.most:.3g} at most" if self.most < 1 else "")
@@ -183,8 +212,11 @@ _VALUES: dict[str, tuple[float, float, float]] = {
     "quantile": (0.25, 0, 1),
     "weight": (0.001, 0, 1),
     "score": (0.0, -MAX_INTEGER, MAX_INTEGER),
+    "top_p_heads": (0.9, 0, 1),
+    "quantile_heads": (0.25, 0, 1),
+    "recall_heads": (0.25, 0, 1),
 }
-_SHARES = ("density", "top_p", "top_p_head", "quantile")
+_SHARES = ("density", "top_p", "top_p_head", "quantile", "top_p_heads", "quantile_heads", "recall_heads")
 
 
 def share_of(share: float, blocks: int) -> int:
@@ -198,9 +230,10 @@ class OnlineSelection:
 
     ``rule``: its name (``diffsparse.kernels.selectors()``). ``budget``: what it keeps. ``parameters``: numbers by name;
     those that are left out have the rule's defaults. ``cadence``: ``call`` picks in every call; ``once`` at the first
-    step, and what it picked serves until a step is dense or of another phase, or the generation ends; a list of noise
-    levels in [0, 1] picks there, too, and again at the first step at or below each level. Every branch of guidance has
-    picks of its own.
+    step, and what it picked serves until a step is dense or of another phase, or the generation ends; ``shrink`` picks
+    in every call among the blocks that it picked at the step before, so that what was left out stays out for as long; a
+    list of noise levels in [0, 1] picks as ``once`` does, and again at the first step at or below each level. Every
+    branch of guidance has picks of its own.
 
     Raises ValueError for what is none of these.
     """
@@ -260,12 +293,12 @@ class OnlineSelection:
 
     @property
     def is_kept(self) -> bool:
-        """Whether what was picked serves later calls too."""
+        """Whether what was picked matters to later calls too."""
         return self.cadence != "call"
 
     def __str__(self) -> str:
         given = ", ".join(f"{name} {value:g}" for name, value in self.parameters)
-        often = "" if self.cadence == "call" else ", once"
+        often = {"call": "", "once": ", once", "shrink": ", among those of the step before"}.get(str(self.cadence), "")
         if isinstance(self.cadence, tuple):
             often = f", again at {', '.join(f'{level:g}' for level in self.cadence)}"
         return f"{self.rule}{f'({given})' if given else ''} {self.budget}{often}"
@@ -274,5 +307,5 @@ class OnlineSelection:
 def is_due(cadence: str | tuple[float, ...], picked: float, level: float) -> bool:
     """Whether blocks that were picked at a noise level have to be picked anew at another one, which is not above it."""
     if isinstance(cadence, str):
-        return cadence == "call"
+        return cadence != "once"
     return any(level <= at < picked for at in cadence)

@@ -39,9 +39,9 @@ class _Held:
     numbers: tuple[int, ...]
     picked: Picked
 
-    def serves(self, cadence: str | tuple[float, ...], step: ReuseStep, grid: TokenGrid, batch: int) -> bool:
-        same = (self.phase, self.grid, self.batch) == (step.phase, grid, batch)
-        return same and not is_due(cadence, self.level, step.level)
+    def fits(self, step: ReuseStep, grid: TokenGrid, batch: int) -> bool:
+        """Whether it was picked for calls like those of a step."""
+        return (self.phase, self.grid, self.batch) == (step.phase, grid, batch)
 
 
 _Key = tuple[int, int, int, object, tuple[int, ...]]  # branch, layer, which of its calls in the forward, rule, heads
@@ -91,12 +91,15 @@ class PickStore:
             cadence = group.selection.cadence
             key = (0 if step is None else step.branch, layer, number, group.selection, group.numbers)
             held = None if step is None else self._held.get(key)
-            if held is not None and step is not None and held.serves(cadence, step, layout.grid, batch):
+            if held is not None and (step is None or not held.fits(step, layout.grid, batch)):
+                held = None
+            if held is not None and step is not None and not is_due(cadence, held.level, step.level):
                 found[group] = held.picked
                 self.served += 1
                 continue
             self._held.pop(key, None)
-            found[group] = pick_group(layout, group, q, k, scale)
+            before = held.picked if held is not None and cadence == "shrink" else None
+            found[group] = pick_group(layout, group, q, k, scale, before)
             self.asked += 1
             if step is not None and group.selection.is_kept and step.ahead != -1.0:
                 self._held[key] = _Held(step.level, step.phase, layout.grid, batch, group.numbers, found[group])

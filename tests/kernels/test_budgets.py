@@ -6,18 +6,21 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from diffsparse.kernels.select.budgets import keep, row_weights
+from diffsparse.kernels.select.largest import count_largest
 from diffsparse.selection import BUDGETS, Budget
 
 BUDGET = st.one_of(
     st.builds(Budget, st.just("density"), st.floats(0.01, 1)),
     st.builds(Budget, st.just("top_k"), st.integers(1, 9)),
     st.builds(Budget, st.sampled_from(["top_p", "top_p_head", "quantile"]), st.floats(0.01, 1)),
-    st.builds(Budget, st.just("weight"), st.floats(0, 0.5)),
-    st.builds(Budget, st.just("score"), st.floats(-3, 3)),
+    st.builds(Budget, st.sampled_from(["top_p_heads", "quantile_heads"]), st.floats(0.01, 1)),
+    st.builds(Budget, st.just("recall_heads"), st.floats(0.01, 0.7)),
+    st.builds(Budget, st.just("weight"), st.floats(0, 0.5, width=32)),
+    st.builds(Budget, st.just("score"), st.floats(-3, 3, width=32)),
     st.builds(Budget, st.sampled_from(["top_p", "density"]), st.just(0.5), st.just(0.3), st.just(0.6)),
     st.builds(Budget, st.sampled_from(["top_p_head", "weight"]), st.just(0.2), st.just(0.2), st.just(0.7)),
 )
@@ -39,47 +42,137 @@ def prefix(values: list[float], value: float) -> int:
     return len(values)
 
 
-def by_hand(scores: torch.Tensor, candidates: torch.Tensor, blocks: int, budget: Budget) -> list[set[int]]:
-    """Of one head, ``[N, N]``: the kept blocks of each row."""
-    n, value = len(scores), budget.value
-    inside = [[j for j in range(n) if candidates[i, j]] for i in range(n)]
-    ranked = [sorted(row, key=lambda j: (-float(scores[i, j]), j)) for i, row in enumerate(inside)]
-    weight = [dict(zip(row, shares([float(scores[i, j]) for j in row]))) if row else {} for i, row in enumerate(inside)]
-    pairs = sorted(
-        ((w, i, j) for i, row in enumerate(weight) for j, w in row.items()), key=lambda p: (-p[0], p[1], p[2])
-    )
-    if budget.kind == "top_p_head":
-        pairs = pairs[: prefix([w for w, _, _ in pairs], value)]
-    elif budget.kind == "quantile":
-        pairs = pairs[: math.ceil(value * sum(map(bool, inside)) * blocks - 1e-9)]
-    kept = []
-    for i in range(n):
-        wanted = {
-            "density": math.ceil(value * blocks - 1e-9),
-            "top_k": int(value),
-            "top_p": prefix(list(weight[i].values()), value),
-            "weight": sum(w >= value for w in weight[i].values()),
-            "score": sum(float(scores[i, j]) >= value for j in inside[i]),
-        }.get(budget.kind, sum(row == i for _, row, _ in pairs))
-        low, high = (max(1, math.ceil(share * blocks - 1e-9)) for share in (budget.least, budget.most))
-        kept.append(set(ranked[i][: min(max(wanted, low), high)]))
+Row = dict[int, float]  # of one row the weights of the blocks that may be kept
+
+
+def weights_of(scores: torch.Tensor, candidates: torch.Tensor) -> list[Row]:
+    """Of one head, ``[N, N]``: the weights of what is not kept anyway."""
+    rows = []
+    for score, inside in zip(scores.tolist(), candidates.tolist()):
+        free = [j for j, may in enumerate(inside) if may and score[j] < math.inf]
+        rows.append(dict(zip(free, shares([score[j] for j in free]))) if free else {})
+    return rows
+
+
+def from_the_best(heads: list[list[Row]], forced: list[list[set[int]]], budget: Budget, blocks: int) -> list[list[int]]:
+    """Of heads that share their pairs, how many each row keeps."""
+    pairs = [(w, h, i) for h, rows in enumerate(heads) for i, row in enumerate(rows) for w in row.values()]
+    must = [(2.0, h, i) for h, rows in enumerate(forced) for i, row in enumerate(rows) for _ in row]
+    pairs.sort(key=lambda pair: (-pair[0], pair[1], pair[2]))
+    if budget.kind.startswith("quantile"):
+        rows = sum(bool(row or must) for head, of in zip(heads, forced) for row, must in zip(head, of))
+        pairs = (must + pairs)[: math.ceil(budget.value * rows * blocks - 1e-9)]
+    else:
+        pairs = must + pairs[: prefix([w for w, _, _ in pairs], budget.value)]
+    kept = [[0] * len(head) for head in forced]
+    for _, h, i in pairs:
+        kept[h][i] += 1
     return kept
 
 
-@given(budget=BUDGET, n=st.integers(1, 9), heads=st.integers(1, 3), seed=st.integers(0, 2**16))
-def test_every_budget_keeps_what_loops_keep(budget: Budget, n: int, heads: int, seed: int) -> None:
+def by_recall(heads: list[list[Row]], blocks: int, value: float, forced: list[list[set[int]]]) -> list[int]:
+    """Of each head how many blocks a row keeps, by AdaSpa's rule."""
+    count = max(1, math.ceil(value * blocks - 1e-9))
+    recalls = []
+    for head, of in zip(heads, forced):
+        rows = [(row, must) for row, must in zip(head, of) if row or must]
+        found = [sum(sorted(row.values(), reverse=True)[: max(0, count - len(must))]) for row, must in rows]
+        recalls.append(sum(found) / max(1, len(rows)))
+    ranked = sorted(range(len(heads)), key=lambda h: -recalls[h])
+    givers = min(sum(recall > 0.8 for recall in recalls), len(heads) // 2)
+    factors = {h: 0.5 for h in ranked[:givers]} | {h: 1.5 for h in ranked[len(ranked) - givers :]}
+    return [math.ceil(value * factors.get(h, 1.0) * blocks - 1e-9) for h in range(len(heads))]
+
+
+def by_hand(scores: torch.Tensor, candidates: torch.Tensor, blocks: int, budget: Budget) -> list[list[set[int]]]:
+    """Of the heads of one item, ``[H, N, N]``: the kept blocks of each row."""
+    value, heads, kept = budget.value, [weights_of(s, c) for s, c in zip(scores, candidates)], []
+    forced = [
+        [{j for j in range(len(c)) if c[j] and s[j] == math.inf} for s, c in zip(*x)] for x in zip(scores, candidates)
+    ]
+    if budget.over_heads and budget.kind != "recall_heads":
+        best = from_the_best(heads, forced, budget, blocks)
+    else:
+        best = [from_the_best([head], [must], budget, blocks)[0] for head, must in zip(heads, forced)]
+    recalled = by_recall(heads, blocks, value, forced)
+    for h, head in enumerate(heads):
+        rows = []
+        for i, row in enumerate(head):
+            inside = [j for j in range(len(scores[h])) if candidates[h, i, j]]
+            ranked = sorted(inside, key=lambda j: (-float(scores[h, i, j]), j))
+            must = len(forced[h][i])
+            wanted = {
+                "density": math.ceil(value * blocks - 1e-9),
+                "top_k": int(value),
+                "top_p": prefix(list(row.values()), value) + must,
+                "weight": sum(w >= value for w in row.values()) + must,
+                "score": sum(float(scores[h, i, j]) >= value for j in inside),
+                "recall_heads": recalled[h],
+            }.get(budget.kind, best[h][i])
+            low, high = (max(1, math.ceil(share * blocks - 1e-9)) for share in (budget.least, budget.most))
+            rows.append(set(ranked[: min(max(wanted, low), high)]))
+        kept.append(rows)
+    return kept
+
+
+@given(
+    budget=BUDGET,
+    n=st.integers(1, 9),
+    heads=st.integers(1, 4),
+    seed=st.integers(0, 2**16),
+    spread=st.sampled_from([0.0, 1.0, 2.0]),
+    forced=st.sampled_from([0.0, 0.1, 0.5]),
+)
+def test_every_budget_keeps_what_loops_keep(
+    budget: Budget, n: int, heads: int, seed: int, spread: float, forced: float
+) -> None:
+    assume(spread or budget.kind != "recall_heads")  # heads that are alike have the same recall but for rounding
     generator = torch.Generator().manual_seed(seed)
-    scores = 2 * torch.randn(2, heads, n, n, generator=generator)
+    scores = spread * torch.randn(2, heads, n, n, generator=generator)
     candidates = torch.rand(1, heads, n, n, generator=generator) < 0.8
+    scores = scores.masked_fill(torch.rand(2, heads, n, n, generator=generator) < forced, math.inf)
     blocks = torch.full((heads,), n)
     mask = keep(scores, candidates, blocks, budget)
     assert not (mask & ~candidates).any()
     assert (mask.any(3) == candidates.any(3).expand_as(mask[..., 0])).all()  # a row that may keep any keeps one
     for b in range(2):
+        wanted = by_hand(scores[b].double(), candidates[0], n, budget)
         for h in range(heads):
-            wanted = by_hand(scores[b, h].double(), candidates[0, h], n, budget)
             found = [set(row.nonzero().flatten().tolist()) for row in mask[b, h]]
-            assert found == wanted, (budget, b, h)
+            assert found == wanted[h], (budget, b, h)
+
+
+@pytest.mark.parametrize("budget", [Budget("quantile_heads", 0.3), Budget("recall_heads", 0.3)], ids=str)
+def test_heads_share_what_one_alone_would_not_need(budget: Budget) -> None:
+    """A head whose weights stand out keeps fewer than one whose weights are alike; together they keep a share."""
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.tensor([0.1, 6, 0.1, 6, 6, 0.1])[:, None, None]
+    scores = torch.randn(1, 6, 20, 20, generator=generator) * spread
+    mask = keep(scores, torch.ones(1, 1, 20, 20, dtype=torch.bool), torch.full((6,), 20), budget)
+    of_head = mask.float().mean((2, 3))[0]
+    assert abs(float(mask.float().mean()) - 0.3) <= 0.01
+    peaked, flat = of_head[[1, 3, 4]], of_head[[0, 2, 5]]
+    assert float(peaked.max()) < float(flat.min())
+    kept = (row_weights(scores, torch.ones(1, 1, 1, 1, dtype=torch.bool)) * mask).sum()
+    alone = keep(scores, torch.ones(1, 1, 20, 20, dtype=torch.bool), torch.full((6,), 20), Budget("density", 0.3))
+    assert kept > (row_weights(scores, torch.ones(1, 1, 1, 1, dtype=torch.bool)) * alone).sum()
+
+
+@given(seed=st.integers(0, 2**16), groups=st.integers(1, 3), rows=st.integers(1, 9), n=st.integers(1, 12))
+def test_the_largest_of_several_rows_are_those_of_a_sort(seed: int, groups: int, rows: int, n: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.rand(2, groups, rows, n, generator=generator).mul(8).round().div(8)  # many are equal
+    values = values * 10.0 ** -torch.randint(0, 40, values.shape, generator=generator)
+    ordered = values.sort(dim=-1, descending=True).values
+    wanted = torch.randint(1, rows * n + 1, (2, groups), generator=generator)
+    found = count_largest(ordered, wanted)
+    assert torch.equal(found.sum(2), wanted)
+    for b in range(2):
+        for g in range(groups):
+            count = int(wanted[b, g])
+            least = ordered[b, g].flatten().sort(descending=True).values[count - 1]
+            assert (found[b, g] >= (ordered[b, g] > least).sum(1)).all()
+            assert (found[b, g] <= (ordered[b, g] >= least).sum(1)).all()
 
 
 @pytest.mark.parametrize("kind", BUDGETS)

@@ -14,12 +14,14 @@ from diffsparse.blocks import BlockIndex
 from diffsparse.entry import Execution, HeadEntry
 from diffsparse.kernels import register_selector, register_signal, select_blocks
 from diffsparse.kernels import sparse_attention as attention
+from diffsparse.kernels.select import pick
 from diffsparse.kernels.select.signals import block_means
 from diffsparse.layout import BlockLayout, build_layout
 from diffsparse.online import OnlineRepair
 from diffsparse.order import AxisOrder, RasterOrder, TileOrder
 from diffsparse.patterns import Full, Window
 from diffsparse.pipelines import architecture_of, sparse_attention, sparse_attention_summary, tap_attention
+from diffsparse.pipelines.picking import PickStore
 from diffsparse.plan import SparsityPlan
 from diffsparse.preset_plans import preset
 from diffsparse.published import PUBLISHED
@@ -82,13 +84,15 @@ def picking_plan(model: torch.nn.Module, schedule: Schedule | None = None, chang
     return SparsityPlan.from_table(table, schedule=schedule or Schedule(), architecture=architecture)
 
 
-def layout_by_hand(plan: SparsityPlan, phase: int, call: Any) -> BlockLayout | None:
-    """One call's blocks, head by head from ``select_blocks``."""
+def layout_by_hand(plan: SparsityPlan, phase: int, call: Any, before: BlockLayout | None = None) -> BlockLayout | None:
+    """One call's blocks, head by head from ``select_blocks``; among those of ``before``, if there were any."""
     found = plan.layer_entries(phase, call.layer, call.q.shape[2])
     if found is None:
         return None
     static = build_layout(call.grid, [replace(entry, selection="static") for entry in found], plan.block_size)
     mask = static.index.mask().repeat(call.q.shape[0], 1, 1, 1)
+    if before is not None:
+        static = replace(static, index=BlockIndex._from_final_mask(mask & before.index.mask()))
     for h, entry in enumerate(found):
         if (rule := entry.online) is not None:
             picked = select_blocks(
@@ -307,11 +311,12 @@ def remembering(plan: SparsityPlan, cadence: Any) -> Callable[[Any], torch.Tenso
         branch = calls.get((call.layer, call.noise_level), 0)
         calls[call.layer, call.noise_level] = branch + 1
         known = held.get((branch, call.layer))
-        due = known is None or known[1] != phase
-        if known is not None and cadence != "once":
+        due = known is None or known[1] != phase or cadence == "shrink"
+        before = known[2] if known is not None and known[1] == phase and cadence == "shrink" else None
+        if known is not None and not isinstance(cadence, str):
             due = due or any(call.noise_level <= at < known[0] for at in cadence)
         if due:
-            layout = layout_by_hand(plan, phase, call)
+            layout = layout_by_hand(plan, phase, call, before)
             assert layout is not None
             held[branch, call.layer] = (call.noise_level, phase, layout)
         layout = held[branch, call.layer][2]
@@ -320,7 +325,7 @@ def remembering(plan: SparsityPlan, cadence: Any) -> Callable[[Any], torch.Tenso
     return callback
 
 
-@pytest.mark.parametrize("cadence", ["once", (0.8, 0.5), (0.99,)])
+@pytest.mark.parametrize("cadence", ["once", (0.8, 0.5), (0.99,), "shrink"])
 @pytest.mark.parametrize("bounds", [(), (0.6,)])
 def test_blocks_serve_as_many_steps_as_the_plan_says(cadence: Any, bounds: tuple[float, ...]) -> None:
     pipe = wan_pipeline()
@@ -334,13 +339,34 @@ def test_blocks_serve_as_many_steps_as_the_plan_says(cadence: Any, bounds: tuple
     with pipe.sparse_attention(plan):
         found = generate(pipe, STEPS)
         store = pipe.transformer._diffsparse_root.reuse.picks
-        assert store.served > 0 and store.peak > 0 and store.nbytes == 0
+        assert (store.served > 0) == (cadence != "shrink") and store.peak > 0 and store.nbytes == 0
         told = str(pipe.sparse_attention_summary())
         assert torch.equal(generate(pipe, STEPS), found)  # nothing of a generation reaches the next one
     assert_near(found, wanted, GENERATION)
-    if cadence == "once":  # picked more often, the same blocks may come out
+    if isinstance(cadence, str):  # picked more often, the same blocks may come out
         assert (found - other).abs().max() > 1e-3
     assert "picked blocks that serve several steps: at most" in told
+
+
+def test_what_was_left_out_stays_out() -> None:
+    pipe = wan_pipeline()
+    rule = OnlineSelection("sampled_max", Budget("weight", 0.1), cadence="shrink")
+    plan = SparsityPlan.uniform(HeadEntry(TileOrder(1, 8, 8), selection=rule), schedule=Schedule(sparse_below=0.95))
+    seen: dict[Any, list[torch.Tensor]] = {}
+    pick = PickStore.pick
+
+    def watched(self: PickStore, step: Any, layer: int, *rest: Any) -> Any:
+        found = pick(self, step, layer, *rest)
+        seen.setdefault((step.branch, layer), []).append(found[0].mask())
+        return found
+
+    with pytest.MonkeyPatch.context() as patch, pipe.sparse_attention(plan):
+        patch.setattr(PickStore, "pick", watched)
+        generate(pipe, STEPS)
+    assert len(seen) > 1 and min(map(len, seen.values())) > 3
+    for masks in seen.values():
+        assert all(not (later & ~sooner).any() for sooner, later in zip(masks, masks[1:]))
+    assert any(masks[-1].sum() < masks[0].sum() for masks in seen.values())
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -382,6 +408,38 @@ def test_kept_blocks_in_compiled_code(fresh_dynamo: None) -> None:
     with pipe.sparse_attention(plan):
         assert_near(generate(pipe, STEPS), wanted, GENERATION)
         assert pipe.transformer._diffsparse_root.reuse.picks.served > 0
+
+
+@pytest.mark.parametrize("kind", ["top_p_heads", "quantile_heads", "recall_heads"])
+def test_heads_share_a_budget_in_a_model(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many heads are scored at a time, and beside heads without a rule."""
+    model, inputs = wan(), wan_inputs(3, 7, 9)
+    rule, heads = OnlineSelection("pooled", Budget(kind, 0.4)), architecture_of(model).heads
+    picked = HeadEntry(TileOrder(1, 8, 8), selection=rule)
+    table = [[picked if h != 1 else HeadEntry() for h in range(heads)]]
+    architecture = architecture_of(model)
+    plan = SparsityPlan.from_table(dict.fromkeys(architecture.layers, table), architecture=architecture)
+
+    def callback(call: Any) -> torch.Tensor:
+        found = plan.layer_entries(0, call.layer, heads)
+        assert found is not None
+        static = build_layout(call.grid, [replace(entry, selection="static") for entry in found], plan.block_size)
+        others = [h for h in range(heads) if h != 1]
+        part = static.of_heads(others)
+        q, k = (x[:, :, others] for x in (call.q, call.k))
+        mask = static.index.mask().repeat(call.q.shape[0], 1, 1, 1)
+        mask[:, others] = select_blocks("pooled", q, k, part, rule.budget, scale=call.scale).index.mask()
+        layout = replace(static, index=BlockIndex._from_final_mask(mask))
+        return attention(call.q, call.k, call.v, layout, scale=call.scale, kv_len=call.kv_len)
+
+    with tap_attention(model, callback):
+        wanted = run(model, inputs)
+    for at_a_time in (1, 2**26):
+        monkeypatch.setattr(pick, "_AT_A_TIME", at_a_time)
+        with sparse_attention(model, plan):
+            assert_near(run(model, inputs), wanted, MODEL)
+            told = sparse_attention_summary(model).transformers["transformer"]
+        assert told.dense_calls == 0 and 0 < told.density < 1
 
 
 def test_outputs_that_are_used_again_leave_their_heads_out() -> None:

@@ -30,9 +30,13 @@ BUDGETS = (
     Budget("quantile", 0.2),
     Budget("weight", 0.01, most=0.5),
     Budget("score", -3.5),
+    Budget("top_p_heads", 0.5, most=0.8),
+    Budget("quantile_heads", 0.2),
+    Budget("recall_heads", 0.2),
 )
 SELECTIONS = tuple(OnlineSelection("pooled", budget) for budget in BUDGETS) + (
     OnlineSelection("pooled", Budget(), cadence="once"),
+    OnlineSelection("pooled", Budget(), cadence="shrink"),
     OnlineSelection("antidiagonal", Budget(), (("stride", 16),)),
     OnlineSelection("pooled", Budget(), cadence=(0.8, 0.4)),
 )
@@ -85,8 +89,11 @@ GOOD: dict[str, Any] = {"rule": "pooled", "budget": {"kind": "density", "value":
             GOOD | {"rule": "mass", "parameters": {"rows": 4.0}},
             "rows of the selector 'mass' must be an integer from 1 to 128, got 4.0",
         ),
-        (GOOD | {"cadence": "often"}, "cadence must be one of call, once, or a list of noise levels; got 'often'"),
-        (GOOD | {"cadence": []}, "cadence must be one of call, once, or a list of noise levels"),
+        (
+            GOOD | {"cadence": "often"},
+            "cadence must be one of call, once, shrink, or a list of noise levels; got 'often'",
+        ),
+        (GOOD | {"cadence": []}, "cadence must be one of call, once, shrink, or a list of noise levels"),
         (GOOD | {"cadence": [0.5, 2]}, "a noise level of a cadence must be a number from 0 to 1, got 2"),
     ],
 )
@@ -157,7 +164,7 @@ def test_the_most_is_inside_the_mask_and_within_the_number(budget: Budget, rows:
 
 
 def test_when_blocks_are_due() -> None:
-    assert is_due("call", 0.5, 0.5) and not is_due("once", 0.9, 0.1)
+    assert is_due("call", 0.5, 0.5) and is_due("shrink", 0.9, 0.1) and not is_due("once", 0.9, 0.1)
     levels = (0.8, 0.4)
     assert not is_due(levels, 0.95, 0.81) and is_due(levels, 0.95, 0.8) and is_due(levels, 0.95, 0.1)
     assert not is_due(levels, 0.8, 0.8) and not is_due(levels, 0.8, 0.41)  # picked at the level itself

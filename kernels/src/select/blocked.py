@@ -1,4 +1,8 @@
-"""Tokens laid out by blocks, and the attention that some queries pay to blocks of keys: for rules that look closer."""
+"""Tokens laid out by blocks, and the attention that some queries pay to blocks of keys: for rules that look closer.
+
+What is made here of q and k has their precision, so that a GPU multiplies 16-bit numbers on its tensor cores and no
+copy is larger than it has to be. Sums and softmax are in fp32.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import torch
 
 from diffsparse.tokens import TokenLayout
 
-__all__ = ["block_mass", "in_blocks", "sample_places", "take"]
+__all__ = ["block_mass", "in_blocks", "largest_products", "sample_places", "take", "take_rows"]
 
 # Logits that are held at a time, over the batch and the heads: 64 MiB in fp32.
 _AT_A_TIME = 2**24
@@ -17,22 +21,31 @@ _AT_A_TIME = 2**24
 def in_blocks(tokens: TokenLayout) -> tuple[torch.Tensor, torch.Tensor]:
     """Each head's tokens by its blocks: int64 ``[H, N, W]``, the model's numbers; and bool, which places hold one.
 
-    ``W`` is the block size. Places behind a block's end have the number of some other token.
+    ``W`` is the block size. Where there is one order alone, it serves all heads, and ``H`` is 1. Places behind a
+    block's end have the number of some other token.
     """
-    order = tokens.head_order.long()
     start = tokens.block_start[:, :-1].long()
     place = torch.arange(tokens.block_size, device=tokens.device)
     there = place < tokens.lengths()[..., None]  # [O, N, W]
     position = (start[..., None] + place).clamp(max=tokens.seq_len - 1)
     number = tokens.gather.long().gather(1, position.flatten(1)).view_as(position)
+    if len(number) == 1:
+        return number, there
+    order = tokens.head_order.long()
     return number[order], there[order]
 
 
-def take(x: torch.Tensor, numbers: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
-    """Rows of ``x``, ``[B, S, H, D]``, by number, ``[H, ...]``: fp32 ``[B, H, ..., D]``; 0 where none is there."""
+def take_rows(x: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Rows of ``x``, ``[B, S, H, D]``, by number, ``[H or 1, P]``: a copy, ``[B, P, H, D]``."""
+    if len(numbers) == 1:
+        return x.index_select(1, numbers[0])
     batch, _, heads, dim = x.shape
-    flat = numbers.flatten(1).T[None, :, :, None].expand(batch, -1, heads, dim)  # [B, P, H, D]
-    rows = x.gather(1, flat).transpose(1, 2).reshape(batch, *numbers.shape, dim).float()
+    return x.gather(1, numbers.T[None, :, :, None].expand(batch, -1, heads, dim))
+
+
+def take(x: torch.Tensor, numbers: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+    """Rows of ``x``, ``[B, S, H, D]``, by number, ``[H or 1, ...]``: ``[B, H, ..., D]``; 0 where none is there."""
+    rows = take_rows(x, numbers.flatten(1)).transpose(1, 2).unflatten(2, numbers.shape[1:])
     return rows.masked_fill(~there[None, ..., None], 0.0)
 
 
@@ -54,17 +67,36 @@ def block_mass(
 ) -> torch.Tensor:
     """Softmax weights of queries over all keys, summed over each block of keys or their largest there.
 
-    q: fp32 ``[B, H, R, D]``. k: fp32 ``[B, H, N, W, D]``. there: bool ``[H, N, W]``, keys that take part.
+    q: ``[B, H, R, D]``. k: ``[B, H, N, W, D]``. there: bool ``[H or 1, N, W]``, keys that take part.
     Returns fp32 ``[B, H, R, N]``. Queries are taken some at a time, so that memory holds no map of all tokens.
     """
     batch, heads, rows, _ = q.shape
     blocks, width = k.shape[2:4]
     keys = k.flatten(2, 3).transpose(2, 3)
+    queries = (scale * q.float()).to(q.dtype)
     outside = ~there.flatten(1)[None, :, None]
     step = max(1, _AT_A_TIME // (batch * heads * blocks * width))
     parts = []
     for first in range(0, rows, step):
-        logits = (scale * q[:, :, first : first + step]) @ keys
-        weights = logits.masked_fill_(outside, -torch.inf).softmax(dim=-1).unflatten(-1, (blocks, width))
+        logits = (queries[:, :, first : first + step] @ keys).masked_fill_(outside, -torch.inf)
+        weights = logits.softmax(dim=-1, dtype=torch.float32).unflatten(-1, (blocks, width))
         parts.append(weights.sum(-1) if reduce == "sum" else weights.amax(-1))
     return torch.cat(parts, dim=2)
+
+
+def largest_products(rows: torch.Tensor, there: torch.Tensor, others: torch.Tensor, scale: float) -> torch.Tensor:
+    """The largest product that a row of each block has with each of some others, times ``scale``, which is positive.
+
+    rows: ``[B, H, N, W, D]``. there: bool ``[H or 1, N, W]``, rows that take part. others: ``[B, H, M, D]``.
+    Returns fp32 ``[B, H, N, M]``; -inf of a block without rows. Blocks are taken some at a time.
+    """
+    batch, heads, blocks, width, _ = rows.shape
+    right = (scale * others.float()).to(rows.dtype).transpose(2, 3)
+    outside = ~there[None, ..., None]
+    step = max(1, _AT_A_TIME // (batch * heads * width * others.shape[2]))
+    parts = []
+    for first in range(0, blocks, step):
+        last = first + step
+        products = (rows[:, :, first:last].flatten(2, 3) @ right).unflatten(2, (-1, width))
+        parts.append(products.masked_fill_(outside[:, :, first:last], -torch.inf).amax(3))
+    return torch.cat(parts, dim=2).float()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from diffsparse.kernels.select.largest import count_in_reach, count_largest, sums_before
 from diffsparse.selection import SHARE_ROUNDING, Budget
 
 __all__ = ["keep", "row_weights"]
@@ -11,6 +12,10 @@ __all__ = ["keep", "row_weights"]
 # Weights are summed in fp32: a sum may fall short of the whole by as much, which must not cost another block.
 _ROUNDING = 1e-6
 _LARGEST = torch.finfo(torch.float32).max
+# What stands for "kept whatever it weighs" where weights are compared: they are at most 1.
+_FORCED = 2.0
+# AdaSpa's bound: heads that keep so much of their weights can do with fewer blocks.
+_GOOD_RECALL = 0.8
 
 
 def row_weights(scores: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
@@ -21,14 +26,15 @@ def row_weights(scores: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
 def keep(scores: torch.Tensor, candidates: torch.Tensor, blocks: torch.Tensor, budget: Budget) -> torch.Tensor:
     """The pairs of blocks that a budget keeps: bool ``[B, H, N, N]``. Reads nothing back from the device.
 
-    scores: fp32 ``[B, H, N, N]``, natural logarithms of weights; NaN counts as -inf. candidates: bool, of a shape that
-    expands to that: the pairs that may be kept. blocks: int64 ``[H]``, of how many key blocks a share is taken.
-    Of equal scores the block that comes first is kept.
+    scores: fp32 ``[B, H, N, N]``, natural logarithms of weights; NaN counts as -inf, and +inf is kept whatever it
+    weighs. candidates: bool, of a shape that expands to that: the pairs that may be kept. blocks: int64 ``[H]``, of how
+    many key blocks a share is taken. Of equal scores the block that comes first is kept.
     """
-    scores = scores.nan_to_num(nan=-_LARGEST, posinf=_LARGEST, neginf=-_LARGEST)
     candidates = candidates.expand_as(scores)
+    forced = scores.isposinf() & candidates
+    scores = scores.nan_to_num(nan=-_LARGEST, posinf=_LARGEST, neginf=-_LARGEST)
     best = scores.masked_fill(~candidates, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-    wanted = _wanted(scores, candidates, best, blocks, budget)
+    wanted = _wanted(scores, candidates, forced, best, blocks, budget)
     low, high = (_share(share, blocks).clamp(min=1)[:, None] for share in (budget.least, budget.most))  # [H, 1]
     wanted = wanted.maximum(low).minimum(high).minimum(candidates.sum(-1))
     place = torch.arange(scores.shape[-1], device=scores.device)
@@ -36,7 +42,12 @@ def keep(scores: torch.Tensor, candidates: torch.Tensor, blocks: torch.Tensor, b
 
 
 def _wanted(
-    scores: torch.Tensor, candidates: torch.Tensor, best: torch.Tensor, blocks: torch.Tensor, budget: Budget
+    scores: torch.Tensor,
+    candidates: torch.Tensor,
+    forced: torch.Tensor,
+    best: torch.Tensor,
+    blocks: torch.Tensor,
+    budget: Budget,
 ) -> torch.Tensor:
     """How many of its best blocks each row keeps by the kind of the budget: int64, expands to ``[B, H, N]``."""
     kind, value = budget.kind, budget.value
@@ -46,26 +57,40 @@ def _wanted(
         return _share(value, blocks)[:, None]
     if kind == "score":
         return ((scores >= value) & candidates).sum(-1)
-    weights = row_weights(scores, candidates)
+    free = candidates & ~forced
+    weights = row_weights(scores, free)
     if kind == "weight":
-        return ((weights >= value) & candidates).sum(-1)
+        return ((weights >= value) & free | forced).sum(-1)
+    ordered = weights.gather(-1, best)  # what is kept anyway comes first, and weighs nothing
     if kind == "top_p":
-        ordered = weights.gather(-1, best)
-        return (_sums_before(ordered) < value - _ROUNDING).sum(-1)
-    # Of a head: pairs of all its rows by their weights.
-    ordered, pairs = weights.masked_fill(~candidates, -1.0).flatten(2).sort(dim=-1, descending=True, stable=True)
-    if kind == "quantile":
-        rows = candidates.any(-1).sum(-1, keepdim=True)  # [B, H, 1]
-        first = torch.arange(pairs.shape[-1], device=pairs.device) < _share(value, rows * blocks[:, None])
+        return (sums_before(ordered) < value - _ROUNDING).sum(-1)
+    if kind == "recall_heads":
+        return _by_recall(ordered, candidates, blocks, value)
+    first = forced.gather(-1, best)
+    ordered = ordered.masked_fill(~candidates.gather(-1, best), -1.0).masked_fill(first, _FORCED)
+    rows = candidates.any(-1).sum(-1)  # [B, H]
+    pairs, weight = rows * blocks, free.any(-1).sum(-1).double()  # the weights of a row sum to 1
+    if budget.over_heads:
+        ordered, pairs, weight = ordered.flatten(1, 2)[:, None], pairs.sum(1, True), weight.sum(1, True)
+    if kind in ("quantile", "quantile_heads"):
+        found = count_largest(ordered, _share(value, pairs))
     else:
-        ordered = ordered.clamp(min=0.0).double()
-        first = _sums_before(ordered) < (value - _ROUNDING) * ordered.sum(-1, keepdim=True)
-    return (torch.zeros_like(first).scatter_(-1, pairs, first).view_as(candidates) & candidates).sum(-1)
+        must = forced.sum((-1, -2)).double()
+        must = must.sum(1, True) if budget.over_heads else must
+        found = count_in_reach(ordered, _FORCED * must + (value - _ROUNDING) * weight)
+    return found.view(weights.shape[:3])
 
 
-def _sums_before(ordered: torch.Tensor) -> torch.Tensor:
-    """The sum of what stands before each value."""
-    return ordered.cumsum(-1) - ordered
+def _by_recall(ordered: torch.Tensor, candidates: torch.Tensor, blocks: torch.Tensor, value: float) -> torch.Tensor:
+    """Counts as of ``density``, of which heads with a good recall give half to those with the least."""
+    heads, n = ordered.shape[1], ordered.shape[-1]
+    count = _share(value, blocks).clamp(min=1, max=n)
+    kept = ordered.cumsum(-1).gather(-1, (count - 1)[None, :, None, None].expand(*ordered.shape[:3], 1))[..., 0]
+    recall = kept.sum(-1) / candidates.any(-1).sum(-1).clamp(min=1)  # [B, H]
+    givers = (recall > _GOOD_RECALL).sum(1, keepdim=True).clamp(max=heads // 2)
+    rank = recall.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    factor = torch.where(rank < givers, 0.5, torch.where(rank >= heads - givers, 1.5, 1.0))
+    return _share(1.0, value * factor * blocks)[..., None]
 
 
 def _share(share: float, blocks: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from diffsparse.kernels.select.blocked import in_blocks, take
+from diffsparse.kernels.select.blocked import in_blocks, largest_products, take
 from diffsparse.kernels.select.signals import block_means
 from diffsparse.tokens import TokenLayout
 
@@ -20,10 +20,4 @@ def score_key_means(q: torch.Tensor, k: torch.Tensor, tokens: TokenLayout, scale
     :class:`~diffsparse.kernels.select.Signal`.
     """
     numbers, there = in_blocks(tokens)
-    means = scale * block_means(k, tokens).transpose(2, 3)  # [B, H, D, N]
-    queries = take(q, numbers, there)
-    best = torch.full((), -torch.inf, device=q.device)
-    for place in range(tokens.block_size):
-        logits = (queries[:, :, :, place] @ means).masked_fill(~there[None, :, :, place, None], -torch.inf)
-        best = torch.maximum(best, logits)
-    return best
+    return largest_products(take(q, numbers, there), there, block_means(k, tokens), scale)

@@ -9,15 +9,16 @@ import torch
 
 from diffsparse.blocks import BlockIndex, pack_bits, unpack_bits, with_text
 from diffsparse.density import tail_density
-from diffsparse.kernels.select.rules import rule_mask
+from diffsparse.kernels.select.rules import budget_mask, rule_mask, rule_scores
 from diffsparse.layout import BlockLayout
 from diffsparse.online import OnlineRepair
 from diffsparse.picks import PickGroup
+from diffsparse.tokens import TokenLayout
 
 __all__ = ["Picked", "assemble", "pick_blocks", "pick_group"]
 
-# Numbers that a rule works on at a time, of heads together: of 128 MiB in fp32. At 75,600 tokens a head has 10 million.
-_AT_A_TIME = 2**25
+# Numbers that a rule works on at a time, of heads together. At 75,600 tokens a head has 10 million.
+_AT_A_TIME = 2**26
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,30 +39,84 @@ class Picked:
         return self.bits.nbytes + self.counts.nbytes + self.kept.nbytes
 
 
-def pick_group(layout: BlockLayout, group: PickGroup, q: torch.Tensor, k: torch.Tensor, scale: float) -> Picked:
-    """Ask a group's rule for one call, ``[B, S, H, D]``. Reads nothing back from the device."""
-    count, each = len(group.numbers), q.shape[0] * max(q.shape[1] * q.shape[3], layout.num_blocks**2)
-    step = max(1, _AT_A_TIME // each)
-    parts = [_pick(layout, group, group.places[i : i + step], q, k, scale) for i in range(0, count, step)]
-    return Picked(*(torch.cat(found, dim=dim) for found, dim in zip(zip(*parts), (1, 1, 0))))
+def pick_group(
+    layout: BlockLayout,
+    group: PickGroup,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    scale: float,
+    within: Picked | None = None,
+) -> Picked:
+    """Ask a group's rule for one call, ``[B, S, H, D]``. Reads nothing back from the device.
+
+    within: what was picked for the group before, of which alone it may pick now.
+    """
+    rule, count = group.selection, len(group.numbers)
+    together = int(rule.values.get("together", 1))
+    each = q.shape[0] * max(q.shape[1] * q.shape[3], layout.num_blocks**2)
+    step = max(1, _AT_A_TIME // (each * together)) * together
+    parts = [_Part(layout, group, i, min(i + step, count)) for i in range(0, count, step)]
+    if rule.budget.over_heads:
+        scores = [rule_scores(rule.rule, *part.inputs(q, k), scale, rule.values) for part in parts]
+        whole = _Part(layout, group, 0, count)
+        mask = budget_mask(torch.cat(scores, dim=1), whole.tokens, rule.budget, whole.family(within))
+        return whole.picked(mask, within)
+    found = []
+    for part in parts:
+        inputs, family = part.inputs(q, k), part.family(within)
+        mask = rule_mask(rule.rule, *inputs, rule.budget, scale, rule.values, family)
+        mask = mask.expand(q.shape[0], *mask.shape[1:])  # a rule may give lists that serve all items
+        found.append(part.picked(mask, within))
+    return Picked(
+        torch.cat([part.bits for part in found], dim=1),
+        torch.cat([part.counts for part in found], dim=1),
+        torch.cat([part.kept for part in found]),
+    )
 
 
-def _pick(
-    layout: BlockLayout, group: PickGroup, places: torch.Tensor, q: torch.Tensor, k: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    whole = len(places) == layout.num_heads
-    tokens = layout.tokens
-    if not whole:
-        q, k = (x.index_select(2, places) for x in (q, k))
-        tokens = replace(tokens, head_order=tokens.head_order.index_select(0, places))
-    family = _masks(layout.index, places)
-    mask = rule_mask(group.selection.rule, q, k, tokens, group.selection.budget, scale, group.selection.values, family)
-    mask = with_text(mask & family, tokens)
-    mask = mask.expand(q.shape[0], *mask.shape[1:])  # a rule may give lists that serve all items
-    lengths = tokens.lengths()[tokens.head_order.long()].float()  # [n, N]
-    pairs = (mask.float() @ lengths[None, :, :, None]).squeeze(-1)  # [B, n, N], keys of each row
-    kept = (pairs * lengths).sum(-1).mean(0) / float(tokens.seq_len) ** 2
-    return pack_bits(mask), mask.sum(-1, dtype=torch.int32), kept
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """The heads ``first`` to ``end`` of a group: as many as a rule works on at a time."""
+
+    layout: BlockLayout
+    group: PickGroup
+    first: int
+    end: int
+
+    @property
+    def places(self) -> torch.Tensor:
+        return self.group.places[self.first : self.end]
+
+    @property
+    def tokens(self) -> TokenLayout:
+        tokens = self.layout.tokens
+        return replace(tokens, head_order=tokens.head_order.index_select(0, self.places))
+
+    def inputs(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, TokenLayout]:
+        """What the rule reads of a call. Heads that lie one behind another are not copied."""
+        numbers = self.group.numbers[self.first : self.end]
+        low = numbers[0]
+        if numbers == tuple(range(low, low + len(numbers))):
+            q, k = (x.narrow(2, low, len(numbers)) for x in (q, k))
+        else:
+            q, k = (x.index_select(2, self.places) for x in (q, k))
+        return q, k, self.tokens
+
+    def family(self, within: Picked | None) -> torch.Tensor:
+        """The pairs that may be kept: bool ``[B or 1, n, N, N]``."""
+        mask = _masks(self.layout.index, self.places)
+        if within is not None:
+            mask = mask & unpack_bits(within.bits[:, self.first : self.end], self.layout.num_blocks)
+        return mask
+
+    def picked(self, mask: torch.Tensor, within: Picked | None) -> Picked:
+        """The result for a rule's mask, bool ``[B, n, N, N]``."""
+        tokens = self.tokens
+        mask = with_text(mask & self.family(within), tokens)
+        lengths = tokens.lengths()[tokens.head_order.long()].float()  # [n, N]
+        pairs = (mask.float() @ lengths[None, :, :, None]).squeeze(-1)  # [B, n, N], keys of each row
+        kept = (pairs * lengths).sum(-1).mean(0) / float(tokens.seq_len) ** 2
+        return Picked(pack_bits(mask), mask.sum(-1, dtype=torch.int32), kept)
 
 
 def _masks(index: BlockIndex, places: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,8 @@ def score_pooled_max(q: torch.Tensor, k: torch.Tensor, tokens: TokenLayout, scal
     numbers, there = in_blocks(tokens)
     keys = take(k, numbers, there)
     outside = ~there[None, ..., None]
-    least = keys.masked_fill(outside, torch.inf).amin(3).nan_to_num(posinf=0.0)  # [B, H, N, D]
-    largest = keys.masked_fill(outside, -torch.inf).amax(3).nan_to_num(neginf=0.0)
+    empty = ~there.any(2)[None, ..., None]
+    least = keys.masked_fill(outside, torch.inf).amin(3).float().masked_fill_(empty, 0.0)  # [B, H, N, D]
+    largest = keys.masked_fill_(outside, -torch.inf).amax(3).float().masked_fill_(empty, 0.0)
     mean = scale * block_means(q, tokens)
     return mean.clamp(min=0) @ largest.transpose(2, 3) + mean.clamp(max=0) @ least.transpose(2, 3)

@@ -21,7 +21,15 @@ from diffsparse.kernels.select.vertical_slash import score_vertical_slash
 from diffsparse.selection import Budget, add_rule
 from diffsparse.tokens import TokenLayout
 
-__all__ = ["Selector", "register_selector", "register_signal", "rule_mask", "selectors"]
+__all__ = [
+    "Selector",
+    "budget_mask",
+    "register_selector",
+    "register_signal",
+    "rule_mask",
+    "rule_scores",
+    "selectors",
+]
 
 
 class Selector(Protocol):
@@ -86,6 +94,24 @@ def selectors() -> tuple[str, ...]:
     return (*_SIGNALS, *_SELECTORS)
 
 
+def rule_scores(
+    name: str, q: torch.Tensor, k: torch.Tensor, tokens: TokenLayout, scale: float, parameters: Mapping[str, float]
+) -> torch.Tensor:
+    """What a rule scores pairs of blocks: fp32 ``[B, H, N, N]``."""
+    return _SIGNALS[name](q, k, tokens, scale, **parameters)
+
+
+def budget_mask(
+    scores: torch.Tensor, tokens: TokenLayout, budget: Budget, family: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The video's pairs of blocks that a budget keeps: bool ``[B, H, N, N]``. ``family``: as in :func:`rule_mask`."""
+    visual = torch.stack([tokens.visual_blocks(o) for o in range(tokens.block_start.shape[0])])
+    visual = visual[tokens.head_order.long()]  # [H, N]
+    candidates = visual[:, :, None] & visual[:, None, :]
+    candidates = candidates[None] if family is None else candidates & family
+    return keep(scores, candidates, visual.sum(1), budget)
+
+
 def rule_mask(
     name: str,
     q: torch.Tensor,
@@ -104,12 +130,8 @@ def rule_mask(
     budget, parameters: as an :class:`~diffsparse.OnlineSelection` of that rule may have them. Raises ValueError for an
     index of the wrong shape.
     """
-    if (signal := _SIGNALS.get(name)) is not None:
-        visual = torch.stack([tokens.visual_blocks(o) for o in range(tokens.block_start.shape[0])])
-        visual = visual[tokens.head_order.long()]  # [H, N]
-        candidates = visual[:, :, None] & visual[:, None, :]
-        candidates = candidates[None] if family is None else candidates & family
-        return keep(signal(q, k, tokens, scale, **parameters), candidates, visual.sum(1), budget)
+    if name in _SIGNALS:
+        return budget_mask(rule_scores(name, q, k, tokens, scale, parameters), tokens, budget, family)
     selector = _SELECTORS[name]
     index = selector(q, k, tokens, budget.value, **parameters)
     found = (index.num_blocks, index.num_heads, index.device)

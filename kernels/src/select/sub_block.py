@@ -21,8 +21,8 @@ def part_means(x: torch.Tensor, tokens: TokenLayout, parts: int) -> tuple[torch.
     part = (place * parts).div(length, rounding_mode="floor")
     inside = (part[..., None, :] == torch.arange(parts, device=x.device)[:, None]) & there[..., None, :]  # [H, N, p, W]
     count = inside.sum(-1)
-    means = (inside.float()[None] @ take(x, numbers, there)) / count.clamp(min=1)[None, ..., None]
-    return means, count > 0
+    means = (inside.to(x.dtype)[None] @ take(x, numbers, there)).float()
+    return means / count.clamp(min=1)[None, ..., None], count > 0
 
 
 def score_sub_block(

@@ -37,7 +37,7 @@ def score_vertical_slash(
     which = (key - own[..., None] + n - 1).flatten(1)  # [H, R * N]
     total = torch.zeros(batch, heads, 2 * n - 1, device=q.device)
     total = total.scatter_add(2, which[None].expand(batch, -1, -1), mass.flatten(2))
-    real = there.any(2)[:, None].expand(-1, count, -1).flatten(1)  # blocks that an order lacks are on no diagonal
+    real = there.any(2)[:, None].expand(heads, count, -1).flatten(1)  # blocks that an order lacks are on no diagonal
     seen = torch.zeros_like(total[0]).scatter_add(1, which, real.to(total.dtype))
     slash = total / seen.clamp(min=1)
     diagonal = (key[None, :] - key[:, None] + n - 1).flatten()
