@@ -38,7 +38,7 @@ from diffsparse.search.layers import common_architecture
 from diffsparse.search.observe import final_latents
 from diffsparse.search.ranks import Ranks, launched, sharing
 from diffsparse.search.search import SearchConfig, search_plan, thoroughness
-from diffsparse.search.stages import probe
+from diffsparse.search.stages import probe, sensitivity
 
 PROMPTS = [f"prompt {i}" for i in range(8)]
 
@@ -58,12 +58,15 @@ def bytes_in(folder: Path) -> int:
 
 
 class Stages:
-    """Seconds of every stage, by the search's own reports."""
+    """Seconds of every stage, and the most bytes of GPU memory that it takes, by the search's own reports."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.disk = folder, 0
         self.begin = self.last = time.perf_counter()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         self.seconds: dict[str, float] = {}
+        self.gpu: dict[str, int] = {}
         self.estimate = self.estimated_after = 0.0
         self._label = "start"
 
@@ -76,6 +79,9 @@ class Stages:
         self.disk = max(self.disk, bytes_in(self.folder))
         now = time.perf_counter()
         self.seconds[self._label] = self.seconds.get(self._label, 0.0) + now - self.last
+        if torch.cuda.is_available():
+            self.gpu[self._label] = max(self.gpu.get(self._label, 0), torch.cuda.max_memory_allocated())
+            torch.cuda.reset_peak_memory_stats()
         self.last, self._label = now, label
 
     def say(self, text: str) -> None:
@@ -128,9 +134,8 @@ def bench(
         config = replace(config, trace_prompts=probe.prompts_for(full * config.trace_steps, len(PROMPTS)))
         for module in ("search", "stages.sensitivity"):
             decided.enter_context(patch(f"diffsparse.search.{module}.most_groups", lambda _: groups(whole, full)))
-        decided.enter_context(patch.object(stored_scores, "MAP_BYTES", stored_scores.MAP_BYTES * share))
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+        for module, limit in ((stored_scores, "MAP_BYTES"), (sensitivity, "REUSE_BYTES")):
+            decided.enter_context(patch.object(module, limit, getattr(module, limit) * share))
     layers = len(common_architecture(pipe).layers)
     base = {"model": name, "layers": layers, "tokens": model.grid.seq_len}
     try:
@@ -146,8 +151,10 @@ def bench(
     stages.mark("end")
     if not leads:
         return []
-    used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    rows = [Row(**base, stage=stage, seconds=seconds) for stage, seconds in stages.seconds.items()]
+    rows = [
+        Row(**base, stage=stage, seconds=seconds, gpu_gb=stages.gpu.get(stage, 0) / 1e9)
+        for stage, seconds in stages.seconds.items()
+    ]
     everything = Row(
         **base,
         stage=ALL,
@@ -157,7 +164,7 @@ def bench(
         estimate_after_seconds=stages.estimated_after,
         host_gb=host_gb() - before,
         disk_gb=stages.disk / 1e9,
-        gpu_gb=used / 1e9,
+        gpu_gb=max(stages.gpu.values(), default=0) / 1e9,
         dense_gpu_gb=peak / 1e9,
         status=status,
     )
@@ -246,7 +253,7 @@ def report(a: argparse.Namespace, rows: list[Row], name: str) -> None:
         write(a.csv, rows)
     for row in rows:
         if row.model == name and row.seconds >= 0.05:
-            print(f"{row.layers:3} layers {row.stage:>18} {row.seconds:8.1f} s")
+            print(f"{row.layers:3} layers {row.stage:>18} {row.seconds:8.1f} s {row.gpu_gb:8.2f} GB")
     print(asdict(rows[-1]), flush=True)
 
 

@@ -23,7 +23,7 @@ from diffsparse.entry import HeadEntry
 from diffsparse.pipelines.picking import PickStore
 from diffsparse.reuse import serves
 
-__all__ = ["Group", "ReuseStep", "ReuseStore", "groups_of"]
+__all__ = ["EightBits", "Group", "ReuseStep", "ReuseStore", "groups_of"]
 
 # The argument that tells guidance branches apart, by what diffusers' models call it.
 _PROMPTS = ("encoder_hidden_states", "encoder_hidden_states_t5", "cap_feats", "text_bth", "class_labels")
@@ -51,19 +51,20 @@ def groups_of(entries: Sequence[HeadEntry]) -> tuple[Group, ...]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Held:
+class EightBits:
     """Outputs of some heads, ``[B, S, n, D]``, in 8 bits with a scale for each token and head."""
 
-    level: float
-    phase: int
     values: torch.Tensor
     scale: torch.Tensor
 
     @classmethod
-    def of(cls, out: torch.Tensor, level: float, phase: int) -> _Held:
+    def of(cls, out: torch.Tensor) -> EightBits:
         # Rounding moves a value by 1/254 of the largest of its row at most, far less than a step changes it.
         scale = out.abs().amax(-1, keepdim=True).float().div_(127).clamp_min_(torch.finfo(torch.float32).tiny)
-        return cls(level, phase, (out / scale).round_().to(torch.int8), scale)
+        return cls((out / scale).round_().to(torch.int8), scale)
+
+    def to(self, device: torch.device | str) -> EightBits:
+        return EightBits(self.values.to(device), self.scale.to(device))
 
     def read(self, dtype: torch.dtype) -> torch.Tensor:
         return (self.values * self.scale).to(dtype)
@@ -71,6 +72,13 @@ class _Held:
     @property
     def nbytes(self) -> int:
         return self.values.nbytes + self.scale.nbytes
+
+
+@dataclass(frozen=True, eq=False)
+class _Held:
+    level: float
+    phase: int
+    outputs: EightBits
 
 
 @dataclass(frozen=True)
@@ -112,7 +120,7 @@ class ReuseStore:
     @property
     def nbytes(self) -> int:
         """Bytes that are held now."""
-        return sum(held.nbytes for held in self._held.values())
+        return sum(held.outputs.nbytes for held in self._held.values())
 
     def clear(self) -> None:
         """Forget all outputs."""
@@ -205,7 +213,7 @@ class ReuseStore:
             held = self._held.get((step.branch, layer, number, group.reuse))
             if held is None or held.phase != step.phase or not serves(held.level, step.level, group.reuse):
                 continue
-            if tuple(held.values.shape) == (*shape[:2], len(group.heads), shape[3]):
+            if tuple(held.outputs.values.shape) == (*shape[:2], len(group.heads), shape[3]):
                 found.append(group)
         return tuple(found)
 
@@ -216,7 +224,7 @@ class ReuseStore:
             held = self._held.get((step.branch, layer, number, group.reuse))
             if held is None or held.phase != step.phase or not serves(held.level, step.level, group.reuse):
                 return None
-            shapes.add((*held.values.shape[:2], held.values.shape[3]))
+            shapes.add((*held.outputs.values.shape[:2], held.outputs.values.shape[3]))
         return shapes.pop() if len(shapes) == 1 else None
 
     def exchange(
@@ -233,11 +241,11 @@ class ReuseStore:
             key = (step.branch, layer, number, group.reuse)
             heads = self._heads_on(out.device, group)
             if group in recalled:
-                out.index_copy_(2, heads, self._held[key].read(out.dtype))
+                out.index_copy_(2, heads, self._held[key].outputs.read(out.dtype))
                 continue
             self._held.pop(key, None)  # before the next ones take their room
             if step.ahead is None or serves(step.level, step.ahead, group.reuse):
-                self._held[key] = _Held.of(out.index_select(2, heads), step.level, step.phase)
+                self._held[key] = _Held(step.level, step.phase, EightBits.of(out.index_select(2, heads)))
         self.peak = max(self.peak, self.nbytes)
 
     def _heads_on(self, device: torch.device, group: Group) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 
 from diffsparse.kernels import sparse_attention
 from diffsparse.layout import BlockLayout
+from diffsparse.pipelines.reuse import EightBits
 from diffsparse.search.steps import StepCounter
 
 __all__ = ["partial_error", "sparse_callback", "stale_outputs"]
@@ -49,11 +50,12 @@ def stale_outputs(
 ) -> tuple[Callable[[Any], torch.Tensor | None], list[int]]:
     """A tap that adds a share of what every second step's outputs would get wrong if they were the last step's.
 
-    Of some layers, from the step ``first`` on. Returns it, and the list of the steps that it changed, which fills.
+    Of some layers, from the step ``first`` on. Outputs are kept as a run keeps them, but in host memory: a search
+    should fit where the model does. Returns the tap, and the list of the steps that it changed, which fills.
     """
     counter = StepCounter()
     changed: list[int] = []
-    kept: dict[tuple[str, str, int], torch.Tensor] = {}
+    kept: dict[tuple[str, str, int], EightBits] = {}
     calls: Counter[tuple[int, str, str]] = Counter()
 
     def callback(call: Any) -> torch.Tensor | None:
@@ -65,13 +67,13 @@ def stale_outputs(
         calls[place] += 1
         out: torch.Tensor = call.dense()
         if (step - first) % 2 == 0:
-            kept[key] = out
+            kept[key] = EightBits.of(out).to("cpu")
             return out
         before = kept.pop(key, None)
-        if before is None or before.shape != out.shape:
+        if before is None or before.values.shape != out.shape:
             return out
         if step not in changed:
             changed.append(step)
-        return torch.lerp(out.float(), before.float(), share).to(out.dtype)
+        return torch.lerp(out.float(), before.to(out.device).read(torch.float32), share).to(out.dtype)
 
     return callback, changed

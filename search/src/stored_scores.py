@@ -24,7 +24,7 @@ __all__ = ["StoredScores"]
 
 #: Bytes of all maps that measured masks are made from. Where they would be more, steps share one. While a prompt is
 #: traced there are those of the prompts before as well.
-MAP_BYTES = 1.95e9
+MAP_BYTES = 1.6e9
 
 
 class StoredScores(ABC):

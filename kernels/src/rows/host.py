@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -67,11 +68,17 @@ def launch_attend(
     return out, lse
 
 
+@functools.cache
+def _shared_memory(device: int) -> int:
+    """Bytes of shared memory that a block may have. Asking the driver takes a millisecond."""
+    return int(triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"])
+
+
 def _stages(k: torch.Tensor) -> int:
     """Blocks of keys and values that are loaded ahead: as many as a multiprocessor has room for beside the queries."""
     if not k.is_cuda:
         return 1
-    shared = triton.runtime.driver.active.utils.get_device_properties(k.device.index)["max_shared_mem"]
+    shared = _shared_memory(k.device.index)
     one = k.shape[2] * k.shape[3] * k.element_size()
     return max(1, min(3, (shared // one - 1) // 2))
 

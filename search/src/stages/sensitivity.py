@@ -40,6 +40,8 @@ FEWER_GROUPS, GROUPS_SECONDS = 5, 240.0
 # Errors of outputs that are used again may add up with those of the blocks that are left out: (a + b)^2 is at most
 # 2 (a^2 + b^2).
 MARGIN = 2.0
+#: Host memory that outputs may take while what they get wrong is measured.
+REUSE_BYTES = 2e9
 
 
 def effect_steps(work: Workspace) -> tuple[int, ...]:
@@ -237,8 +239,8 @@ def reuse_factor(work: Workspace, layers: np.ndarray, growth: np.ndarray, memory
 
 def _layers_within(work: Workspace, memory: float) -> list[str]:
     """Layers all over the model whose outputs fit into so many bytes; at least one."""
-    size = next(work.transformer.parameters()).element_size()
     largest = max(grid.seq_len for grid in work.grids.values())
-    bytes_each = work.architecture.heads * largest * work.probe.head_dim * size * work.probe.branches * work.probe.items
-    count = min(len(work.layers), max(1, int(memory // bytes_each)))
+    rows = work.architecture.heads * largest * work.probe.branches * work.probe.items
+    bytes_each = rows * (work.probe.head_dim + 4)  # in 8 bits, with a scale for each row
+    count = min(len(work.layers), max(1, int(min(memory, REUSE_BYTES) // bytes_each)))
     return [work.layers[int(i)] for i in np.linspace(0, len(work.layers) - 1, count).round()]
