@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from diffsparse.architecture import Architecture
 from diffsparse.plan import SparsityPlan
 from diffsparse.quality import quality_line
 from diffsparse.search.compose import Candidate, Composer
@@ -23,7 +25,7 @@ from diffsparse.search.stages.validate import is_validated, judged
 from diffsparse.search.store import SearchStore
 from diffsparse.search.stored_search import StoredSearch, Tried
 
-__all__ = ["RECORD_NAME", "compose_plan"]
+__all__ = ["RECORD_NAME", "compose_plan", "searched_model"]
 
 RECORD_NAME = "search.sqlite"
 
@@ -73,17 +75,8 @@ def compose_plan(
     given = {"budget": budget, "density": density, "target": target}
     if sum(value is not None for value in given.values()) != 1:
         raise BadInput("say what the plan is for: give a budget, a density or a target, one of the three")
-    place, begin = Path(record) / RECORD_NAME, time.perf_counter()
-    if not place.is_file():
-        raise BadInput(f"{os.fspath(record)!r} holds no {RECORD_NAME}: give the folder that a search wrote")
-    with SearchStore(place, reading=True) as store:
-        store.check_version()
-        if "facts" not in store:
-            raise BadInput(
-                f"the search in {os.fspath(record)!r} has not measured everything yet; "
-                "run it again, with its model, to go on from there"
-            )
-        facts = store.read_json("facts", Facts.from_dict)
+    begin = time.perf_counter()
+    with _opened(record) as (store, facts):
         changes: dict[str, Any] = {
             **given,
             "points": None,
@@ -113,6 +106,28 @@ def compose_plan(
                 f"search with the model and --out {os.fspath(record)}"
             )
     return plan
+
+
+@contextmanager
+def _opened(record: str | os.PathLike[str]) -> Iterator[tuple[SearchStore, Facts]]:
+    """The record of a search that has measured everything, and what it is of."""
+    place = Path(record) / RECORD_NAME
+    if not place.is_file():
+        raise BadInput(f"{os.fspath(record)!r} holds no {RECORD_NAME}: give the folder that a search wrote")
+    with SearchStore(place, reading=True) as store:
+        store.check_version()
+        if "facts" not in store:
+            raise BadInput(
+                f"the search in {os.fspath(record)!r} has not measured everything yet; "
+                "run it again, with its model, to go on from there"
+            )
+        yield store, store.read_json("facts", Facts.from_dict)
+
+
+def searched_model(record: str | os.PathLike[str]) -> Architecture:
+    """The architecture that a search measured. Raises as :func:`compose_plan` does for what is no finished search."""
+    with _opened(record) as (_, facts):
+        return facts.architecture
 
 
 def _check(stored: StoredSearch) -> None:

@@ -39,6 +39,15 @@ def plan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_plan().save_pretrained(tmp_path_factory.mktemp("plans") / "plan")
 
 
+@pytest.fixture(scope="session")
+def comparison(pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """The folder of a whole comparison, which nobody changes, and what it found."""
+    from tests.search.comparisons import compare
+
+    folder = tmp_path_factory.mktemp("comparisons") / "out"
+    return folder, compare(pipe, folder)
+
+
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
     """Runs a command and gives exit code, stdout and stderr."""

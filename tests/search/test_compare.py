@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +17,6 @@ from diffsparse.pipelines import sparse_attention_summary
 from diffsparse.plan import SparsityPlan
 from diffsparse.preset_plans import preset
 from diffsparse.search.compare import run
-from diffsparse.search.compare.api import compare_methods
 from diffsparse.search.compare.methods import (
     NEAR,
     NO_METHODS,
@@ -33,32 +32,9 @@ from diffsparse.search.compare.result import Comparison
 from diffsparse.search.errors import BadInput
 from diffsparse.search.search import search_plan
 from diffsparse.search.store import StoreLocked, StoreMismatch
+from tests.search.comparisons import METHODS, compare
 from tests.search.plans import make_plan
-from tests.search.tiny import PROMPTS, SHAPE, SHAPE_OPTIONS, Cli, config, fix_costs
-
-#: One of every kind: a window, a rule whose density is known, one whose density is measured, one that stays too dense.
-METHODS = ("window", "subblock", "xattention", "vmoba")
-
-
-def compare(pipe: Any, out: Path, **changes: Any) -> Comparison:
-    asked: dict[str, Any] = {
-        "methods": METHODS,
-        "densities": (0.7,),
-        "plans": {"mine": make_plan()},
-        "num_inference_steps": 4,
-        "guidance_scale": 3.0,
-        "seeds": (1,),
-        **SHAPE,
-    }
-    return compare_methods(pipe, PROMPTS, out=out, progress=False, say=lambda line: None, **asked | changes)
-
-
-@pytest.fixture(scope="module")
-def made(pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison]:
-    """A whole comparison, and its folder."""
-    folder = tmp_path_factory.mktemp("comparisons") / "out"
-    return folder, compare(pipe, folder)
-
+from tests.search.tiny import PROMPTS, SHAPE_OPTIONS, Cli, build_pipeline, config, fix_costs
 
 # -- knobs -------------------------------------------------------------------------------------------------------------
 
@@ -119,8 +95,8 @@ def test_a_knob_with_steps_takes_the_nearest_one_within_reach() -> None:
 # -- rows --------------------------------------------------------------------------------------------------------------
 
 
-def test_rows_have_the_density_that_was_asked_for_or_say_why_not(made: tuple[Path, Comparison]) -> None:
-    _, found = made
+def test_rows_have_the_density_that_was_asked_for_or_say_why_not(comparison: tuple[Path, Comparison]) -> None:
+    _, found = comparison
     rows = {row.key: row for row in found.rows}
     assert set(rows) == {"plan-mine", *(f"{name}-0.7" for name in METHODS)} and found.complete
     for row in rows.values():
@@ -145,8 +121,10 @@ def test_a_density_below_the_dense_steps_is_told(pipe: Any, tmp_path: Path) -> N
     assert "vmoba: its dense steps alone take" in found.table()
 
 
-def test_plans_stand_in_the_table_of_their_density(pipe: Any, made: tuple[Path, Comparison], tmp_path: Path) -> None:
-    _, found = made
+def test_plans_stand_in_the_table_of_their_density(
+    pipe: Any, comparison: tuple[Path, Comparison], tmp_path: Path
+) -> None:
+    _, found = comparison
     mine = next(row for row in found.rows if row.name == "mine")
     assert [row.name for row in found.others] == ["mine"] and "plans at other densities" in found.table()
     near = compare(pipe, tmp_path / "out", methods=("subblock",), densities=(round(mine.density + 0.005, 3),))
@@ -197,47 +175,18 @@ def test_searched_rows_are_composed_from_the_record(pipe: Any, tmp_path: Path, m
         compare(pipe, tmp_path / "out", num_inference_steps=6, **asked | {"searched": copied})
 
 
-# -- files -------------------------------------------------------------------------------------------------------------
-
-
-def test_json_and_csv_tell_all_rows(made: tuple[Path, Comparison]) -> None:
-    folder, found = made
-    data = json.loads((folder / "compare.json").read_text("utf-8"))
-    assert data == json.loads(json.dumps(found.to_dict(), allow_nan=False))
-    assert [row["row"] for row in data["rows"]] == [row.key for row in found.rows]
-    row = next(row for row in data["rows"] if row["row"] == "xattention-0.7")
-    assert row["psnr"]["n"] == 2 and row["psnr"]["low"] is None and len(row["clips"]) == 2
-    assert row["above_other_seed"] == pytest.approx(row["psnr"]["mean"] - data["other_seed_psnr"])
-    assert row["worst"]["psnr"] == min(clip["psnr"] for clip in row["clips"]) and row["speedup"] > 0
-    (table,) = data["equal_density"]
-    assert table["against"] == table["rows"][0]["row"] and table["rows"][0]["difference"] is None
-    known = [each for each in table["rows"][1:] if each["difference"]]
-    assert known and all(each["difference"]["mean"] <= 0 for each in known)
-    lines = list(csv.DictReader((folder / "compare.csv").read_text("utf-8").splitlines()))
-    assert [line["row"] for line in lines] == [row.key for row in found.rows]
-    for line, row in zip(lines, data["rows"], strict=True):
-        assert (line["psnr"] == "") == (row["psnr"] is None) and (line["reason"] == "") == (row["reason"] is None)
-        assert row["psnr"] is None or float(line["psnr"]) == row["psnr"]["mean"]
-
-
-def test_a_fitted_plan_is_kept_and_is_the_one_that_ran(pipe: Any, made: tuple[Path, Comparison]) -> None:
-    folder, found = made
-    row = next(row for row in found.rows if row.name == "xattention")
-    plan = SparsityPlan.from_pretrained(folder / "plans" / row.key)
-    assert plan.record["preset"] == "xattention" and plan.rules[0].budget.value == row.options["tau"]
-
-
 # -- going on ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_second_run_makes_nothing_and_more_methods_add_rows(
-    pipe: Any, made: tuple[Path, Comparison], monkeypatch: pytest.MonkeyPatch
+    pipe: Any, comparison: tuple[Path, Comparison], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, found = made
+    whole, found = comparison
+    folder = shutil.copytree(whole, tmp_path / "copy")
     made_now: list[int] = []
     real = run.generate_clip
     monkeypatch.setattr(run, "generate_clip", lambda *a, **k: made_now.append(1) or real(*a, **k))
-    assert compare(pipe, folder).to_dict() == found.to_dict() and not made_now
+    assert compare(pipe, folder).rows == found.rows and not made_now
     more = compare(pipe, folder, methods=(*METHODS, "minference"))
     assert len(more.rows) == len(found.rows) + 1 and len(made_now) >= 2
     assert [row for row in more.rows if row.name != "minference"] == list(found.rows)
@@ -248,15 +197,15 @@ def test_a_second_run_makes_nothing_and_more_methods_add_rows(
     [({"seeds": (2,)}, "seeds"), ({"guidance_scale": 1.5}, "guidance_scale"), ({"backend": "reference"}, "backend")],
 )
 def test_other_settings_in_the_same_folder_are_refused(
-    pipe: Any, made: tuple[Path, Comparison], changes: dict[str, Any], named: str
+    pipe: Any, comparison: tuple[Path, Comparison], changes: dict[str, Any], named: str
 ) -> None:
     with pytest.raises(StoreMismatch, match=rf"holds a comparison with other settings \({named}\)"):
-        compare(pipe, made[0], **changes)
+        compare(pipe, comparison[0], **changes)
 
 
-def test_another_plan_by_the_same_name_is_refused(pipe: Any, made: tuple[Path, Comparison]) -> None:
+def test_another_plan_by_the_same_name_is_refused(pipe: Any, comparison: tuple[Path, Comparison]) -> None:
     with pytest.raises(StoreMismatch, match="holds clips of another plan by the name of mine"):
-        compare(pipe, made[0], plans={"mine": preset("window")})
+        compare(pipe, comparison[0], plans={"mine": preset("window")})
 
 
 #: A comparison of the tiny pipeline in a process of its own, which says when a row's clip is stored.
@@ -286,7 +235,7 @@ def start(out: Path) -> subprocess.Popen[str]:
 
 @pytest.mark.slow(reason="kills a comparison of the tiny model in a process of its own, and runs it again")
 def test_killed_it_goes_on_and_another_process_is_refused_meanwhile(
-    pipe: Any, tmp_path: Path, made: tuple[Path, Comparison]
+    pipe: Any, tmp_path: Path, comparison: tuple[Path, Comparison]
 ) -> None:
     process = start(tmp_path / "out")
     assert process.stdout is not None
@@ -299,7 +248,7 @@ def test_killed_it_goes_on_and_another_process_is_refused_meanwhile(
     again, _ = start(tmp_path / "out").communicate(timeout=300)
     assert again.splitlines() == ["clip", "end"]
     data = json.loads((tmp_path / "out" / "compare.json").read_text("utf-8"))
-    wanted = {row.key: row for row in made[1].rows}
+    wanted = {row.key: row for row in comparison[1].rows}
     for row in data["rows"]:
         assert row["state"] == "done"
         psnr = list(wanted[row["row"]].values("psnr").values())
@@ -307,7 +256,7 @@ def test_killed_it_goes_on_and_another_process_is_refused_meanwhile(
 
 
 def test_shards_make_their_parts_and_the_last_run_puts_them_together(
-    pipe: Any, made: tuple[Path, Comparison], tmp_path: Path
+    pipe: Any, comparison: tuple[Path, Comparison], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     for shard in ("1/2", "2/2"):
@@ -317,7 +266,7 @@ def test_shards_make_their_parts_and_the_last_run_puts_them_together(
         assert mine == ({"plan-mine", "subblock-0.7", "vmoba-0.7"} if shard == "1/2" else {"xattention-0.7"})
     whole = compare(pipe, out)
     assert whole.complete and (out / "compare.json").is_file()
-    for mine, theirs in zip(whole.rows, made[1].rows, strict=True):
+    for mine, theirs in zip(whole.rows, comparison[1].rows, strict=True):
         assert mine.values("psnr") == pytest.approx(theirs.values("psnr")) and mine.reason == theirs.reason
         # Each is timed alone at the end: with others beside it times say nothing.
         assert (mine.loop_seconds is None) == (theirs.loop_seconds is None)
@@ -405,6 +354,16 @@ def test_mistakes_are_one_line_before_anything_runs(
     code, out, err = cli(*line)
     assert code == 2, err
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and message in err, err
+
+
+def test_a_search_of_another_model_is_refused(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fix_costs(monkeypatch)
+    other = build_pipeline(layers=1)
+    search_plan(
+        other, PROMPTS, config(validation_prompts=0), tmp_path / "search", progress=False, say=lambda line: None
+    )
+    with pytest.raises(BadInput, match=r"the search in '.*search' is of another model: layers"):
+        compare(pipe, tmp_path / "out", searched=tmp_path / "search")
 
 
 def test_a_plan_of_another_model_is_refused(pipe: Any, tmp_path: Path) -> None:

@@ -62,6 +62,9 @@ def compare_command(
     true_cfg_scale: TrueCfg = None,
     lpips: Annotated[bool, typer.Option("--lpips/--no-lpips", help="LPIPS too, where it is installed.")] = True,
     backend: Annotated[str, typer.Option("--backend", help="Attention backend: auto, or a name of `env`.")] = "auto",
+    calls: Annotated[
+        bool, typer.Option("--calls", help="Relative errors and times of single attention calls, too.")
+    ] = False,
     shard: Annotated[
         str | None,
         typer.Option("--shard", metavar="I/N", help="Make the I-th of N parts; others run beside it, in the same DIR."),
@@ -88,11 +91,12 @@ def compare_command(
         check_numbers(height=height, width=width, num_frames=num_frames)
         check_numbers(guidance_scale=guidance_scale, true_cfg_scale=true_cfg_scale)
         from diffsparse.search import load
-        from diffsparse.search.compare.api import check_searched, compare_methods
+        from diffsparse.search.compare.api import compare_methods
         from diffsparse.search.compare.methods import parse_methods
         from diffsparse.search.compare.record import Shard
         from diffsparse.search.compare.rows import check_densities, plans_by_name
         from diffsparse.search.inputs import read_inputs
+        from diffsparse.search.recompose import searched_model
         from diffsparse.search.setup import Setup
 
         names = parse_methods(methods)
@@ -107,7 +111,7 @@ def compare_command(
             plan = [str(own)]
         plans = plans_by_name(plan or ())
         if searched is not None:
-            check_searched(searched)
+            searched_model(searched)
         place = load.choose_device(device)
         precision = load.choose_dtype(dtype, place)
         load.check_backend(backend)
@@ -131,6 +135,7 @@ def compare_command(
             num_frames=num_frames,
             backend=backend,
             lpips=lpips,
+            calls=calls,
             shard=shard,
             say=say,
         )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsparse import __version__
+from diffsparse.pipelines import architecture_of, find_transformers
 from diffsparse.plan import SparsityPlan
 from diffsparse.search.api import asked_settings
 from diffsparse.search.compare.files import write_comparison
@@ -25,10 +26,10 @@ from diffsparse.search.generate import GenerationSettings, check_seeds
 from diffsparse.search.identity import model_identity
 from diffsparse.search.inputs import GenerationInput, Input, as_inputs, contents
 from diffsparse.search.intact import check_dense, intact
-from diffsparse.search.load import check_backend, check_output
-from diffsparse.search.recompose import RECORD_NAME
+from diffsparse.search.load import check_backend, check_output, model_class
+from diffsparse.search.recompose import searched_model
 
-__all__ = ["check_searched", "compare_methods"]
+__all__ = ["compare_methods"]
 
 logger = logging.getLogger("diffsparse")
 
@@ -52,6 +53,7 @@ def compare_methods(
     negative_prompt: str | None = None,
     backend: str = "auto",
     lpips: bool = False,
+    calls: bool = False,
     shard: str | None = None,
     progress: bool = True,
     say: Callable[[str], None] | None = None,
@@ -81,6 +83,8 @@ def compare_methods(
         backend: attention backend of all rows. ``"auto"`` is the fastest that can run here, and sparse also where a
             table says that dense attention would be faster.
         lpips: whether LPIPS is computed, where the package and its weights are here.
+        calls: whether the relative errors and times of single attention calls are measured, too, on q, k and v of a few
+            layers and steps of a dense generation.
         shard: ``"2/4"``: make only the second of four parts of the rows, beside other processes with the same ``out``.
             A call without it, when they have ended, puts all together and times each row alone.
         progress: whether bars are shown on stderr.
@@ -100,10 +104,12 @@ def compare_methods(
     if not given:
         raise BadInput("there is no input to generate; give at least one prompt")
     named = plans_by_name(plans)
-    source = None if searched is None else check_searched(searched)
+    source = None if searched is None else Path(searched)
     groups = rows_of(names, wanted, source is not None, named)
     if not groups:
         raise BadInput("there is nothing to compare: give methods, plans, or the folder of a search")
+    if source is not None:
+        _check_searched(pipe, source)
     check_dense(pipe)
     check_backend(backend)
     settings = asked_settings(
@@ -145,28 +151,33 @@ def compare_methods(
             f"{len(given)} inputs x {len(all_seeds)} seeds, {len(mine)} rows: {left} of {len(mine) * len(cases)} clips "
             "are still to be made"
         )
-        _make(runner, mine, part)
-        result = read_result(record, rows, wanted, asdict(settings), about)
+        _make(runner, mine, part, calls)
+        result = read_result(
+            record, rows, wanted, asdict(settings), about, f"{type(pipe).__name__}, {model_class(pipe)}"
+        )
         if part is not None:
             tell(f"shard {part} is done; when all are, run the same command without --shard")
             return result
         return write_comparison(folder, result, sorted(runner.shown))
 
 
-def _make(runner: Runner, rows: Sequence[Row], part: Shard | None) -> None:
+def _make(runner: Runner, rows: Sequence[Row], part: Shard | None, calls: bool) -> None:
     runner.make_dense()
     if part is None:
         runner.measure_floor()
     runner.make_rows(rows)
     if part is None:
         runner.time_rows(rows)
+        if calls:
+            runner.measure_calls(rows)
 
 
-def check_searched(folder: str | os.PathLike[str]) -> Path:
-    """The folder of a search. Raises :class:`BadInput` where it has no record."""
-    if not (Path(folder) / RECORD_NAME).is_file():
-        raise BadInput(f"{os.fspath(folder)!r} holds no {RECORD_NAME}: give the folder that a search wrote")
-    return Path(folder)
+def _check_searched(pipe: Any, folder: Path) -> None:
+    """Raises :class:`BadInput` where the folder's search is not finished, or of another model."""
+    known = searched_model(folder)
+    for transformer in find_transformers(pipe).values():
+        if differences := known.differences(architecture_of(transformer)):
+            raise BadInput(f"the search in {str(folder)!r} is of another model: {'; '.join(differences)}")
 
 
 def _recorded(plans: Mapping[str, SparsityPlan], searched: Path | None) -> Mapping[str, Any]:

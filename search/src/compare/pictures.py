@@ -11,7 +11,7 @@ from PIL import Image, features
 from diffsparse.saving import write_whole
 from diffsparse.search.errors import writing
 
-__all__ = ["write_clip_picture"]
+__all__ = ["find_picture", "write_clip_picture"]
 
 #: Pixels of the longer side, at most, and frames, of which a longer clip shows every few.
 MAX_SIDE, MAX_FRAMES = 320, 33
@@ -36,6 +36,11 @@ def write_clip_picture(frames: torch.Tensor, place: Path) -> Path:
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         return write_whole(file, buffer.getvalue())
+
+
+def find_picture(place: Path) -> Path | None:
+    """The file that :func:`write_clip_picture` wrote, if it is there."""
+    return next((f for kind in ("webp", "png") if (f := place.with_name(f"{place.name}.{kind}")).is_file()), None)
 
 
 def _image(frame: torch.Tensor) -> Image.Image:

@@ -95,8 +95,8 @@ class Comparison:
 
     cases: input and seed of each clip. dense: its loop's and its attention's time. other_seed_psnr: mean PSNR between
     dense clips of one input and two seeds, in dB: what counts is how far above it a row is (F+). noise_floor: the first
-    dense clip on another dense kernel. calls: relative errors of single calls, where they were measured. files: what
-    was written.
+    dense clip on another dense kernel. model: the classes of the pipeline and of its transformer. calls: relative
+    errors of single calls, where they were measured. files: what was written.
     """
 
     rows: tuple[RowResult, ...]
@@ -107,6 +107,7 @@ class Comparison:
     other_seed_psnr: float | None
     noise_floor: dict[str, Any] | None
     environment: dict[str, Any]
+    model: str = ""
     calls: dict[str, Any] | None = None
     files: tuple[str, ...] = ()
 
@@ -158,6 +159,7 @@ class Comparison:
         return finite(  # type: ignore[no-any-return]
             {
                 "complete": self.complete,
+                "model": self.model,
                 "clips": [{"prompt": prompt, "seed": seed} for prompt, seed in self.cases],
                 "settings": self.settings,
                 "densities": list(self.densities),
@@ -226,6 +228,7 @@ def read_result(
     densities: Sequence[float],
     settings: dict[str, Any],
     environment: dict[str, Any],
+    model: str,
 ) -> Comparison:
     """From all that was stored so far."""
     every = range(len(record.cases))
@@ -241,7 +244,8 @@ def read_result(
         other_seed_psnr=floor.get("other_seed_psnr"),
         noise_floor=floor.get("kernel"),
         environment=environment,
-        calls=record.get("calls"),
+        model=model,
+        calls=_calls(record, rows),
     )
 
 
@@ -265,6 +269,19 @@ def _row_result(record: Record, row: Row) -> RowResult:
         clips={} if "reason" in about else clips,
         **{name: _median(figures, name) for name in ("loop_seconds", "attention_seconds", "selection_seconds")},
     )
+
+
+def _calls(record: Record, rows: Sequence[Row]) -> dict[str, Any] | None:
+    """``chosen``: the calls. ``rows``: of each what it made of every call, or a reason."""
+    chosen = record.get("calls")
+    if chosen is None:
+        return None
+    found = [
+        {"row": row.key, "asked_density": row.asked, **known}
+        for row in rows
+        if (known := record.get(f"calls/{row.key}"))
+    ]
+    return {"chosen": chosen, "rows": found}
 
 
 def _median(figures: Sequence[dict[str, Any]], name: str) -> float | None:

@@ -20,6 +20,7 @@ from diffsparse.preset_plans import preset
 from diffsparse.search import metrics
 from diffsparse.search.clip_report import clip_report
 from diffsparse.search.columns import shorten
+from diffsparse.search.compare.calls import capture_calls, judge_calls
 from diffsparse.search.compare.methods import OutOfReach, find_value, knob_of
 from diffsparse.search.compare.pictures import write_clip_picture
 from diffsparse.search.compare.record import Record, Shard
@@ -287,6 +288,29 @@ class Runner:
             with self._enabled(plan):
                 run_warm_up(self.pipe, record.cases[0][0], self.settings)
                 record.put(f"timed/{row.key}", self._clip(0)[1])
+
+    def measure_calls(self, rows: Sequence[Row]) -> None:
+        """The relative errors of single calls, of rows that have clips; captured anew where a row lacks them."""
+        record = self.record
+        todo = [
+            row
+            for row in rows
+            if f"calls/{row.key}" not in record and "reason" not in (record.get(f"row/{row.key}") or {"reason": ""})
+        ]
+        if not todo:
+            return
+        assert self._trajectory is not None
+        device = device_of(self.pipe)
+        source, seed = record.cases[0]
+        captured = capture_calls(self.pipe, source, seed, self.settings, self._trajectory.levels, device)
+        record.put("calls", [call.to_dict() for call in captured])
+        for row in tqdm(todo, "calls", unit="row", disable=not self.progress):
+            plan, _ = self._plan(row)
+            try:
+                found: Any = {"calls": finite(judge_calls(plan, captured, device, self._backend(plan)))}
+            except Exception as error:  # as of a row's clips: whatever a method raises is its reason
+                found = {"reason": f"{type(error).__name__}: {shorten(str(error), 300)}"}
+            record.put(f"calls/{row.key}", found)
 
     # -- one clip --------------------------------------------------------------------------------------------------
 

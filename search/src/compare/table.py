@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from diffsparse.search.columns import GLUE, fold, shorten, text_table
+from diffsparse.search.compare.calls import calls_text
 from diffsparse.search.compare.equal_time import EqualTime, equal_time
 from diffsparse.search.compare.result import difference
 
@@ -15,16 +16,7 @@ if TYPE_CHECKING:
     from diffsparse.search.compare.result import Comparison, RowResult
     from diffsparse.search.statistics import Mean
 
-__all__ = [
-    "HEADER",
-    "best_lines",
-    "cells",
-    "comparison_csv",
-    "comparison_table",
-    "mean_text",
-    "rows_table",
-    "time_cells",
-]
+__all__ = ["best_lines", "comparison_csv", "comparison_table", "facts", "rows_table", "time_table"]
 
 #: Columns of the tables, after the row's name.
 HEADER = (
@@ -64,14 +56,15 @@ def cells(comparison: Comparison, row: RowResult, reference: RowResult | None) -
         _number(lpips.mean if lpips else None, ".3f"),
         _number(row.loop_seconds, ".3g"),
         _number(row.attention_seconds, ".3g"),
-        _number(row.selection_seconds, ".2g"),
+        _number(row.selection_seconds, ".3g"),
         mean_text(against),
     ]
 
 
-def time_cells(table: EqualTime) -> list[list[str]]:
-    """Rows of an equal-time table: method, PSNR, worst, difference, and between which rows."""
-    return [
+def time_table(table: EqualTime) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of an equal-time table."""
+    header = ["method", "PSNR", "worst", f"to {table.reference}", "between"]
+    return header, [
         [
             each.name,
             _number(each.psnr.mean if each.psnr else None),
@@ -83,8 +76,28 @@ def time_cells(table: EqualTime) -> list[list[str]]:
     ]
 
 
+def facts(comparison: Comparison) -> list[tuple[str, str]]:
+    """What the figures are of, by name."""
+    floor, dense, settings = comparison.noise_floor, comparison.dense, comparison.settings
+    prompts = len({prompt for prompt, _ in comparison.cases})
+    sides = [settings[name] for name in ("num_frames", "height", "width") if settings[name] is not None]
+    size = f", {'x'.join(map(str, sides))}" if sides else ""
+    return [
+        ("model", comparison.model),
+        ("clips", f"{len(comparison.cases)} ({prompts} prompts), {settings['num_inference_steps']} steps{size}"),
+        (
+            "dense",
+            f"{_number(dense['loop_seconds'], '.3g')} s a loop, of which "
+            f"{_number(dense['attention_seconds'], '.3g')} s in attention",
+        ),
+        ("another seed (F)", f"{_number(comparison.other_seed_psnr)} dB"),
+        ("another dense kernel", f"{_number(floor['psnr'] if floor else None)} dB"),
+        ("machine", f"{comparison.environment['device']}, {comparison.environment['threads']} threads"),
+    ]
+
+
 def best_lines(comparison: Comparison) -> list[str]:
-    """For each density: which row is best, and which method that needs no search."""
+    """For each density: which row is best, and which method that needs no search; then plans at other densities."""
     lines = []
     for density in comparison.densities:
         known = [row for row in comparison.at(density) if row.psnr]
@@ -97,30 +110,25 @@ def best_lines(comparison: Comparison) -> list[str]:
         if plain is not None and plain is not best and plain.psnr is not None:
             text += f"; without a search {plain.name}, {plain.psnr.mean:.2f} dB"
         lines.append(text)
+    for row in comparison.others:
+        if row.psnr and row.density is not None:
+            lines.append(f"{row.name}, at {row.density:.3f}: {row.psnr.mean:.2f} dB")
     return lines
 
 
 def comparison_table(comparison: Comparison) -> str:
     """All tables, one under the other."""
-    floor, dense = comparison.noise_floor, comparison.dense
-    prompts = len({prompt for prompt, _ in comparison.cases})
-    head = [
-        ["clips", f"{len(comparison.cases)} ({prompts} prompts), {comparison.settings['num_inference_steps']} steps"],
-        ["dense", f"{_number(dense['loop_seconds'], '.3g')} s a loop, "
-                  f"{_number(dense['attention_seconds'], '.3g')} s of it in attention"],
-        ["another seed (F)", f"{_number(comparison.other_seed_psnr)} dB"],
-        ["another dense kernel", f"{_number(floor['psnr'] if floor else None)} dB"],
-        ["machine", f"{comparison.environment['device']}, {comparison.environment['threads']} threads"],
-    ]  # fmt: skip
-    parts = [text_table(head)]
+    parts = [text_table(facts(comparison))]
     for density in comparison.densities:
         parts.append(f"at a density of {density:g}\n" + _rows_text(comparison, comparison.at(density)))
     if comparison.others:
         parts.append("plans at other densities\n" + _rows_text(comparison, comparison.others))
     for table in equal_time(comparison):
-        header = ("method", "PSNR", "worst", f"to {table.reference}", "between")
+        header, found = time_table(table)
         title = f"at equal time, {table.seconds:.3g} s a loop ({table.reference})"
-        parts.append(title + "\n" + text_table(time_cells(table), header, right=(1, 2)))
+        parts.append(title + "\n" + text_table(found, header, right=(1, 2)))
+    if comparison.calls is not None:
+        parts.append(calls_text(comparison.calls))
     broken = [f"broken clips of {row.key}: {len(row.broken)}" for row in comparison.rows if row.broken]
     notes = [f"{row.key}: {row.note}" for row in comparison.rows if row.note]
     if broken or notes:

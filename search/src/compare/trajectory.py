@@ -53,9 +53,11 @@ class Trajectory:
         """Whether a head's work is known: what a rule picks is, where it picks so many blocks and all are as long."""
         if entry.online is None:
             return True
+        if not entry.online.budget.is_fixed or entry.online.cadence == "shrink":
+            return False
         grids = {grid.visual_only() for _, _, grid in self.calls}
         lengths = [entry.order.partition(grid, block_size).lengths for grid in grids]
-        return entry.online.budget.is_fixed and all(each.min() == each.max() for each in lengths)
+        return all(each.min() == each.max() for each in lengths)
 
     def _density(self, entry: HeadEntry, grid: TokenGrid, plan: SparsityPlan) -> float:
         if plan.online_repair is not None:
