@@ -101,9 +101,9 @@ def bench(rule: str, budget: Budget, a: argparse.Namespace, inputs: list[torch.T
     try:
         entry = HeadEntry(TileOrder(1, 8, 16), selection=OnlineSelection(rule, budget))
         layout = build_layout(a.grid, [entry] * a.heads, a.block, packed=True).to(q.device)
-        index, kept = pick_blocks(layout, q, k)
+        index, kept = pick_blocks(layout, q, k, v)
         picked = replace(layout, index=index, heads=replace(layout.heads, picks=None))
-        pick = timing(samples_ms(lambda: pick_blocks(layout, q, k), q.device, a.ms)).ms
+        pick = timing(samples_ms(lambda: pick_blocks(layout, q, k, v), q.device, a.ms)).ms
         rest = timing(samples_ms(lambda: sparse_attention(q, k, v, picked), q.device, a.ms)).ms
     except (RuntimeError, ValueError) as failure:  # out of memory, too
         return replace(row, status=f"{type(failure).__name__}: {str(failure).splitlines()[0][:200]}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from diffsparse.entry import Execution, HeadEntry
@@ -11,6 +13,7 @@ from diffsparse.patterns import Radial, Window
 from diffsparse.plan import SparsityPlan
 from diffsparse.published import PUBLISHED
 from diffsparse.schedule import Schedule
+from diffsparse.selection import Budget, OnlineSelection
 
 __all__ = ["PRESETS", "presets", "preset"]
 
@@ -19,7 +22,10 @@ _OWN = {
     "window": "one window for all heads, on tiles, with a tail",
     "radial": "a window that halves with the distance in frames (arXiv 2506.19852)",
     "conservative": "a wide window with a tail: what plan='auto' takes where there is no searched plan",
+    "online": "blocks of which a mean would tell least, picked in every call over all heads, with a tail",
 }
+# The options of ``online``, with their defaults.
+_ONLINE = {"density": 0.25, "parts": 16, "tail": "mean"}
 PRESETS = (*_OWN, *PUBLISHED)
 
 
@@ -36,6 +42,7 @@ def preset(
     dense_layers: tuple[str, ...] = (),
     block_size: int | None = None,
     repair_rows: int | None = None,
+    densities: Mapping[str, Sequence[float]] | None = None,
     **options: Any,
 ) -> SparsityPlan:
     """A plan that serves any model.
@@ -49,11 +56,18 @@ def preset(
     each query sees 60% of the frames and 50% of the rows and columns around it exactly and the rest through block
     summaries. Options as those of ``window``.
 
+    ``online``: in every call, of all pairs of blocks of a layer's heads the share ``density`` (default 0.25) for which
+    the tail ``mean`` would err most by the rule ``tail_error``, on tiles of one frame. Options: ``density``, ``parts``.
+
     The others are published methods with their authors' settings, of which :func:`presets` has a line each:
     ``xattention`` (options ``tau``, ``stride``), ``adaspa`` (``density``, ``rows``, ``search_at``), ``sparsed``
     (``density``, ``rows``), ``minference`` (``density``, ``rows``), ``draft`` (``density``), ``blade`` (``mass``,
     ``least``, ``most``, ``samples``), ``sla`` (``density``), ``vmoba`` (``tau``), ``sol`` (``tau``), ``subblock``
-    (``density``, ``parts``) and ``gna`` (``size``, ``stride``); each has ``tail`` too. ``diffsparse.published`` says of
+    (``density``, ``parts``), ``gna`` (``size``, ``stride``), ``sta`` (``size``, ``tile``), ``sparge`` (``tau``,
+    ``similarity``), ``svg`` (``density``, ``rows``), ``lite`` (``threshold``, ``samples``), ``sparsepr`` (``density``,
+    ``parts``), ``flexprefill`` (``gamma``, ``tau``, ``rows``), ``sale`` (``tau``, ``samples``), ``anchor``
+    (``theta``), ``proxyattn`` (``gamma``, ``heads``, ``samples``) and ``hip`` (``density``, ``samples``); each has
+    ``tail`` too. ``diffsparse.published`` says of
     each what is faithful and what is not.
 
     images: the plan is for a model that makes images. ``radial`` is on square tiles then: a block of raster order is a
@@ -61,7 +75,11 @@ def preset(
     ``enable_sparse_attention(pipe, "radial")``, the model decides.
 
     repair_rows: outputs are repaired in every call from so many exact rows (:class:`diffsparse.OnlineRepair`; 256 is a
-    usual number). None: they are not.
+    usual number). None: they are not, or as the method has it.
+
+    densities: by layer, of each head the share of the blocks that a row keeps: a profile that was measured before, such
+    as ``plan.layout(0, layer, heads, grid).densities`` of a searched plan. The preset's rule picks as many, whatever
+    its own budget; layers that are not named stay dense. Raises ValueError for presets that pick nothing.
 
     Steps at a noise level above ``sparse_below`` stay dense (default 0.9, ``conservative`` 0.85: the first steps decide
     what the picture becomes; published methods have their own), as do ``dense_layers``. block_size: tokens of a block;
@@ -85,6 +103,13 @@ def preset(
         options.setdefault("size", (0.5, 0.4, 0.4) if name == "window" else (0.6, 0.5, 0.5))
         tile = TileOrder(1, 8, 8) if block_size == 64 else TileOrder(2, 8, 8)
         entry = HeadEntry(tile, Window(**{k: tuple(v) for k, v in options.items()}), execution=Execution(tail=tail))
+    elif name == "online":
+        density, parts, tail = (options.pop(key, default) for key, default in _ONLINE.items())
+        if options:
+            raise TypeError(f"preset('online') takes no {', '.join(sorted(options))}")
+        picking = OnlineSelection("tail_error", Budget("best_heads", density), (("parts", parts),))
+        tile = TileOrder(1, 8, 8) if block_size == 64 else TileOrder(1, 8, 16)
+        entry = HeadEntry(tile, selection=picking, execution=Execution(tail=tail))
     elif name == "radial":
         square = (1, 8, 8) if block_size == 64 else (1, 8, 16)
         tail, sizes = options.pop("tail", "none"), options.pop("tile", square if images else None)
@@ -92,6 +117,22 @@ def preset(
         entry = HeadEntry(order, Radial(**options), execution=Execution(tail=tail))
     else:
         raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
+    if repair_rows is None and method is not None:
+        repair_rows = method.repair_rows
     repair = None if repair_rows is None else OnlineRepair(repair_rows)
     record = {"preset": name}
+    if densities is not None:
+        rule = entry.online
+        if rule is None:
+            raise ValueError(f"densities are for presets that pick blocks while the model runs; {name!r} does not")
+        table = {layer: [[_with_density(entry, rule, share) for share in heads]] for layer, heads in densities.items()}
+        return SparsityPlan.from_table(table, schedule=schedule, block_size=block_size, record=record, repair=repair)
     return SparsityPlan.uniform(entry, schedule=schedule, block_size=block_size, record=record, repair=repair)
+
+
+def _with_density(entry: HeadEntry, rule: OnlineSelection, share: float) -> HeadEntry:
+    budget = Budget("density", share)
+    values = dict(rule.parameters)
+    if "share" in values:  # of rules that have to know it
+        values["share"] = share
+    return replace(entry, selection=replace(rule, budget=budget, parameters=tuple(values.items())))

@@ -41,6 +41,7 @@ BudgetKind = Literal[
     "top_p_heads",
     "quantile_heads",
     "recall_heads",
+    "best_heads",
 ]
 #: What ``Budget.kind`` may be.
 BUDGETS: tuple[str, ...] = get_args(BudgetKind)
@@ -76,10 +77,19 @@ RULES: dict[str, dict[str, Parameter]] = {
     "sub_block": {"parts": Parameter(4, 1, 16)},
     "antidiagonal": {"stride": Parameter(8, 1, 64)},
     "mass": {"rows": Parameter(4, 1, 128)},
-    "sampled_max": {"samples": Parameter(16, 1, 128)},
+    "sampled_max": {"samples": Parameter(16, 1, 128), "relative": Parameter(0, 0, 1)},
     "vertical_slash": {"rows": Parameter(64, 1, 4096)},
-    "key_means": {},
-    "spread": {},
+    "key_means": {"beside": Parameter(0, 0, 64)},
+    "spread": {"beside": Parameter(0, 0, 64), "first": Parameter(0, 0, 64)},
+    "self_similar": {"similarity": Parameter(0.6, -1, 1)},
+    "low_bit": {"samples": Parameter(16, 1, 128)},
+    "anchor": {},
+    "proxy": {"together": Parameter(4, 1, 128), "samples": Parameter(16, 1, 128)},
+    "tree": {"share": Parameter(0.125, 0.001, 1), "samples": Parameter(4, 1, 128)},
+    "switch": {"tau": Parameter(0.1, 0, 1), "blocks": Parameter(4, 1, 64), "rows": Parameter(64, 1, 4096)},
+    "clusters": {"queries": Parameter(32, 1, 1024), "keys": Parameter(64, 1, 1024), "rounds": Parameter(2, 0, 16)},
+    "spatial_temporal": {"share": Parameter(0.25, 0.001, 1), "rows": Parameter(64, 1, 4096)},
+    "tail_error": {"parts": Parameter(16, 1, 128)},
 }
 _ADDED: dict[str, dict[str, Parameter]] = {}
 _BY_THEMSELVES: set[str] = set()
@@ -114,12 +124,12 @@ class Budget:
     at least, in (0, 1]; ``top_p_head`` the fewest pairs of a head whose weights sum to that share of all of them.
     ``quantile`` keeps this share of a head's pairs, in (0, 1], those of the largest weights. ``weight`` keeps what has
     this weight at least, in [0, 1]; ``score`` what has this score at least.
-    Three share out among heads, namely those of a layer that have the same selection, tail and reuse, of which each GPU
+    Four share out among heads, namely those of a layer that have the same selection, tail and reuse, of which each GPU
     has its own: ``top_p_heads`` keeps the fewest pairs of all of them whose weights sum to that share of all;
     ``quantile_heads`` that share of all their pairs, those of the largest weights. ``recall_heads`` is as ``density``,
     but the heads that would keep more than 0.8 of their weights so keep half as many blocks, and as many other heads,
     those that would keep least, one and a half times as many (AdaSpa, arXiv 2502.21079); at most half of the heads
-    give.
+    give. ``best_heads`` keeps this share of all pairs, those with the highest scores, compared as they are.
     ``least`` and ``most``: shares of a row's blocks, in [0, 1], between which every row stays, whatever the kind says.
     A row keeps one block at least, where it may keep any.
     """
@@ -171,7 +181,7 @@ class Budget:
             wanted = share_of(self.value, blocks)
         else:
             # Rows that would be empty keep a block beside the share.
-            shares = ("quantile", "quantile_heads", "recall_heads")
+            shares = ("quantile", "quantile_heads", "recall_heads", "best_heads")
             wanted = share_of(self.value, blocks) + 1 if self.kind in shares else blocks
         return min(max(wanted, low), high, blocks)
 
@@ -197,6 +207,7 @@ class Budget:
             "score": f"scores from {self.value:.3g}",
             "top_p_heads": f"weights of {self.value:.3g} over heads",
             "quantile_heads": f"{self.value:.3g} over heads",
+            "best_heads": f"the best {self.value:.3g} over heads",
             "recall_heads": f"{self.value:.3g} a row, by recall over heads",
         }[self.kind]
         low = f", {self.least:.3g} at least" if self.least else ""
@@ -215,8 +226,9 @@ _VALUES: dict[str, tuple[float, float, float]] = {
     "top_p_heads": (0.9, 0, 1),
     "quantile_heads": (0.25, 0, 1),
     "recall_heads": (0.25, 0, 1),
+    "best_heads": (0.25, 0, 1),
 }
-_SHARES = ("density", "top_p", "top_p_head", "quantile", "top_p_heads", "quantile_heads", "recall_heads")
+_SHARES = ("density", "top_p", "top_p_head", "quantile", "top_p_heads", "quantile_heads", "recall_heads", "best_heads")
 
 
 def share_of(share: float, blocks: int) -> int:

@@ -53,6 +53,7 @@ class TokenLayout:
     needs_gather: whether any head has an order other than the model's. Kept beside the tensors, so that they need not
         be read back from a device; a plan may set it to what holds for all its layers, so that compiled code sees one
         value.
+    shape: frames, rows and columns of the video; None where a kernel has the cut as tensors alone.
     """
 
     gather: torch.Tensor
@@ -63,6 +64,7 @@ class TokenLayout:
     text_before: int
     num_visual: int
     needs_gather: bool
+    shape: tuple[int, int, int] | None = None
 
     @property
     def num_heads(self) -> int:
@@ -184,5 +186,6 @@ def cut_tokens(
         text_before=grid.text_before,
         num_visual=grid.num_visual,
         needs_gather=any(not order.is_raster for order in orders),
+        shape=grid.shape,
     )
     return cut, tuple(orders)

@@ -124,7 +124,7 @@ def run_checked(
     ``index``: the blocks, where they have been picked from q and k already.
     """
     if index is None and layout.heads.picks is not None:
-        index = pick_blocks(layout, q, k, scale)[0]
+        index = pick_blocks(layout, q, k, v, scale)[0]
     out, lse = sparse_attention_op(
         q,
         k,

@@ -107,7 +107,7 @@ def make_call(
     Blocks that are to be picked from q and k are.
     """
     if layout.heads.picks is not None:
-        layout = replace(layout, index=pick_blocks(layout, q, k, scale)[0])
+        layout = replace(layout, index=pick_blocks(layout, q, k, v, scale)[0])
     layout = layout.unpacked()
     return AttentionCall(
         q=q,

@@ -106,7 +106,7 @@ def attend(layer: LayerState, request: Request) -> torch.Tensor:
     picked, density = None, None
     if layout.heads.picks is not None:
         picking = call.start_watch(device)
-        picked, density = call.pick(index, layout, q, k, scale)
+        picked, density = call.pick(index, layout, q, k, v, scale)
         call.has_picked(index, picking)
     if apart is not None and by_heads is not None:
         out = run_checked(q, k, v, apart[0], scale=scale, kv_len=key_mask, backend=layer.backend, index=picked)
@@ -140,7 +140,7 @@ def _compiled(layer: LayerState, request: Request) -> torch.Tensor:
         out = dense() if kernel is None else dense_attention(q, k, v, kernel=kernel, scale=scale, key_mask=key_mask)
         return out if layer.reuse is None else exchange_compiled(out.clone(), layer.reuse)
     _leave_note(layer, RAN_SPARSE, kernel or "")
-    picked = None if layer.picks is None else pick_compiled(q, k, layout, layer.picks, scale)
+    picked = None if layer.picks is None else pick_compiled(q, k, v, layout, layer.picks, scale)
     out = run_checked(q, k, v, layout, scale=scale, kv_len=key_mask, backend=layer.backend, index=picked)
     if layer.dense_heads is not None:
         assert kernel is not None  # or the heads would not have been taken out of the layout

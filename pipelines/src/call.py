@@ -165,12 +165,18 @@ class Call:
         self.reused_heads[index] += sum(len(group.heads) for group in recalled)
 
     def pick(
-        self, index: int, layout: BlockLayout, q: torch.Tensor, k: torch.Tensor, scale: float | None
+        self,
+        index: int,
+        layout: BlockLayout,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float | None,
     ) -> tuple[BlockIndex, torch.Tensor]:
         """The blocks of a layer's next call, ``[B, S, H, D]``, as its rules pick them, and the call's density."""
         before = self.picked.setdefault(index, [])
         factor = float(q.shape[-1] ** -0.5 if scale is None else scale)
-        found, density = self.state.reuse.picks.pick(self.reuse, index, len(before), layout, q, k, factor)
+        found, density = self.state.reuse.picks.pick(self.reuse, index, len(before), layout, q, k, v, factor)
         before.append(density)
         return found, density
 

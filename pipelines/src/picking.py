@@ -79,6 +79,7 @@ class PickStore:
         layout: BlockLayout,
         q: torch.Tensor,
         k: torch.Tensor,
+        v: torch.Tensor,
         scale: float,
     ) -> tuple[BlockIndex, torch.Tensor]:
         """The blocks of one call, ``[B, S, H, D]``, packed, and its density, fp32 ``[]``, on its device.
@@ -99,7 +100,7 @@ class PickStore:
                 continue
             self._held.pop(key, None)
             before = held.picked if held is not None and cadence == "shrink" else None
-            found[group] = pick_group(layout, group, q, k, scale, before)
+            found[group] = pick_group(layout, group, q, k, v, scale, before)
             self.asked += 1
             if step is not None and group.selection.is_kept and step.ahead != -1.0:
                 self._held[key] = _Held(step.level, step.phase, layout.grid, batch, group.numbers, found[group])
@@ -112,20 +113,20 @@ class PickStore:
     _NAME, mutates_args=(), tags=[tag] if (tag := getattr(torch.Tag, "cudagraph_unsafe", None)) else []
 )
 def _pick(
-    q: torch.Tensor, k: torch.Tensor, block_start: torch.Tensor, layer: torch.Tensor, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_start: torch.Tensor, layer: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     call: Call | None = CTX.call
     index = int(layer)
     layout = None if call is None else call.state.layers[index].layout
     if call is None or layout is None:
         raise RuntimeError("compiled attention that picks its blocks ran outside its model's forward")
-    found = call.pick(index, layout, q, k, scale)[0]
+    found = call.pick(index, layout, q, k, v, scale)[0]
     return found.row_ptr, found.col_idx
 
 
 @_pick.register_fake
 def _(
-    q: torch.Tensor, k: torch.Tensor, block_start: torch.Tensor, layer: torch.Tensor, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_start: torch.Tensor, layer: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     n, (batch, _, heads, _) = block_start.shape[1] - 1, q.shape
     row_ptr = torch.empty(batch, heads * n + 1, dtype=torch.int32, device=q.device)
@@ -133,9 +134,9 @@ def _(
 
 
 def pick_compiled(
-    q: torch.Tensor, k: torch.Tensor, layout: BlockLayout, layer: torch.Tensor, scale: float | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: BlockLayout, layer: torch.Tensor, scale: float | None
 ) -> BlockIndex:
     """:meth:`Call.pick` of the forward that runs, of a layer by its index (int64, on the CPU)."""
     factor = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    row_ptr, col_idx = torch.ops.diffsparse.pick_blocks(q, k, layout.tokens.block_start, layer, factor)
+    row_ptr, col_idx = torch.ops.diffsparse.pick_blocks(q, k, v, layout.tokens.block_start, layer, factor)
     return BlockIndex(row_ptr, col_idx, layout.num_blocks)

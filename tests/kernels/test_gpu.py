@@ -392,10 +392,10 @@ def test_picked_blocks_never_wait_for_the_gpu_and_are_those_of_the_cpu(backend: 
     torch.cuda.set_sync_debug_mode("error")
     try:
         out = sparse_attention(q, k, v, there, backend=backend)
-        index, density = pick_blocks(there, q, k)
+        index, density = pick_blocks(there, q, k, v)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    on_cpu, cpu_density = pick_blocks(layout, q.cpu(), k.cpu())
+    on_cpu, cpu_density = pick_blocks(layout, q.cpu(), k.cpu(), v.cpu())
     # Sums in another order may let nearly equal scores change places.
     differ = (index.mask().cpu() != on_cpu.mask()).float().mean()
     assert float(differ) < 5e-3 and float(density) == pytest.approx(float(cpu_density), abs=5e-3)

@@ -34,11 +34,11 @@ ENTRIES = (
 )
 
 
-def by_hand(layout: BlockLayout, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+def by_hand(layout: BlockLayout, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     mask = layout.index.mask().repeat(q.shape[0], 1, 1, 1)
     for h, entry in enumerate(ENTRIES):
         if (rule := entry.online) is not None:
-            mask[:, h] = select_blocks(rule.rule, q, k, layout, rule.budget, within=True).index.mask()[:, h]
+            mask[:, h] = select_blocks(rule.rule, q, k, layout, rule.budget, v=v, within=True).index.mask()[:, h]
     return mask
 
 
@@ -51,8 +51,8 @@ def test_every_head_has_the_blocks_of_its_rule(
     monkeypatch.setattr(pick, "_AT_A_TIME", at_a_time)
     layout = build_layout(grid, ENTRIES, packed=packed)
     q, k, v = inputs(grid, len(ENTRIES), 16, batch=2)
-    wanted = by_hand(layout, q, k)
-    index, density = pick_blocks(layout, q, k)
+    wanted = by_hand(layout, q, k, v)
+    index, density = pick_blocks(layout, q, k, v)
     assert torch.equal(index.mask(), wanted) and index.batch == 2 and index.is_packed
     assert torch.equal(index.row_ptr.diff().view(2, len(ENTRIES), -1), wanted.sum(3))
     assert not (wanted & ~layout.index.mask()).any()  # within the family
@@ -88,7 +88,7 @@ def test_no_value_is_read_and_none_is_copied(rule: str, kind: str) -> None:
     budget = Budget(kind, 3 if kind == "top_k" else 0.4)  # type: ignore[arg-type]
     entries = [replace(ENTRIES[1], selection=OnlineSelection(rule, budget)), *ENTRIES]
     layout = build_layout(GRIDS[1], entries, packed=True).to("meta")
-    q, k, _ = (x.to("meta", torch.bfloat16) for x in inputs(GRIDS[1], len(entries), 16, batch=2))
+    q, k, v = (x.to("meta", torch.bfloat16) for x in inputs(GRIDS[1], len(entries), 16, batch=2))
     with OnOneDevice():
-        index, density = pick_blocks(layout, q, k)
+        index, density = pick_blocks(layout, q, k, v)
     assert index.batch == 2 and density.shape == ()

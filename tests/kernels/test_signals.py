@@ -22,6 +22,9 @@ SCALE = 0.3
 #: Logits, their softmax over the keys, its sums, and a logarithm.
 SCORES = Work(length=512, sums=4)
 
+#: Rules that do not score text at all.
+ONLY_VIDEO = ("proxy", "tree", "clusters", "spatial_temporal")
+
 Blocks = list[torch.Tensor]  # of one head and item: the rows of each block, double [n, D]; none of an empty block
 
 
@@ -85,9 +88,229 @@ def antidiagonal_mass(q: Blocks, k: Blocks, stride: int) -> list[list[float]]:
     return [[float(part.sum().log()) for part in row.split(sizes[1], 1)] for row in rows]
 
 
-def scores_by_hand(name: str, q: Blocks, k: Blocks, layout: BlockLayout, h: int) -> list[list[float]]:
+def four_bits(row: torch.Tensor) -> torch.Tensor:
+    step = row.abs().max() / 7
+    return step * torch.round(row / step)
+
+
+def low_bit(q: Blocks, k: Blocks, first: int, samples: int = 16) -> list[list[float]]:
+    few, every = ([[four_bits(row) for row in rows] for rows in x] for x in ([evenly(b, samples) for b in k], k))
+    scores = []
+    for i, rows in enumerate(q):
+        row = [-math.inf] * len(k)
+        for query in map(four_bits, evenly(rows, samples)):
+            known = torch.stack([key for b in {first, i} for key in every[b]]) @ query
+            total = float((SCALE * known).logsumexp(0))
+            for j, block in enumerate(few):
+                row[j] = max(row[j], float((SCALE * torch.stack(block) @ query).max()) - total)
+        scores.append([math.inf if j in (first, i) else s for j, s in enumerate(row)])
+    return scores
+
+
+def anchor(q: Blocks, k: Blocks, first: int) -> list[list[float]]:
+    scores = []
+    for i, rows in enumerate(q):
+        highest = [max(float(SCALE * query @ key) for b in {first, i} for key in k[b]) for query in rows]
+        mean, at = rows.mean(0), sum(highest) / len(highest)
+        row = [max(float(SCALE * mean @ key) for key in block) - at for block in k]
+        scores.append([math.inf if j in (first, i) else s for j, s in enumerate(row)])
+    return scores
+
+
+def self_similar(q: Blocks, k: Blocks, least: float = 0.6) -> list[list[float]]:
+    def alike(block: torch.Tensor) -> bool:
+        cosines = [[float(a @ b / a.norm() / b.norm()) for a in block] for b in block]
+        return sum(map(sum, cosines)) / len(block) ** 2 >= least
+
+    mixed = [[not alike(block) for block in side] for side in (q, k)]
+    n = len(q)
+    return [[math.inf if mixed[0][i] or mixed[1][j] else pooled(q, k, i, j) for j in range(n)] for i in range(n)]
+
+
+def tail_error(q: Blocks, k: Blocks, v: Blocks, parts: int = 16) -> list[list[float]]:
+    scores = []
+    for rows in q:
+        mean = SCALE * rows.mean(0)
+        of = [[math.floor(t * parts / len(block)) for t in range(len(block))] for block in k]
+        runs = [[torch.tensor(part) == p for p in sorted(set(part))] for part in of]
+        keys, values = ([torch.stack([b[r].mean(0) for r in run]) for b, run in zip(x, runs)] for x in (k, v))
+        sizes = [torch.tensor([float(r.sum()) for r in run], dtype=torch.float64) for run in runs]
+        total = torch.cat([key @ mean + size.log() for key, size in zip(keys, sizes)]).logsumexp(0)
+        row = []
+        for j, (key, value, size) in enumerate(zip(keys, values, sizes)):
+            exact = (size * (key @ mean - total).exp()) @ value
+            tail = len(k[j]) * float((k[j].mean(0) @ mean - total).exp()) * v[j].mean(0)
+            row.append(math.log(float((exact - tail).square().sum())))
+        scores.append(row)
+    return scores
+
+
+def tree(
+    q: Blocks, k: Blocks, layout: BlockLayout, h: int, share: float = 0.125, samples: int = 4
+) -> list[list[float]]:
+    visual = layout.tokens.visual_blocks(int(layout.tokens.head_order[h])).nonzero().flatten().tolist()
+    first, count = visual[0], len(visual)
+    scores = [[0.0] * len(k) for _ in q]
+    for i in visual:
+        size = 2 ** max(0, math.floor(math.log2(0.5 / share)))
+        nodes = list(range(math.ceil(count / size)))
+        behind = {j: 0.0 for j in visual}
+        while True:
+            found = {}
+            for node in nodes:
+                middle = k[min(first + node * size + size // 2, first + count - 1)]
+                key = middle[len(middle) // 2]
+                found[node] = max(float(SCALE * query @ key) for query in evenly(q[i], samples))
+            for j in visual:
+                node = (j - first) // size
+                behind[j] = found[node] if node in found else behind[j] - 1e5
+            if size == 1:
+                break
+            best = sorted(nodes, key=lambda node: (-found[node], node))[: max(1, math.ceil(share * count - 1e-9))]
+            size //= 2
+            nodes = [child for node in sorted(best) for child in (2 * node, 2 * node + 1) if child * size < count]
+        for j in visual:
+            scores[i][j] = behind[j]
+    return scores
+
+
+def proxy(q: torch.Tensor, k: torch.Tensor, layout: BlockLayout, h: int) -> list[list[float]]:
+    group = [g for g in range(q.shape[1]) if g // 4 == h // 4]
+    shared = [[x.double()[:, group].mean(1)[rows] for rows in numbers_of(layout, h)] for x in (q, k)]
+    few = [[evenly(b, 16) for b in side] for side in shared]
+    ranked = [[float(w.max()) for w in row] for row in softmax_mass(*few)]
+    own = [[x.double()[rows, h] for rows in numbers_of(layout, h)] for x in (q, k)]
+    visual = [j for j in range(len(own[0])) if is_visual(layout, h, j)]
+    scores = [[-math.inf] * len(own[0]) for _ in own[0]]
+    for i in range(len(own[0])):
+        falling = sorted((pooled(own[0], own[1], i, j) for j in visual), reverse=True)
+        for j, score in zip(sorted(visual, key=lambda j: (-ranked[i][j], j)), falling):
+            scores[i][j] = score
+    return scores
+
+
+def numbers_of(layout: BlockLayout, h: int) -> list[torch.Tensor]:
+    order = int(layout.tokens.head_order[h])
+    border, gather = layout.tokens.block_start[order].tolist(), layout.tokens.gather[order].long()
+    return [gather[a:b] for a, b in zip(border, border[1:]) if b > a]
+
+
+def is_visual(layout: BlockLayout, h: int, j: int) -> bool:
+    return bool(layout.tokens.visual_blocks(int(layout.tokens.head_order[h]))[j])
+
+
+def switch(
+    q: Blocks, k: Blocks, layout: BlockLayout, h: int, tau: float, lines: list[list[float]]
+) -> list[list[float]]:
+    visual = [j for j in range(len(k)) if is_visual(layout, h, j)]
+    differences = []
+    for t in range(4):
+        rows = evenly(q[visual[math.floor((t + 0.5) * len(visual) / 4)]], 16)
+        exact = [
+            sum(float(w[:, 0].sum()) for w in [m.sum(1, keepdim=True)]) / len(rows) for m in softmax_mass([rows], k)[0]
+        ]
+        logits = torch.stack([SCALE * rows.mean(0) @ block.mean(0) for block in k])
+        guess = logits.softmax(0).tolist()
+        total = 0.0
+        for a, b in zip(exact, guess):
+            total += sum(x * math.log(x / ((a + b) / 2)) for x in (a, b) if x > 0) / 2
+        differences.append(math.sqrt(max(0.0, total)))
+    if sum(differences) / 4 < tau:
+        return [[pooled(q, k, i, j) for j in range(len(k))] for i in range(len(k))]
+    return lines
+
+
+def clusters(q: Blocks, k: Blocks, layout: BlockLayout, h: int) -> list[list[float]]:
+    tokens, visual = layout.tokens, [j for j in range(len(k)) if is_visual(layout, h, j)]
+    found = []
+    for x, count in ((q, 32), (k, 64)):
+        flat = torch.cat([x[j] for j in visual])
+        centres = flat[[math.floor((c + 0.5) * tokens.num_visual / count) for c in range(count)]].clone()
+        for step in range(3):
+            which = torch.cdist(flat, centres).argmin(1).tolist()
+            if step == 2:
+                break
+            for c in set(which):
+                centres[c] = flat[[i for i, w in enumerate(which) if w == c]].mean(0)
+        found.append((centres, dict(zip(visual, torch.tensor(which).split([len(x[j]) for j in visual])))))
+    (asking, of_q), (asked, of_k) = found
+    sizes = torch.stack([sum((of_k[j] == c).sum() for j in visual) for c in range(64)]).double()
+    weights = (SCALE * asking @ asked.T + sizes.log()).softmax(1) / sizes  # of one key
+    scores = [[-math.inf] * len(k) for _ in k]
+    for i in visual:
+        for j in visual:
+            scores[i][j] = math.log(sum(float(weights[a][of_k[j]].sum()) for a in of_q[i]))
+    return scores
+
+
+def spatial_temporal(
+    q: Blocks, k: Blocks, v: Blocks, layout: BlockLayout, h: int, share: float = 0.25
+) -> list[list[float]]:
+    grid, tokens = layout.grid, layout.tokens
+    visual = [j for j in range(len(k)) if is_visual(layout, h, j)]
+    centre = {}
+    for j in visual:
+        number = numbers_of(layout, h)[j] - tokens.text_before
+        centre[j] = [
+            float(x.double().mean())
+            for x in (number // (grid.height * grid.width), number // grid.width % grid.height, number % grid.width)
+        ]
+
+    def far(kind: int, i: int, j: int) -> float:
+        (f, y, x), (g, z, w) = centre[i], centre[j]
+        frames, place = abs(f - g), math.hypot(y - z, x - w)
+        return place + 1e-3 * frames / grid.frames if kind else frames + 1e-3 * place / max(grid.height, grid.width)
+
+    rows, first = min(64, tokens.num_visual), tokens.text_before
+    ends = torch.tensor([len(b) for b in q]).cumsum(0)
+    errors = [0.0, 0.0]
+    keys, values = torch.cat(k), torch.cat(v)
+    for r in range(rows):
+        place = first + math.floor((r + 0.5) * tokens.num_visual / rows)
+        own = int((ends <= place).sum())
+        logits = SCALE * keys @ torch.cat(q)[place]
+        exact = logits.softmax(0) @ values
+        for kind in (0, 1):
+            # The score is in single precision, where equal distances may differ.
+            near = sorted(visual, key=lambda j: (round(far(kind, own, j), 4), j))[
+                : math.ceil(share * len(visual) - 1e-9)
+            ]
+            kept = torch.cat([torch.full((len(b),), j in near or j not in visual) for j, b in enumerate(k)])
+            errors[kind] += float((logits.masked_fill(~kept, -math.inf).softmax(0) @ values - exact).square().sum())
+    kind = int(errors[1] < errors[0])
+    scores = [[-math.inf] * len(k) for _ in k]
+    for i in visual:
+        for j in visual:
+            scores[i][j] = -far(kind, i, j)
+    return scores
+
+
+def scores_by_hand(
+    name: str, item: tuple[torch.Tensor, torch.Tensor, torch.Tensor], layout: BlockLayout, h: int
+) -> list[list[float]]:
+    """What a rule scores between the blocks of a head that are not empty, of one item's q, k and v, ``[S, H, D]``."""
+    q, k, v = (cut(x, layout, h) for x in item)
     there = [n for n, block in enumerate(k) if len(block)]
-    q, k = ([side[n] for n in there] for side in (q, k))
+    q, k, v = ([side[n] for n in there] for side in (q, k, v))
+    first_visual = layout.tokens.text_blocks[0]
+    if name == "low_bit":
+        return low_bit(q, k, first_visual)
+    if name == "anchor":
+        return anchor(q, k, first_visual)
+    if name == "self_similar":
+        return self_similar(q, k)
+    if name == "tail_error":
+        return tail_error(q, k, v)
+    if name == "tree":
+        return tree(q, k, layout, h)
+    if name == "proxy":
+        return proxy(item[0], item[1], layout, h)
+    if name == "clusters":
+        return clusters(q, k, layout, h)
+    if name == "spatial_temporal":
+        return spatial_temporal(q, k, v, layout, h)
+    if name == "switch":
+        return switch(q, k, layout, h, 0.1, scores_by_hand("vertical_slash", item, layout, h))
     n = len(there)
     each: dict[str, Callable[..., float]] = {"pooled": pooled, "pooled_max": pooled_max, "sub_block": sub_block}
     if name in each:
@@ -126,9 +349,9 @@ def scores_by_hand(name: str, q: Blocks, k: Blocks, layout: BlockLayout, h: int)
 
 def test_every_rule_has_a_formula_here() -> None:
     layout = build_layout(GRIDS[1], ORDERS[:1])
-    q, k, _ = inputs(GRIDS[1], 1, 8)
+    q, k, v = inputs(GRIDS[1], 1, 8)
     for name in selectors():
-        scores_by_hand(name, cut(q[0], layout, 0), cut(k[0], layout, 0), layout, 0)
+        scores_by_hand(name, (q[0], k[0], v[0]), layout, 0)
 
 
 @pytest.mark.parametrize("at_a_time", [1, 2**24])
@@ -139,15 +362,19 @@ def test_scores_are_those_of_the_formula(
 ) -> None:
     monkeypatch.setattr(blocked, "_AT_A_TIME", at_a_time)
     layout = build_layout(grid, ORDERS)
-    q, k, _ = inputs(grid, 3, 8, batch=2)
-    found = rules._SIGNALS[name](q, k, layout.tokens, SCALE, **OnlineSelection(name).values)
+    q, k, v = inputs(grid, 3, 8, batch=2)
+    found = rules.rule_scores(name, q, k, v, layout.tokens, SCALE, OnlineSelection(name).values)
     assert found.shape == (2, 3, layout.num_blocks, layout.num_blocks) and found.dtype == torch.float32
     for b in range(2):
         for h in range(3):
-            by_hand = torch.tensor(scores_by_hand(name, cut(q[b], layout, h), cut(k[b], layout, h), layout, h))
+            by_hand = torch.tensor(scores_by_hand(name, (q[b], k[b], v[b]), layout, h))
             n = len(by_hand)
-            by_hand = by_hand.nan_to_num()  # a single block has no spread
-            assert_near(found[b, h, :n, :n], by_hand.float(), SCORES)
+            own = found[b, h, :n, :n]
+            if name in ONLY_VIDEO:
+                visual = torch.tensor([is_visual(layout, h, j) for j in range(n)])
+                own, by_hand = own[visual][:, visual], by_hand[visual][:, visual]
+            by_hand = by_hand.nan_to_num(posinf=math.inf, neginf=-math.inf)  # a single block has no spread
+            assert_near(own, by_hand.float(), SCORES)
 
 
 @pytest.mark.parametrize(
@@ -192,15 +419,15 @@ def test_logits_as_large_as_those_of_trained_models(name: str, spread: float, dt
     """``spread``: the standard deviation of the logits. No score is NaN, every row keeps what its budget says."""
     grid = GRIDS[2]
     layout = build_layout(grid, ORDERS)
-    q, k, _ = inputs(grid, 3, 16)
-    q, k = ((x * math.sqrt(spread)).to(dtype) for x in (q, k))
-    scores = rules._SIGNALS[name](q, k, layout.tokens, 0.25, **OnlineSelection(name).values)
+    q, k, v = inputs(grid, 3, 16)
+    q, k, v = ((x * math.sqrt(spread)).to(dtype) for x in (q, k, v))
+    scores = rules.rule_scores(name, q, k, v, layout.tokens, 0.25, OnlineSelection(name).values)
     order = layout.tokens.head_order.long()
     visual = torch.stack([layout.tokens.visual_blocks(o) for o in range(3)])[order]
     inside = visual[:, :, None] & visual[:, None, :]
     assert not scores[0][inside].isnan().any()
     for budget in (Budget("density", 0.4), Budget("top_p", 0.9), Budget("top_p_head", 0.9), Budget("quantile", 0.3)):
-        mask = select_blocks(name, q, k, layout, budget, scale=0.25).index.mask()[0] & inside
+        mask = select_blocks(name, q, k, layout, budget, v=v, scale=0.25).index.mask()[0] & inside
         counts = mask.sum(2)[visual]
         assert (counts >= 1).all()
         if budget.kind == "density":

@@ -368,11 +368,34 @@ def test_options_of_published_methods():
         "antidiagonal", Budget("top_p", 0.95), (("stride", 16),)
     )
     assert preset("adaspa", search_at=[0.6, 0.3], density=0.1).entries[0].selection == OnlineSelection(
-        "mass", Budget("density", 0.1), (("rows", 64),), (0.6, 0.3)
+        "mass", Budget("recall_heads", 0.1), (("rows", 64),), (0.6, 0.3)
     )
     assert preset("blade", most=0.1).entries[0].selection.budget == Budget("top_p", 0.95, least=0.05, most=0.1)
     with pytest.raises(ValueError, match="kind 'top_p' must be a number from 0 to 1, got 2"):
         preset("xattention", tau=2)
+
+
+@pytest.mark.parametrize("name", ["online", "draft", "svg", "hip", "sparsepr"])
+def test_a_profile_of_densities_by_head(name):
+    profile = {"a": [0.1, 0.5, 0.1], "b": [1.0, 0.2, 0.3]}
+    plan = preset(name, densities=profile, tail="none", repair_rows=16)
+    rule = preset(name).entries[0].online
+    assert plan.layers == ("a", "b") and not plan.is_uniform
+    for layer, densities in profile.items():
+        entries = plan.layer_entries(0, layer, 3)
+        assert [entry.online.budget for entry in entries] == [Budget("density", d) for d in densities]
+        assert all(entry.online.rule == rule.rule for entry in entries)
+        for entry, density in zip(entries, densities):
+            assert entry.online.values.get("share", density) == density
+    assert SparsityPlan.from_json(plan.to_files()["sparse_plan.json"]).to_files() == plan.to_files()
+    with pytest.raises(ValueError, match="'density' must be a number above 0, got 0"):
+        preset(name, densities={"a": [0]})
+
+
+def test_densities_are_for_rules():
+    for name in ("gna", "window", "dense"):
+        with pytest.raises(ValueError, match=f"pick blocks while the model runs; '{name}' does not"):
+            preset(name, densities={"a": [0.5]})
 
 
 def test_the_preset_of_auto_keeps_more_than_the_window():
@@ -397,6 +420,8 @@ def test_presets_refuse_what_they_do_not_have():
         preset("window", decay=0.2)
     with pytest.raises(TypeError, match="tail"):
         preset("dense", tail="mean")
+    with pytest.raises(TypeError, match=r"online.*takes no size, speed"):
+        preset("online", speed=2, size=3)
 
 
 def test_schedule_intervals_are_closed_above():

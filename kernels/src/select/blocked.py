@@ -1,7 +1,7 @@
 """Tokens laid out by blocks, and the attention that some queries pay to blocks of keys: for rules that look closer.
 
 What is made here of q and k has their precision, so that a GPU multiplies 16-bit numbers on its tensor cores and no
-copy is larger than it has to be. Sums and softmax are in fp32.
+copy is larger than it has to be; a CPU is faster with single precision. Sums and softmax are in fp32.
 """
 
 from __future__ import annotations
@@ -12,10 +12,19 @@ import torch
 
 from diffsparse.tokens import TokenLayout
 
-__all__ = ["block_mass", "in_blocks", "largest_products", "sample_places", "take", "take_rows"]
+__all__ = [
+    "block_mass",
+    "in_blocks",
+    "largest_products",
+    "sample_places",
+    "sampled",
+    "spread_rows",
+    "take",
+    "take_rows",
+]
 
-# Logits that are held at a time, over the batch and the heads: 64 MiB in fp32.
-_AT_A_TIME = 2**24
+# Logits that are held at a time, over the batch and the heads: 128 MiB in fp32.
+_AT_A_TIME = 2**25
 
 
 def in_blocks(tokens: TokenLayout) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,8 +53,12 @@ def take_rows(x: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
 
 
 def take(x: torch.Tensor, numbers: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
-    """Rows of ``x``, ``[B, S, H, D]``, by number, ``[H or 1, ...]``: ``[B, H, ..., D]``; 0 where none is there."""
+    """Rows of ``x``, ``[B, S, H, D]``, by number, ``[H or 1, ...]``: ``[B, H, ..., D]``; 0 where none is there.
+
+    In the precision of ``x``, on a CPU in fp32.
+    """
     rows = take_rows(x, numbers.flatten(1)).transpose(1, 2).unflatten(2, numbers.shape[1:])
+    rows = rows.float() if x.device.type == "cpu" else rows
     return rows.masked_fill(~there[None, ..., None], 0.0)
 
 
@@ -56,6 +69,31 @@ def sample_places(length: torch.Tensor, count: int) -> torch.Tensor:
     """
     part = torch.arange(count, device=length.device)
     return ((2 * part + 1) * length[..., None].long()).div(2 * count, rounding_mode="floor")
+
+
+def spread_rows(tokens: TokenLayout, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries evenly spaced over the video in each head's order: int64 ``[H, R]``, the model's numbers, and the block
+    that each is in."""
+    order = tokens.head_order.long()
+    whole = torch.full((1,), tokens.num_visual, device=tokens.device)
+    position = tokens.text_before + sample_places(whole, min(rows, tokens.num_visual))[0]  # the same in every order
+    start = tokens.block_start[:, 1:-1].contiguous()
+    own = torch.stack([torch.searchsorted(s, position.int(), right=True) for s in start])
+    return tokens.gather.long()[:, position][order], own[order]
+
+
+def sampled(tokens: TokenLayout, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens of each block, evenly spaced, each once: int64 ``[H, N, n]``, the model's numbers; and which are there."""
+    numbers, there = in_blocks(tokens)
+    if count >= tokens.block_size:
+        return numbers, there
+    length = there.sum(-1)
+    place = torch.where(
+        length[..., None] > count,
+        sample_places(length, count),
+        torch.arange(count, device=tokens.device),
+    )
+    return numbers.gather(2, place), place < length[..., None]
 
 
 def block_mass(

@@ -57,6 +57,10 @@ def _wanted(
         return _share(value, blocks)[:, None]
     if kind == "score":
         return ((scores >= value) & candidates).sum(-1)
+    if kind == "best_heads":
+        ordered = scores.masked_fill(~candidates, -torch.inf).gather(-1, best).flatten(1, 2)[:, None]
+        pairs = (candidates.any(-1).sum(-1) * blocks).sum(1, keepdim=True)
+        return count_largest(ordered, _share(value, pairs)).view(scores.shape[:3])
     free = candidates & ~forced
     weights = row_weights(scores, free)
     if kind == "weight":

@@ -44,6 +44,7 @@ def pick_group(
     group: PickGroup,
     q: torch.Tensor,
     k: torch.Tensor,
+    v: torch.Tensor,
     scale: float,
     within: Picked | None = None,
 ) -> Picked:
@@ -57,13 +58,13 @@ def pick_group(
     step = max(1, _AT_A_TIME // (each * together)) * together
     parts = [_Part(layout, group, i, min(i + step, count)) for i in range(0, count, step)]
     if rule.budget.over_heads:
-        scores = [rule_scores(rule.rule, *part.inputs(q, k), scale, rule.values) for part in parts]
+        scores = [rule_scores(rule.rule, *part.inputs(q, k, v), scale, rule.values) for part in parts]
         whole = _Part(layout, group, 0, count)
         mask = budget_mask(torch.cat(scores, dim=1), whole.tokens, rule.budget, whole.family(within))
         return whole.picked(mask, within)
     found = []
     for part in parts:
-        inputs, family = part.inputs(q, k), part.family(within)
+        inputs, family = part.inputs(q, k, v), part.family(within)
         mask = rule_mask(rule.rule, *inputs, rule.budget, scale, rule.values, family)
         mask = mask.expand(q.shape[0], *mask.shape[1:])  # a rule may give lists that serve all items
         found.append(part.picked(mask, within))
@@ -92,15 +93,17 @@ class _Part:
         tokens = self.layout.tokens
         return replace(tokens, head_order=tokens.head_order.index_select(0, self.places))
 
-    def inputs(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, TokenLayout]:
+    def inputs(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, TokenLayout]:
         """What the rule reads of a call. Heads that lie one behind another are not copied."""
         numbers = self.group.numbers[self.first : self.end]
         low = numbers[0]
         if numbers == tuple(range(low, low + len(numbers))):
-            q, k = (x.narrow(2, low, len(numbers)) for x in (q, k))
+            q, k, v = (x.narrow(2, low, len(numbers)) for x in (q, k, v))
         else:
-            q, k = (x.index_select(2, self.places) for x in (q, k))
-        return q, k, self.tokens
+            q, k, v = (x.index_select(2, self.places) for x in (q, k, v))
+        return q, k, v, self.tokens
 
     def family(self, within: Picked | None) -> torch.Tensor:
         """The pairs that may be kept: bool ``[B or 1, n, N, N]``."""
@@ -152,10 +155,10 @@ def assemble(layout: BlockLayout, picked: Mapping[PickGroup, Picked]) -> tuple[B
 
 
 def pick_blocks(
-    layout: BlockLayout, q: torch.Tensor, k: torch.Tensor, scale: float | None = None
+    layout: BlockLayout, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None
 ) -> tuple[BlockIndex, torch.Tensor]:
     """Ask all rules of a layout for one call: :func:`assemble` of :func:`pick_group` of every group."""
     assert layout.heads.picks is not None
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     groups = layout.heads.picks.groups
-    return assemble(layout, {group: pick_group(layout, group, q, k, scale) for group in groups})
+    return assemble(layout, {group: pick_group(layout, group, q, k, v, scale) for group in groups})

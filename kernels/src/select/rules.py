@@ -8,15 +8,24 @@ from typing import Protocol
 import torch
 
 from diffsparse.blocks import BlockIndex
+from diffsparse.kernels.select.anchor import score_anchor
 from diffsparse.kernels.select.antidiagonal import score_antidiagonal
 from diffsparse.kernels.select.budgets import keep
+from diffsparse.kernels.select.clusters import score_clusters
 from diffsparse.kernels.select.key_means import score_key_means
+from diffsparse.kernels.select.low_bit import score_low_bit
 from diffsparse.kernels.select.mass import score_mass, score_sampled_max
 from diffsparse.kernels.select.pooled import score_pooled
 from diffsparse.kernels.select.pooled_max import score_pooled_max
+from diffsparse.kernels.select.proxy import score_proxy
+from diffsparse.kernels.select.self_similar import score_self_similar
 from diffsparse.kernels.select.signals import Signal
+from diffsparse.kernels.select.spatial_temporal import score_spatial_temporal
 from diffsparse.kernels.select.spread import score_spread
 from diffsparse.kernels.select.sub_block import score_sub_block
+from diffsparse.kernels.select.switch import score_switch
+from diffsparse.kernels.select.tail_error import score_tail_error
+from diffsparse.kernels.select.tree import score_tree
 from diffsparse.kernels.select.vertical_slash import score_vertical_slash
 from diffsparse.selection import Budget, add_rule
 from diffsparse.tokens import TokenLayout
@@ -57,7 +66,18 @@ _SIGNALS: dict[str, Callable[..., torch.Tensor]] = {
     "vertical_slash": score_vertical_slash,
     "key_means": score_key_means,
     "spread": score_spread,
+    "self_similar": score_self_similar,
+    "low_bit": score_low_bit,
+    "anchor": score_anchor,
+    "proxy": score_proxy,
+    "tree": score_tree,
+    "switch": score_switch,
+    "clusters": score_clusters,
+    "spatial_temporal": score_spatial_temporal,
+    "tail_error": score_tail_error,
 }
+# Those of them that read values, too.
+_WITH_VALUES = {"spatial_temporal", "tail_error"}
 _SELECTORS: dict[str, Callable[..., BlockIndex]] = {}
 
 
@@ -71,14 +91,18 @@ def register_selector(name: str, rule: Selector, parameters: Mapping[str, float]
     add_rule(name, parameters or {}, scores=False)
 
 
-def register_signal(name: str, signal: Signal, parameters: Mapping[str, float] | None = None) -> None:
+def register_signal(
+    name: str, signal: Signal, parameters: Mapping[str, float] | None = None, *, values: bool = False
+) -> None:
     """Make a rule that scores pairs of blocks known by a name; any budget serves it. ``parameters``: names and
-    defaults.
+    defaults. ``values``: it takes the values, too, as ``v=``, of the shape of ``k``.
 
     Raises ValueError where the name is taken or is not an identifier.
     """
     _check_name(name)
     _SIGNALS[name] = signal
+    if values:
+        _WITH_VALUES.add(name)
     add_rule(name, parameters or {}, scores=True)
 
 
@@ -95,10 +119,20 @@ def selectors() -> tuple[str, ...]:
 
 
 def rule_scores(
-    name: str, q: torch.Tensor, k: torch.Tensor, tokens: TokenLayout, scale: float, parameters: Mapping[str, float]
+    name: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor | None,
+    tokens: TokenLayout,
+    scale: float,
+    parameters: Mapping[str, float],
 ) -> torch.Tensor:
-    """What a rule scores pairs of blocks: fp32 ``[B, H, N, N]``."""
-    return _SIGNALS[name](q, k, tokens, scale, **parameters)
+    """What a rule scores pairs of blocks: fp32 ``[B, H, N, N]``. Raises ValueError where it lacks values."""
+    if name not in _WITH_VALUES:
+        return _SIGNALS[name](q, k, tokens, scale, **parameters)
+    if v is None:
+        raise ValueError(f"the rule {name!r} reads values, too: pass v")
+    return _SIGNALS[name](q, k, tokens, scale, v=v, **parameters)
 
 
 def budget_mask(
@@ -116,6 +150,7 @@ def rule_mask(
     name: str,
     q: torch.Tensor,
     k: torch.Tensor,
+    v: torch.Tensor | None,
     tokens: TokenLayout,
     budget: Budget,
     scale: float,
@@ -131,7 +166,7 @@ def rule_mask(
     index of the wrong shape.
     """
     if name in _SIGNALS:
-        return budget_mask(rule_scores(name, q, k, tokens, scale, parameters), tokens, budget, family)
+        return budget_mask(rule_scores(name, q, k, v, tokens, scale, parameters), tokens, budget, family)
     selector = _SELECTORS[name]
     index = selector(q, k, tokens, budget.value, **parameters)
     found = (index.num_blocks, index.num_heads, index.device)

@@ -11,7 +11,8 @@ __all__ = ["part_means", "score_sub_block"]
 
 
 def part_means(x: torch.Tensor, tokens: TokenLayout, parts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean rows of ``parts`` equal runs of every block: fp32 ``[B, H, N, parts, D]``; and bool, which have a token.
+    """Mean rows of ``parts`` equal runs of every block: fp32 ``[B, H, N, parts, D]``; and how many tokens they have,
+    int64 ``[H or 1, N, parts]``.
 
     Token ``i`` of a block of ``n`` is in part ``floor(i * parts / n)``.
     """
@@ -21,8 +22,9 @@ def part_means(x: torch.Tensor, tokens: TokenLayout, parts: int) -> tuple[torch.
     part = (place * parts).div(length, rounding_mode="floor")
     inside = (part[..., None, :] == torch.arange(parts, device=x.device)[:, None]) & there[..., None, :]  # [H, N, p, W]
     count = inside.sum(-1)
-    means = (inside.to(x.dtype)[None] @ take(x, numbers, there)).float()
-    return means / count.clamp(min=1)[None, ..., None], count > 0
+    rows = take(x, numbers, there)
+    means = (inside.to(rows.dtype)[None] @ rows).float()
+    return means / count.clamp(min=1)[None, ..., None], count
 
 
 def score_sub_block(
@@ -33,8 +35,9 @@ def score_sub_block(
     SubBlock of SGLang's sparse attention for diffusion, with 4 x 4 parts. Other arguments as of
     :class:`~diffsparse.kernels.select.Signal`.
     """
-    queries, real = part_means(q, tokens, parts)
-    keys, there = part_means(k, tokens, parts)
+    queries, asking = part_means(q, tokens, parts)
+    keys, asked = part_means(k, tokens, parts)
+    real, there = asking > 0, asked > 0
     score = torch.full((), -torch.inf, device=q.device)
     for a in range(parts):
         for b in range(parts):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from diffsparse.kernels.select.blocked import block_mass, in_blocks, sample_places, take
+from diffsparse.kernels.select.blocked import block_mass, in_blocks, spread_rows, take
 from diffsparse.tokens import TokenLayout
 
 __all__ = ["score_vertical_slash"]
@@ -22,13 +22,8 @@ def score_vertical_slash(
     :class:`~diffsparse.kernels.select.Signal`.
     """
     numbers, there = in_blocks(tokens)
-    n, order = tokens.num_blocks, tokens.head_order.long()
-    count = min(rows, tokens.num_visual)
-    whole = torch.full((1,), tokens.num_visual, device=q.device)
-    position = tokens.text_before + sample_places(whole, count)[0]  # the same in every order
-    chosen = tokens.gather.long()[:, position][order]  # [H, R]
-    start = tokens.block_start[:, 1:-1].contiguous()
-    own = torch.stack([torch.searchsorted(s, position.int(), right=True) for s in start])[order]  # [H, R]
+    n = tokens.num_blocks
+    chosen, own = spread_rows(tokens, rows)  # [H, R]
     mass = block_mass(take(q, chosen, torch.ones_like(chosen, dtype=torch.bool)), take(k, numbers, there), there, scale)
     batch, heads = mass.shape[:2]
     key = torch.arange(n, device=q.device)
@@ -37,7 +32,9 @@ def score_vertical_slash(
     which = (key - own[..., None] + n - 1).flatten(1)  # [H, R * N]
     total = torch.zeros(batch, heads, 2 * n - 1, device=q.device)
     total = total.scatter_add(2, which[None].expand(batch, -1, -1), mass.flatten(2))
-    real = there.any(2)[:, None].expand(heads, count, -1).flatten(1)  # blocks that an order lacks are on no diagonal
+    real = (
+        there.any(2)[:, None].expand(heads, own.shape[1], -1).flatten(1)
+    )  # blocks that an order lacks are on no diagonal
     seen = torch.zeros_like(total[0]).scatter_add(1, which, real.to(total.dtype))
     slash = total / seen.clamp(min=1)
     diagonal = (key[None, :] - key[:, None] + n - 1).flatten()

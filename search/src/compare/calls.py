@@ -149,8 +149,8 @@ def _judge(plan: SparsityPlan, call: Captured, device: torch.device, backend: st
 
     density, picking = layout.density, None
     if layout.heads.picks is not None:
-        density = float(pick_blocks(layout, q, k, call.scale)[1])
-        picking = _ms(lambda: pick_blocks(layout, q, k, call.scale), device)
+        density = float(pick_blocks(layout, q, k, v, call.scale)[1])
+        picking = _ms(lambda: pick_blocks(layout, q, k, v, call.scale), device)
     return {
         "error": _relative_error(attend(), call),
         "density": density,

@@ -7,6 +7,7 @@ has it.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +56,15 @@ KNOBS: dict[str, Knob] = {
     "vmoba": _option("tau", 0.02),
     # What stands out by fewer deviations is more.
     "sol": Knob(-4.0, 4.0, lambda value: {"tau": -value}),
+    "online": _option("density"),
+    "sta": _size(0.6, 0.5, 0.3),
+    "sparge": _option("tau", 0.02),
+    # Logits that fall behind by more are let go.
+    "lite": Knob(-2.0, 40.0, lambda value: {"threshold": -value}),
+    "sale": Knob(-4.0, 40.0, lambda value: {"tau": math.exp(-value)}),
+    "anchor": _option("theta", -20.0, 80.0),
+    "flexprefill": _option("gamma", 0.02),
+    "proxyattn": _option("gamma", 0.02),
 }
 
 
