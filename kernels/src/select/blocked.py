@@ -16,6 +16,7 @@ __all__ = [
     "block_mass",
     "in_blocks",
     "largest_products",
+    "precision",
     "sample_places",
     "sampled",
     "spread_rows",
@@ -25,6 +26,11 @@ __all__ = [
 
 # Logits that are held at a time, over the batch and the heads: 128 MiB in fp32.
 _AT_A_TIME = 2**25
+
+
+def precision(x: torch.Tensor) -> torch.dtype:
+    """In which products of these values are taken."""
+    return torch.float32 if x.device.type == "cpu" else x.dtype
 
 
 def in_blocks(tokens: TokenLayout) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,8 +63,7 @@ def take(x: torch.Tensor, numbers: torch.Tensor, there: torch.Tensor) -> torch.T
 
     In the precision of ``x``, on a CPU in fp32.
     """
-    rows = take_rows(x, numbers.flatten(1)).transpose(1, 2).unflatten(2, numbers.shape[1:])
-    rows = rows.float() if x.device.type == "cpu" else rows
+    rows = take_rows(x, numbers.flatten(1)).to(precision(x)).transpose(1, 2).unflatten(2, numbers.shape[1:])
     return rows.masked_fill(~there[None, ..., None], 0.0)
 
 

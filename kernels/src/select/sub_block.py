@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from diffsparse.kernels.select.blocked import in_blocks, take
+from diffsparse.kernels.select import blocked
+from diffsparse.kernels.select.blocked import in_blocks, take, take_rows
 from diffsparse.tokens import TokenLayout
 
 __all__ = ["part_means", "score_sub_block"]
@@ -22,8 +23,13 @@ def part_means(x: torch.Tensor, tokens: TokenLayout, parts: int) -> tuple[torch.
     part = (place * parts).div(length, rounding_mode="floor")
     inside = (part[..., None, :] == torch.arange(parts, device=x.device)[:, None]) & there[..., None, :]  # [H, N, p, W]
     count = inside.sum(-1)
-    rows = take(x, numbers, there)
-    means = (inside.to(rows.dtype)[None] @ rows).float()
+    if len(numbers) == 1:  # heads stay side by side, as they are
+        rows = take_rows(x, numbers.flatten(1)).to(blocked.precision(x)).unflatten(1, numbers.shape[1:])
+        sums = inside[0].to(rows.dtype) @ rows.flatten(3)  # [B, N, p, H * D]
+        means = sums.float().unflatten(3, x.shape[2:]).permute(0, 3, 1, 2, 4)
+    else:
+        rows = take(x, numbers, there)
+        means = (inside.to(rows.dtype)[None] @ rows).float()
     return means / count.clamp(min=1)[None, ..., None], count
 
 

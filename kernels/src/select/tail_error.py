@@ -26,20 +26,22 @@ def score_tail_error(
     """
     query = scale * block_means(q, tokens)
     keys, count = part_means(k, tokens, parts)  # [B, H, N, p, D], [H or 1, N, p]
-    length = count.sum(2).clamp(min=1)
-    mean = (keys * count[None, ..., None]).sum(3) / length[None, ..., None]
-    precision = torch.float32 if v.device.type == "cpu" else v.dtype
-    keys, values = keys.to(precision), part_means(v, tokens, parts)[0].to(precision)
+    values = part_means(v, tokens, parts)[0]
     number = count[None, :, None].float()  # [1, H, 1, N, p]
-    batch, heads, n, dim = mean.shape
-    step = max(1, blocked._AT_A_TIME // (batch * heads * n * max(parts, dim)))
-    rows = []
+    mean = (keys * number[:, :, 0, ..., None]).sum(3) / number[:, :, 0].sum(3).clamp(min=1)[..., None]
+    # |sum_p d_p v_p|^2 by the products of a block's values with each other: as many numbers as parts, not channels.
+    products = values @ values.transpose(3, 4)  # [B, H, N, p, p]
+    keys = keys.to(blocked.precision(k)).flatten(2, 3).transpose(2, 3)
+    batch, heads, n, _ = mean.shape
+    step = max(1, blocked._AT_A_TIME // (batch * heads * n * parts))
+    found = []
     for part in query.split(step, dim=2):
-        logits = (part.to(precision) @ keys.flatten(2, 3).transpose(2, 3)).float().unflatten(3, (n, parts))
-        logits = logits.masked_fill(number == 0, -torch.inf)
-        whole = (logits + number.log()).flatten(3).logsumexp(3)[..., None]  # [B, H, r, 1]
-        at_mean = part @ mean.transpose(2, 3)
-        excess = number * ((logits - whole[..., None]).exp() - (at_mean - whole).exp()[..., None])
-        output = excess.to(precision).transpose(2, 3) @ values  # [B, H, N, r, D]
-        rows.append(torch.linalg.vector_norm(output, dim=4, dtype=torch.float32).transpose(2, 3))
-    return 2 * torch.cat(rows, dim=2).log()
+        logits = (part.to(keys.dtype) @ keys).float().unflatten(3, (n, parts))
+        logits = logits.masked_fill_(number == 0, -torch.inf)
+        largest = logits.amax((3, 4), keepdim=True)
+        weights = (logits - largest).exp_()
+        at_mean = (part @ mean.transpose(2, 3) - largest[..., 0]).exp()[..., None]
+        total = (weights * number).sum((3, 4), keepdim=True)
+        excess = ((weights - at_mean) * number / total).transpose(2, 3)  # [B, H, N, r, p]
+        found.append(((excess @ products) * excess).sum(4).transpose(2, 3))
+    return torch.cat(found, dim=2).clamp_(min=0.0).log()
