@@ -167,6 +167,25 @@ def test_the_blocks_that_a_rule_picks_are_those_that_run(name: str) -> None:
         assert rule in json.loads(json.dumps(summary.to_dict()))["transformers"]["transformer"]["rules"]
 
 
+def test_the_summary_tells_what_picking_took() -> None:
+    model = wan()
+    inputs = wan_inputs(3, 16, 16, timestep=500)
+    rule = SparsityPlan.uniform(HeadEntry(selection=OnlineSelection("pooled", Budget("density", 0.5))))
+    with sparse_attention(model, rule):
+        run(model, inputs)
+        summary = sparse_attention_summary(model)
+    found = summary.transformers["transformer"]
+    assert found.seconds is not None and found.pick_seconds is not None and 0 < found.pick_seconds < found.seconds
+    assert found.pick_seconds == pytest.approx(sum(layer.pick_seconds or 0.0 for layer in found.layers))
+    assert found.timed_calls == found.sparse_calls
+    assert f"{found.pick_seconds:.3f} s of it to pick blocks" in str(summary)
+    assert summary.to_dict()["transformers"]["transformer"]["pick_seconds"] == found.pick_seconds
+    with sparse_attention(model, preset("window")):
+        run(model, inputs)
+        assert sparse_attention_summary(model).transformers["transformer"].pick_seconds is None
+        assert "to pick blocks" not in str(sparse_attention_summary(model))
+
+
 @pytest.mark.slow(reason="compiles a model")
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 @pytest.mark.parametrize("name", MODELS)

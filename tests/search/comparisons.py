@@ -25,9 +25,10 @@ def compare(pipe: Any, out: Path, **changes: Any) -> Comparison:
         "num_inference_steps": 4,
         "guidance_scale": 3.0,
         "seeds": (1,),
+        "say": lambda line: None,
         **SHAPE,
     }
-    return compare_methods(pipe, PROMPTS, out=out, progress=False, say=lambda line: None, **asked | changes)
+    return compare_methods(pipe, PROMPTS, out=out, progress=False, **asked | changes)
 
 
 def made_up_row(

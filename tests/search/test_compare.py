@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from diffsparse.grid import TokenGrid
 from diffsparse.pipelines import sparse_attention_summary
 from diffsparse.plan import SparsityPlan
 from diffsparse.preset_plans import preset
@@ -29,12 +30,15 @@ from diffsparse.search.compare.methods import (
 )
 from diffsparse.search.compare.record import Shard
 from diffsparse.search.compare.result import Comparison
+from diffsparse.search.compare.trajectory import Trajectory, find_trajectory
 from diffsparse.search.errors import BadInput
+from diffsparse.search.generate import GenerationSettings, generate_clip
+from diffsparse.search.inputs import as_inputs
 from diffsparse.search.search import search_plan
 from diffsparse.search.store import StoreLocked, StoreMismatch
 from tests.search.comparisons import METHODS, compare
 from tests.search.plans import make_plan
-from tests.search.tiny import PROMPTS, SHAPE_OPTIONS, Cli, build_pipeline, config, fix_costs
+from tests.search.tiny import PROMPTS, SHAPE, SHAPE_OPTIONS, Cli, build_pipeline, config, fix_costs
 
 # -- knobs -------------------------------------------------------------------------------------------------------------
 
@@ -112,6 +116,20 @@ def test_rows_have_the_density_that_was_asked_for_or_say_why_not(comparison: tup
     assert rows["xattention-0.7"].state == rows["subblock-0.7"].state == "done"
     # Half of its steps are dense, and its blocks of 64 tokens are few here.
     assert rows["xattention-0.7"].options.keys() == {"tau"}
+
+
+def test_what_a_plan_without_rules_takes_is_known_beforehand(pipe: Any, comparison: tuple[Path, Comparison]) -> None:
+    """And of a rule only where all blocks are as long, which those of this grid are not in tiles."""
+    settings = GenerationSettings(num_inference_steps=4, guidance_scale=3.0, **SHAPE)
+    source = as_inputs(PROMPTS[:1])[0]
+    levels = generate_clip(pipe, source, 1, settings).noise_levels
+    trajectory = find_trajectory(pipe, source, 1, settings, levels)
+    mine = next(row for row in comparison[1].rows if row.name == "mine")
+    assert trajectory.density(make_plan()) == pytest.approx(mine.density, abs=1e-6)
+    assert trajectory.density(preset("subblock")) is None is trajectory.density(preset("xattention"))
+    even = Trajectory(levels, (("blocks.0.attn1", 2, TokenGrid(2, 16, 16)),))
+    assert even.density(preset("subblock", density=0.5)) == pytest.approx(0.75)  # two of four steps are dense
+    assert Trajectory.from_dict(json.loads(json.dumps(trajectory.to_dict()))) == trajectory
 
 
 def test_a_density_below_the_dense_steps_is_told(pipe: Any, tmp_path: Path) -> None:
@@ -301,6 +319,16 @@ def test_the_command(
     code, printed, said = cli(*line)
     assert code == 0 and "at a density of 0.7" in printed and "0 of 4 clips" in said
     assert f"written: {out / 'compare.json'}" in printed
+
+
+def test_without_lpips_it_says_so_once(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    said: list[str] = []
+    found = compare(pipe, tmp_path / "out", methods=(), plans={"mine": make_plan()}, lpips=True, say=said.append)
+    assert [line for line in said if "LPIPS" in line] == [
+        "LPIPS needs the package lpips and its weights; pip install 'diffsparse[metrics]'"
+    ]
+    assert found.rows[0].mean("lpips") is None and "LPIPS" not in found.table()
 
 
 def test_ctrl_c_says_how_to_go_on(

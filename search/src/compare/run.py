@@ -62,6 +62,8 @@ class Runner:
         self.progress, self.say = progress, say
         self.images = makes_images(model_class(pipe))
         self.lpips = metrics.load_lpips(device_of(pipe)) if lpips else None
+        if lpips and self.lpips is None:
+            say("LPIPS needs the package lpips and its weights; pip install 'diffsparse[metrics]'")
         seeds = sorted({seed for _, seed in record.cases})
         first = [case for case, (_, seed) in enumerate(record.cases) if seed == seeds[0]]
         self.shown = set(first[:SHOWN])
@@ -116,7 +118,14 @@ class Runner:
     # -- plans -----------------------------------------------------------------------------------------------------
 
     def prepare(self, rows: Sequence[Row]) -> None:
-        """What can be wrong with given and composed plans, before anything is generated. Raises :class:`BadInput`."""
+        """What can be wrong with the machine and with given plans, before anything is generated.
+
+        Raises :class:`BadInput`.
+        """
+        try:
+            self._backend(preset("dense"))
+        except ValueError as error:  # no backend runs here
+            raise BadInput(str(error)) from None
         for row in rows:
             if row.kind == METHOD:
                 continue

@@ -120,9 +120,9 @@ def comparison_table(comparison: Comparison) -> str:
     """All tables, one under the other."""
     parts = [text_table(facts(comparison))]
     for density in comparison.densities:
-        parts.append(f"at a density of {density:g}\n" + _rows_text(comparison, comparison.at(density)))
+        parts.append(_rows_text(comparison, f"at a density of {density:g}", comparison.at(density)))
     if comparison.others:
-        parts.append("plans at other densities\n" + _rows_text(comparison, comparison.others))
+        parts.append(_rows_text(comparison, "plans at other densities", comparison.others))
     for table in equal_time(comparison):
         header, found = time_table(table)
         title = f"at equal time, {table.seconds:.3g} s a loop ({table.reference})"
@@ -146,10 +146,15 @@ def rows_table(comparison: Comparison, rows: Sequence[RowResult]) -> tuple[list[
     return [header[i] for i in told], [[line[i] for i in told] for line in found]
 
 
-def _rows_text(comparison: Comparison, rows: Sequence[RowResult]) -> str:
+def _rows_text(comparison: Comparison, title: str, rows: Sequence[RowResult]) -> str:
     header, found = rows_table(comparison, rows)
     at_right = [i for i, name in enumerate(header) if i and not name.startswith("to ")]
-    lines = [text_table(found, header, right=at_right)] if found else []
+    told = ""
+    if header[-1].startswith("to "):  # a long name would leave no room for the figures
+        told, header[-1] = f", differences {header[-1]}", "differ"
+    lines = [title + told]
+    if found:
+        lines.append(text_table(found, header, right=at_right))
     lines += [fold(f"{row.name}: {row.reason or row.state}", None, "  ") for row in rows if not row.clips]
     return "\n".join(lines)
 
