@@ -255,7 +255,7 @@ def test_every_rule_runs_in_a_compiled_model(name: str, fresh_dynamo: None) -> N
         assert_near(run(model, inputs), wanted, MODEL)
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", [*PUBLISHED, "online"])
 @pytest.mark.parametrize("model", MODELS)
 def test_every_published_method_runs_in_a_model(model: str, name: str) -> None:
     case = CASES[model]
@@ -272,7 +272,7 @@ def test_every_published_method_runs_in_a_model(model: str, name: str) -> None:
 
 
 @pytest.mark.slow(reason="compiles a model")
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", [*PUBLISHED, "online"])
 def test_every_published_method_runs_in_a_compiled_pipeline(name: str, fresh_dynamo: None) -> None:
     pipe = wan_pipeline()
     with pipe.sparse_attention(name):
