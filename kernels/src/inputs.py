@@ -48,7 +48,8 @@ def input_error(
         return f"q has {seq} tokens, the layout is for {layout.seq_len} (grid {layout.grid})"
     if heads != layout.num_heads:
         return f"q has {heads} heads, the layout has {layout.num_heads}"
-    if layout.index.batch not in (1, batch):
+    lists = layout.index.batch
+    if lists != 1 and lists != batch:  # not `in`, which finds no number among what Dynamo takes for variables
         return f"the layout has block lists for {layout.index.batch} items, q has a batch of {batch}"
     if layout.device != q.device:
         return f"q is on {q.device}, the layout on {layout.device}: use layout.to({str(q.device)!r})"

@@ -32,7 +32,11 @@ __all__ = [
     "local_folder",
     "lost_names",
     "original_dispatch",
+    "parallel_config",
     "replaced_forward",
+    "splits_text",
+    "ulysses",
+    "ulysses_rank",
 ]
 
 #: Undocumented names of diffusers in use, and what for.
@@ -41,6 +45,9 @@ PRIVATE_NAMES = {
     "diffusers.models.attention_processor.F": "torch.nn.functional, by which the others do",
     "diffusers.models.transformers.transformer_bria_fibo2.compute_gist_count": "FIBO 2's number of gist tokens",
     "diffusers.hooks.hooks.HookRegistry.check_if_exists_or_initialize": "what sets _diffusers_hook, with hooks in it",
+    "diffusers.hooks.context_parallel.ContextParallelSplitHook": "what cuts a model's inputs among processes",
+    "diffusers.models.attention_dispatch.TemplatedUlyssesAttention": "what exchanges tokens for heads",
+    "diffusers.models.attention_dispatch.TemplatedUlyssesAnythingAttention": "the same for any numbers of both",
 }
 
 
@@ -195,3 +202,67 @@ class StandIn:
     def dispatch_options(self) -> dict[str, Any]:
         """What the original passes to ``dispatch_attention_fn`` beside the tensors."""
         return {"backend": self._attention_backend, "parallel_config": self._parallel_config}
+
+
+# Looked up here, as compiled code cannot.
+_ULYSSES, _UNEVEN_ULYSSES = (
+    _find(f"diffusers.models.attention_dispatch.TemplatedUlysses{kind}Attention") for kind in ("", "Anything")
+)
+
+
+def parallel_config(model: torch.nn.Module) -> Any:
+    """What ``enable_parallelism`` has set for context parallelism, or None."""
+    config: Any = getattr(model, "_parallel_config", None)
+    return None if getattr(config, "context_parallel_config", None) is None else config
+
+
+def ulysses_rank(config: Any) -> int:
+    """Which of the processes that exchange tokens for heads this one is."""
+    return int(config.context_parallel_config._ulysses_local_rank)
+
+
+class _Kept:
+    """What an autograd function would keep for its backward."""
+
+
+def splits_text(model: torch.nn.Module) -> bool:
+    """Whether ``enable_parallelism`` cuts text by itself, beside the video."""
+    split = _find("diffusers.hooks.context_parallel.ContextParallelSplitHook")
+    for module in model.modules():
+        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+        for hook in hooks.values():
+            if isinstance(hook, split) and {"hidden_states", "encoder_hidden_states"} <= set(hook.metadata):
+                return True
+    return False
+
+
+def ulysses(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: Any,
+    config: Any,
+    attention: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any], torch.Tensor],
+) -> torch.Tensor:
+    """Exchange tokens for heads, call ``attention(q, k, v, mask)``, and exchange back. No gradients.
+
+    q, k, v: ``[B, S / ranks, H, D]``; ``attention`` gets and returns ``[B, S, H / ranks, D]``.
+    """
+    uneven = config.context_parallel_config.ulysses_anything
+    engine = _UNEVEN_ULYSSES if uneven else _ULYSSES
+    # Its forward is called as a plain function: what it would keep for a backward is not needed.
+    return engine.forward(
+        _Kept(),
+        q,
+        k,
+        v,
+        mask,
+        0.0,
+        False,
+        None,
+        False,
+        False,
+        lambda ctx, q, k, v, mask, *args, **kwargs: attention(q, k, v, mask),
+        None,
+        config,
+    )

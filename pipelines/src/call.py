@@ -140,11 +140,16 @@ class Call:
             return None
         return self.state.without_dense_heads(grid, self.phase, index, device, uniform, _values(recalled))
 
+    def groups(self, index: int) -> tuple[Group, ...]:
+        """The heads of a layer whose outputs are used again in this forward's phase."""
+        grid = self.grid_of(index)
+        return () if self.reuse is None or grid is None else self.state.groups(grid, self.reuse.phase, index)
+
     def served(self, index: int, shape: Sequence[int]) -> tuple[Group, ...]:
         """The heads of a layer's next call, ``[B, S, H, D]``, that need not be computed."""
+        groups = self.groups(index)
         if self.reuse is None:
             return ()
-        groups = self.state.groups(self.reuse.phase, index)
         return self.state.reuse.recalled(self.reuse, index, self._exchanged[index], groups, shape) if groups else ()
 
     def held_shape(self, index: int, groups: tuple[Group, ...]) -> tuple[int, ...] | None:
@@ -158,7 +163,7 @@ class Call:
 
         ``recalled``: what :meth:`served` said of this call, or nothing where all heads were computed.
         """
-        if self.reuse is None or not (groups := self.state.groups(self.reuse.phase, index)):
+        if self.reuse is None or not (groups := self.groups(index)):
             return
         self.state.reuse.exchange(out, self.reuse, index, self._exchanged[index], groups, recalled)
         self._exchanged[index] += 1
@@ -273,7 +278,7 @@ class Call:
                 self.foreign.add(layer.index)
                 continue
             grid = self.grid_of(layer.index)
-            work = float(items * self.state.architecture.heads * (grid.seq_len**2 if grid else 0))
+            work = float(items * self.state.heads * (grid.seq_len**2 if grid else 0))
             if what == RAN_SPARSE and layout is not None:
                 events.append((next(picked, layout.density), work, "", COMPILED))
                 continue

@@ -21,9 +21,11 @@ from diffsparse.pipelines.context import CTX, EPOCH
 from diffsparse.pipelines.dense import RaceKey, serves_heads
 from diffsparse.pipelines.family import UnknownGridError
 from diffsparse.pipelines.noise import noise_level
+from diffsparse.pipelines.parallel import take_part
 from diffsparse.pipelines.patch import install_patch
-from diffsparse.pipelines.policy import compute_dtype
+from diffsparse.pipelines.policy import PARALLEL, compute_dtype
 from diffsparse.pipelines.reuse import Group
+from diffsparse.pipelines.shares import Share, share_of
 from diffsparse.pipelines.state import LAYER_STATE, MODEL_STATE, LayerState, ModelState
 from diffsparse.pipelines.whole import Whole, announce, cut_inputs, repeat_outputs
 
@@ -173,6 +175,10 @@ def _before_model(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         install_patch(module)
         state.installed = True
     CTX.layer = None
+    share = share_of(module)
+    if isinstance(share, str):
+        state.log(f"runs dense: {PARALLEL}, and {share}")
+    state.take_share(share if isinstance(share, Share) and state.tap is None else None)
     call = _read_call(module, state, args, kwargs)
     call.previous = running_call()
     call.compiled = compiled_layers(module, state)
@@ -185,6 +191,7 @@ def _before_model(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         if call.no_kernel is not None:
             state.log(f"runs dense: {call.no_kernel}")
     for layer in state.layers:
+        take_part(module, call, layer)
         layout: BlockLayout | str | None = None
         layer.reuse = None
         layer.picks = torch.tensor(layer.index) if state.rules else None
@@ -209,7 +216,7 @@ def _recalled(call: Call, layer: LayerState) -> tuple[Group, ...]:
     if call.reuse is None or not reuses or grid is None or state.family.text_from_call:
         return ()
     layer.reuse = torch.tensor(layer.index)
-    shape = (call.batch, grid.seq_len, state.architecture.heads, state.architecture.head_dim)
+    shape = (call.batch, grid.seq_len, state.heads, state.architecture.head_dim)
     call.recalled[layer.index] = call.served(layer.index, shape)
     return call.recalled[layer.index]
 
@@ -229,13 +236,13 @@ def _choose_dense_kernels(module: torch.nn.Module, call: Call) -> None:
         return
     dtype = compute_dtype(module, device)
     apart = {layer.index: call.without_dense_heads(layer.index, device, uniform=True) for layer in state.layers}
-    none = torch.zeros(state.architecture.heads, dtype=torch.bool)
+    none = torch.zeros(state.heads, dtype=torch.bool)
     for layer in state.layers:
         grid = call.grid_of(layer.index)
         any_apart = any(found is not None for found in apart.values())
         if grid is None or (layer.layout is not None and not any_apart):
             continue
-        shape = (call.batch, grid.seq_len, state.architecture.heads, state.architecture.head_dim)
+        shape = (call.batch, grid.seq_len, state.heads, state.architecture.head_dim)
         layer.dense_kernel = state.dense.for_compiled(RaceKey(shape, dtype, device, masked=False))
         kernels = [layer.dense_kernel]
         if grid.text_before or grid.text_after:

@@ -14,6 +14,7 @@ from diffsparse.pipelines import _diffusers
 from diffsparse.pipelines.attend import Request, attend
 from diffsparse.pipelines.call import call_of
 from diffsparse.pipelines.context import CTX, EPOCH
+from diffsparse.pipelines.parallel import attend_shared, is_shared
 from diffsparse.pipelines.policy import judge_arguments
 
 __all__ = ["install_patch", "routed_dispatch", "routed_sdpa", "takes_key_mask"]
@@ -79,6 +80,15 @@ def routed_dispatch(
         return dense()
     # Whatever runs below is not this layer's attention a second time: the native backend calls F.sdpa.
     CTX.layer = None
+    plain = parallel_config is not None and not (dropout_p or is_causal or attention_kwargs)
+    if plain and is_shared(layer, query, key, value):
+
+        def of_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any) -> torch.Tensor:
+            return _dispatch(q, k, v, mask, scale=scale, enable_gqa=enable_gqa, backend=backend)
+
+        out = attend_shared(layer, query, key, value, attn_mask, True, scale, of_heads)
+        CTX.layer = layer
+        return out
     reason = judge_arguments(dropout_p, is_causal, attention_kwargs, parallel_config)
     out = attend(layer, Request(query, key, value, attn_mask, True, scale, reason, dense))
     CTX.layer = layer
@@ -108,6 +118,16 @@ def routed_sdpa(
         return out.transpose(1, 2)
 
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    # diffusers does not share the attention of these models: by itself each process would see its own tokens alone.
+    if not (dropout_p or is_causal) and is_shared(layer, q, k, v):
+
+        def of_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any) -> torch.Tensor:
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            return _sdpa(q, k, v, mask, scale=scale, enable_gqa=enable_gqa).transpose(1, 2)
+
+        out = attend_shared(layer, q, k, v, attn_mask, False, scale, of_heads).transpose(1, 2)
+        CTX.layer = layer
+        return out
     reason = judge_arguments(dropout_p, is_causal)
     out = attend(layer, Request(q, k, v, attn_mask, False, scale, reason, dense)).transpose(1, 2)
     CTX.layer = layer

@@ -211,7 +211,8 @@ def _key_mask(mask: Any, batch: int, seq: int, two_axes: bool) -> torch.Tensor |
         mask = mask[:, 0, 0]
     elif mask.ndim != 2 or not two_axes or mask.shape[0] != batch or batch == seq:
         return None
-    if mask.shape[1] != seq or mask.shape[0] not in (1, batch):
+    # Not `in`: where Dynamo takes the batch for a variable, it finds no number among variables.
+    if mask.shape[1] != seq or (mask.shape[0] != 1 and mask.shape[0] != batch):
         return None
     return mask.expand(batch, seq)
 

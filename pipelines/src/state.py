@@ -10,8 +10,8 @@ import inspect
 import logging
 import threading
 import weakref
-from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,9 +26,11 @@ from diffsparse.layout import BlockLayout, build_layout
 from diffsparse.pipelines.counts import LayerCounts
 from diffsparse.pipelines.dense import DenseChoice
 from diffsparse.pipelines.family import Family, architecture_of, family_by_class, layers_of
+from diffsparse.pipelines.layout_cache import LayoutCache
 from diffsparse.pipelines.phases import PhaseFinder
 from diffsparse.pipelines.policy import SLOWER, Machine, entries_of, judge_layer, machine_for
 from diffsparse.pipelines.reuse import Group, ReuseStore, groups_of
+from diffsparse.pipelines.shares import Share, deal_heads, imbalance
 from diffsparse.pipelines.uniform import alike, mark_sizes
 from diffsparse.plan import Architecture, SparsityPlan
 
@@ -36,7 +38,6 @@ __all__ = [
     "LAYER_STATE",
     "MODEL_STATE",
     "LayerState",
-    "LayoutCache",
     "ModelState",
     "state_of",
 ]
@@ -47,8 +48,6 @@ logger = logging.getLogger("diffsparse")
 MODEL_STATE = "_diffsparse_root"
 LAYER_STATE = "_diffsparse"
 
-# What was used last stays.
-MAX_LAYOUT_BYTES = 2 * 2**30
 # Block lists of long videos are large (0.35 MB a head at 75,600 tokens and density 0.25), so on a GPU a layer whose
 # lists could take more than this is kept packed. All blocks are counted, so that a plan's layers go one way together.
 PACKED_FROM = 16 * 2**20
@@ -63,6 +62,30 @@ def _left_out(entry: HeadEntry) -> HeadEntry:
 
 def _is_packed(device: torch.device, grid: TokenGrid, heads: int, block_size: int) -> bool:
     return device.type == "cuda" and 4 * heads * (grid.seq_len // block_size) ** 2 > PACKED_FROM
+
+
+# Attributes of a state that a copy has anew.
+_OWN = frozenset(
+    [
+        "layouts",
+        "reuse",
+        "rules",
+        "phases",
+        "_groups",
+        "_whole",
+        "machines",
+        "lock",
+        "tap",
+        "installed",
+        "share",
+        "uneven",
+        "_dealt",
+        "deals",
+        "_pipe",
+        "schedule",
+        "pending",
+    ]
+)
 
 
 @dataclass(eq=False)
@@ -80,11 +103,30 @@ class LayerState:
     dense_heads: torch.Tensor | None = None  # bool [H] on the CPU: heads that ``layout`` leaves to ``dense_kernel``
     reuse: torch.Tensor | None = None  # the index on the CPU, where outputs are used again: for compiled code
     picks: torch.Tensor | None = None  # the same, where any head of the plan has its blocks picked from q and k
+    share: Share | None = None  # where processes share the layer's heads; and what diffusers knows of them
+    parallel_config: Any = None
+    order: torch.Tensor | None = None  # int64 [S], see `Share.canonical`, and back
+    order_back: torch.Tensor | None = None
+    deal: torch.Tensor | None = None  # int64 [H], heads in the order in which processes get them, and back
+    deal_back: torch.Tensor | None = None
     # What compiled code did in this forward: (what it did before, what it did last, the dense kernel for such a call).
     ran: tuple[Any, str, str] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "layout": None, "dense_heads": None, "reuse": None, "picks": None, "ran": None}
+        own = (
+            "layout",
+            "dense_heads",
+            "reuse",
+            "picks",
+            "ran",
+            "share",
+            "parallel_config",
+            "order",
+            "order_back",
+            "deal",
+            "deal_back",
+        )
+        return {**self.__dict__, **dict.fromkeys(own)}
 
     def notes(self) -> list[tuple[str, str]]:
         """What compiled code did in this forward, call by call: what, and the dense kernel for such a call."""
@@ -93,38 +135,6 @@ class LayerState:
             ran, what, kernel = ran
             found.append((what, kernel))
         return found[::-1]
-
-
-class LayoutCache:
-    """Layouts by the whole grid, the phase and the device; least recently used ones go first."""
-
-    def __init__(self, max_bytes: int = MAX_LAYOUT_BYTES) -> None:
-        self.max_bytes = max_bytes
-        self.groups: OrderedDict[Any, dict[Any, Any]] = OrderedDict()
-        self.lock = threading.RLock()
-
-    def get(self, key: Any, item: Any, build: Callable[[], Any]) -> Any:
-        with self.lock:
-            group = self.groups.get(key)
-            if group is None:
-                group = self.groups[key] = {}
-            elif next(reversed(self.groups)) != key:
-                self.groups.move_to_end(key)
-            if item not in group:
-                group[item] = build()
-                while len(self.groups) > 1 and self.num_bytes() > self.max_bytes:
-                    self.groups.popitem(last=False)
-            return group[item]
-
-    def num_bytes(self) -> int:
-        """Memory of all distinct block lists."""
-        layouts = [x for group in self.groups.values() for x in group.values() if isinstance(x, BlockLayout)]
-        # Layers with the same entries share lists, and each has a repair of its own.
-        lists = {id(x.index): x for x in layouts}.values()
-        repairs = {id(x.heads.repair): x.heads.repair for x in layouts if x.heads.repair is not None}.values()
-        return sum(x.index.nbytes + x.tokens.gather.nbytes + x.tokens.scatter.nbytes for x in lists) + sum(
-            repair.nbytes for repair in repairs
-        )
 
 
 class ModelState:
@@ -173,11 +183,16 @@ class ModelState:
         self.reuse = ReuseStore()
         self.rules = () if self.plan is None else self.plan.rules
         self.phases = PhaseFinder()
-        self._groups: dict[tuple[int, int], tuple[Group, ...]] = {}
+        self._groups: dict[Any, tuple[Group, ...]] = {}
         self._whole: dict[tuple[int, int], bool] = {}
         self.machines: dict[tuple[torch.device, torch.dtype, tuple[str, ...]], Machine] = {}
         self.lock = threading.Lock()
         self.tap = tap
+        self.share: Share | None = None
+        self.uneven = 1.0
+        self._dealt: dict[Any, list[tuple[int, ...]]] = {}
+        #: Whether heads of a layer may differ in cost, so that it is to be told which process computes which.
+        self.deals = self.plan is not None and bool((self.plan.index != self.plan.index[..., :1]).any())
         self.hooked_parts = True  # projections may have hooks (`whole.py`); a copy's have those of its original
         self.installed = False  # the pass-through functions in the modules that define the model
         # A strong reference would make a deep copy of the transformer copy the whole pipeline.
@@ -189,22 +204,7 @@ class ModelState:
             self.num_train_timesteps = int(scheduler.config.get("num_train_timesteps", self.num_train_timesteps))
 
     def __getstate__(self) -> dict[str, Any]:
-        own = (
-            "layouts",
-            "reuse",
-            "rules",
-            "phases",
-            "_groups",
-            "_whole",
-            "machines",
-            "lock",
-            "tap",
-            "installed",
-            "_pipe",
-            "schedule",
-            "pending",
-        )
-        return {k: v for k, v in self.__dict__.items() if k not in own}
+        return {k: v for k, v in self.__dict__.items() if k not in _OWN}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         from diffsparse.pipelines.patch import install_patch
@@ -240,20 +240,63 @@ class ModelState:
 
     # -- layouts ---------------------------------------------------------------------------------------------------
 
-    def groups(self, phase: int, index: int) -> tuple[Group, ...]:
-        """The heads of a layer whose outputs are used again in a phase."""
-        if (phase, index) not in self._groups:
-            name = self.layers[index].name
-            entries: tuple[HeadEntry, ...] | str = ""
-            if self.plan is not None and name not in self.skipped:
-                entries = entries_of(self.plan, phase, name, self.architecture.heads)
-            self._groups[phase, index] = () if isinstance(entries, str) else groups_of(entries)
-        return self._groups[phase, index]
+    @property
+    def heads(self) -> int:
+        """Heads of a layer's call, as this process sees it."""
+        heads = self.architecture.heads
+        return heads if self.share is None else self.share.counts(heads)[self.share.rank]
 
-    def is_whole(self, phase: int, index: int) -> bool:
-        """Whether all heads of a layer use outputs of earlier steps in a phase, but for those that are left out."""
+    def take_share(self, share: Share | None) -> None:
+        """Compute this part of every layer's heads from now on."""
+        if share == self.share:
+            return
+        self.share, self.uneven = share, 1.0
+        self.layouts = LayoutCache()
+        self.reuse.clear()
+        self._groups, self._whole, self._dealt = {}, {}, {}
+
+    def dealt(self, grid: TokenGrid, phase: int | None, index: int) -> list[tuple[int, ...]]:
+        """The heads of a layer that each process computes, in its own order."""
+        assert self.share is not None
+        key = (grid, phase, index)
+        if key not in self._dealt:
+            entries = self._entries(phase, index)
+            costs = [1.0] * self.architecture.heads
+            if self.plan is not None and not isinstance(entries, str) and len(set(entries)) > 1:
+                costs = list(build_layout(grid, entries, self.plan.block_size, packed=True).densities)
+            found = self._dealt[key] = deal_heads(costs, self.share.counts(self.architecture.heads))
+            self.uneven = max(self.uneven, imbalance(costs, found))
+        return self._dealt[key]
+
+    def _entries(self, phase: int | None, index: int) -> tuple[HeadEntry, ...] | str:
+        """All heads' entries of a layer, or why it runs dense."""
+        name = self.layers[index].name
+        if self.plan is None or name in self.skipped:
+            return self.skipped.get(name, "")
+        return entries_of(self.plan, phase, name, self.architecture.heads)
+
+    def _own(self, entries: tuple[HeadEntry, ...], grid: TokenGrid, phase: int, index: int) -> tuple[HeadEntry, ...]:
+        if self.share is None:
+            return entries
+        return tuple(entries[h] for h in self.dealt(grid, phase, index)[self.share.rank])
+
+    def groups(self, grid: TokenGrid, phase: int, index: int) -> tuple[Group, ...]:
+        """The heads of a layer whose outputs are used again in a phase."""
+        key = (None if self.share is None else grid, phase, index)
+        if key not in self._groups:
+            entries = self._entries(phase, index)
+            self._groups[key] = () if isinstance(entries, str) else groups_of(self._own(entries, grid, phase, index))
+        return self._groups[key]
+
+    def is_whole(self, grid: TokenGrid, phase: int, index: int) -> bool:
+        """Whether all heads of a layer use outputs of earlier steps in a phase, but for those that are left out.
+
+        Never where processes share the heads: each has other ones, and all have to take part in the exchange.
+        """
+        if self.share is not None:
+            return False
         if (phase, index) not in self._whole:
-            grouped = {head for group in self.groups(phase, index) for head in group.heads.tolist()}
+            grouped = {head for group in self.groups(grid, phase, index) for head in group.heads.tolist()}
             found = bool(grouped)
             if found and self.plan is not None:
                 entries = self.plan.layer_entries(phase, self.layers[index].name, self.architecture.heads) or ()
@@ -297,7 +340,10 @@ class ModelState:
         assert self.plan is not None
         layout = self.layout(grid, phase, index, device, uniform, recalled)
         entries = entries_of(self.plan, phase, self.layers[index].name, self.architecture.heads)
-        if isinstance(layout, str) or isinstance(entries, str) or not any(e.is_dense for e in entries):
+        if isinstance(layout, str) or isinstance(entries, str):
+            return None
+        entries = self._own(entries, grid, phase, index)
+        if not any(e.is_dense for e in entries):
             return None
 
         def build() -> tuple[BlockLayout, torch.Tensor]:
@@ -320,13 +366,11 @@ class ModelState:
         recalled: tuple[float, ...],
     ) -> BlockLayout | str:
         assert self.plan is not None
-        name = self.layers[index].name
-        if name in self.skipped:
-            return self.skipped[name]
-        entries = entries_of(self.plan, phase, name, self.architecture.heads)
+        entries = self._entries(phase, index)
         if isinstance(entries, str):
             return entries
-        entries = tuple(_left_out(e) if e.execution.reuse in recalled else e for e in entries)
+        own = self._own(entries, grid, phase, index)
+        entries = tuple(_left_out(e) if e.execution.reuse in recalled else e for e in own)
         found: BlockLayout | str = self.layouts.get(
             (grid, phase, device, uniform), entries, lambda: self._expand(grid, entries, device, uniform)
         )
@@ -334,7 +378,10 @@ class ModelState:
         if maps is None or isinstance(found, str):
             return found
         # Every layer that runs sparse has one, of zeros where it needs to: compiled layers share a graph.
-        return found.repaired(maps.of_layer(phase, self.plan.layers.index(name)).to(device))
+        repair = maps.of_layer(phase, self.plan.layers.index(self.layers[index].name))
+        if self.share is not None:
+            repair = repair.heads(self.dealt(grid, phase, index)[self.share.rank])
+        return found.repaired(repair.to(device))
 
     def _expand(
         self, grid: TokenGrid, entries: tuple[HeadEntry, ...], device: torch.device, uniform: bool

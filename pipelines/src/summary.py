@@ -52,6 +52,8 @@ class TransformerSummary:
         were not computed. rules: what picks blocks from q and k while the model runs; pick_bytes: the most memory that
         blocks had which serve several steps. races: with ``dense_backend="fastest"``, what was measured for each shape:
         the kernel that is fastest and the milliseconds of all that ran; race_excluded: why the others did not.
+        shared: where several processes share the heads (context parallelism), which part this one has; all figures are
+        of that part.
     """
 
     name: str
@@ -76,6 +78,7 @@ class TransformerSummary:
     dense_backend: str | None = None
     races: dict[str, str] = field(default_factory=dict)
     race_excluded: dict[str, dict[str, str]] = field(default_factory=dict)
+    shared: str = ""
 
     @property
     def dense_kernels(self) -> dict[str, int]:
@@ -185,6 +188,8 @@ class SparseSummary:
             ):
                 if counts:
                     lines.append(f"  {title}: " + ", ".join(f"{key} ({count})" for key, count in counts.items()))
+            if t.shared:
+                lines.append(f"  {t.shared}")
             if t.repaired_heads:
                 lines.append(f"  heads whose output the plan repairs (of all phases): {t.repaired_heads}")
             if t.online_rows is not None:
@@ -309,4 +314,15 @@ def _summarise(name: str, state: ModelState) -> TransformerSummary:
             dense_backend="fastest" if state.dense is not None else None,
             races={str(key): str(race) for key, race in races.items()},
             race_excluded={str(key): dict(race.excluded) for key, race in races.items()},
+            shared=_shared(state),
         )
+
+
+def _shared(state: ModelState) -> str:
+    share, heads = state.share, state.architecture.heads
+    if share is None:
+        return ""
+    return (
+        f"{share.ranks} processes share the heads of each layer: this one, number {share.rank}, computes {state.heads} "
+        f"of {heads}; in the most uneven layer the fullest has {state.uneven:.2f}x the mean to do"
+    )

@@ -63,14 +63,17 @@ def announce(call: Call, module: torch.nn.Module, layer: LayerState, args: Any, 
     if call.reuse is None or call.problem is not None or call.state.tap is not None:
         return None
     state, index = call.state, layer.index
-    if index in call.compiled or torch.is_grad_enabled() or not state.is_whole(call.reuse.phase, index):
+    if index in call.compiled or torch.is_grad_enabled():
+        return None
+    grid = call.grid_of(index)
+    if grid is None or not state.is_whole(grid, call.reuse.phase, index):
         return None
     # A forward of its own (caches, offloading of the layer) may call the layer's with other arguments, or not at all.
     if "forward" in module.__dict__ or _name(getattr(module, "processor", None)) not in ONE_USE:
         return None
     if getattr(module, "add_k_proj", None) is not None and getattr(module, "add_q_proj", None) is None:
         return None  # an image's keys, which q attends as well
-    groups = state.groups(call.reuse.phase, index)
+    groups = call.groups(index)
     held = call.held_shape(index, groups)
     if held is None or held[:2] != _tokens(module, args, kwargs):
         return None

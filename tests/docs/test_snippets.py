@@ -16,7 +16,9 @@ from tests.docs.pages import ROOT, blocks, command_lines, documents, name
 from tests.search.plans import make_plan
 from tests.search.tiny import build_pipeline
 
-PYTHON_PAGES = [path for path in documents() if blocks(path, "python")]
+#: Pages whose Python takes several processes: tests/pipelines/test_parallel.py runs it.
+SHARED = ("docs/gpus.md",)
+PYTHON_PAGES = [path for path in documents() if blocks(path, "python") and name(path) not in SHARED]
 COMMAND_PAGES = [path for path in documents() if command_lines(path)]
 #: Snippets that compile models.
 SLOW = ("docs/compile.md",)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from diffsparse.entry import Execution, HeadEntry
@@ -12,6 +14,7 @@ from diffsparse.order import AxisOrder, RasterOrder, TileOrder
 from diffsparse.patterns import Diagonals, Full, Sink, Window
 from diffsparse.pipelines import AttentionCall, architecture_of
 from diffsparse.plan import SparsityPlan
+from diffsparse.repair import Repair
 from diffsparse.schedule import Schedule
 from tests.pipelines import zoo_image, zoo_joint, zoo_picture, zoo_video
 from tests.pipelines.case import IMAGE_SHAPES, TEXT, Case, Inputs
@@ -211,6 +214,17 @@ def mixed_plan(model: torch.nn.Module, schedule: Schedule | None = None, shift: 
         for i, name in enumerate(architecture.layers)
     }
     return SparsityPlan.from_table(table, schedule=schedule or Schedule(), architecture=architecture)
+
+
+def with_repair(plan: SparsityPlan, dim: int, strength: float = 0.5, seed: int = 0) -> SparsityPlan:
+    """The plan with random maps for two of three heads of each layer."""
+    rng = np.random.default_rng(seed)
+    index = np.full(plan.index.shape, -1, np.int32)
+    index[:, :, :2] = np.arange(index[:, :, :2].size).reshape(index[:, :, :2].shape)
+    n = index.max() + 1
+    scale = strength / dim**0.5
+    left, bias = rng.normal(scale=scale, size=(n, dim, dim)), rng.normal(scale=scale, size=(n, dim))
+    return replace(plan, repair=Repair(index, left.astype(np.float16), bias.astype(np.float16)))
 
 
 def dense_plan(model: torch.nn.Module) -> SparsityPlan:

@@ -14,22 +14,10 @@ from diffsparse.kernels.backends.reference.forward import reference_attention
 from diffsparse.layout import BlockLayout
 from diffsparse.pipelines import sparse_attention, sparse_attention_summary, tap_attention
 from diffsparse.plan import PlanError, SparsityPlan
-from diffsparse.repair import Repair
-from tests.pipelines.models import CASES, mixed_plan, run, wan, wan_inputs
+from tests.pipelines.models import CASES, mixed_plan, run, wan, wan_inputs, with_repair
 from tests.tolerance import ATTENTION, MODEL, Work, assert_near, near
 
 SHAPE = (3, 7, 9)
-
-
-def with_repair(plan: SparsityPlan, dim: int, strength: float = 0.5, seed: int = 0) -> SparsityPlan:
-    """The plan with random maps for two of three heads of each layer."""
-    rng = np.random.default_rng(seed)
-    index = np.full(plan.index.shape, -1, np.int32)
-    index[:, :, :2] = np.arange(index[:, :, :2].size).reshape(index[:, :, :2].shape)
-    n = index.max() + 1
-    scale = strength / dim**0.5
-    left, bias = rng.normal(scale=scale, size=(n, dim, dim)), rng.normal(scale=scale, size=(n, dim))
-    return replace(plan, repair=Repair(index, left.astype(np.float16), bias.astype(np.float16)))
 
 
 def layout_of(plan: SparsityPlan, layer: int, grid: TokenGrid) -> BlockLayout:
