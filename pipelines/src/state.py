@@ -65,27 +65,12 @@ def _is_packed(device: torch.device, grid: TokenGrid, heads: int, block_size: in
 
 
 # Attributes of a state that a copy has anew.
-_OWN = frozenset(
-    [
-        "layouts",
-        "reuse",
-        "rules",
-        "phases",
-        "_groups",
-        "_whole",
-        "machines",
-        "lock",
-        "tap",
-        "installed",
-        "share",
-        "uneven",
-        "_dealt",
-        "deals",
-        "_pipe",
-        "schedule",
-        "pending",
-    ]
-)
+# fmt: off
+_OWN = frozenset((
+    "layouts", "reuse", "rules", "phases", "_groups", "_whole", "machines", "lock", "tap",
+    "installed", "share", "uneven", "_dealt", "deals", "_pipe", "schedule", "pending",
+))
+# fmt: on
 
 
 @dataclass(eq=False)
