@@ -19,9 +19,11 @@ from diffsparse.plan import SparsityPlan
 from diffsparse.preset_plans import preset
 from diffsparse.search.compare import run
 from diffsparse.search.compare.methods import (
+    MOST_TRIES,
     NEAR,
     NO_METHODS,
     REACH,
+    TRIES,
     Knob,
     OutOfReach,
     find_value,
@@ -83,6 +85,20 @@ def test_what_was_tried_for_one_density_serves_the_next() -> None:
     assert len(tries) == len(set(tries)) == len(known)
 
 
+def test_a_steep_knob_is_tried_more_often_until_it_is_within_reach() -> None:
+    """Nearly all of its range keeps everything."""
+    tries: list[float] = []
+
+    def steep(value: float) -> float:
+        tries.append(value)
+        return min(1.0, 0.2 + 40 * value)
+
+    _, density = find_value(Knob(0.0, 100.0, dict), 0.5, steep, {}, cheap=False)
+    assert abs(density - 0.5) <= REACH and TRIES < len(tries) <= MOST_TRIES + 1
+    with pytest.raises(OutOfReach, match=r"16 values were tried; the nearest density found is"):
+        find_value(Knob(0.0, 1e9, dict), 0.5, steep, {}, cheap=False)
+
+
 def test_a_knob_with_steps_takes_the_nearest_one_within_reach() -> None:
     def steps(value: float) -> float:
         return 0.3 if value < 0.5 else 0.52
@@ -132,11 +148,14 @@ def test_what_a_plan_without_rules_takes_is_known_beforehand(pipe: Any, comparis
     assert Trajectory.from_dict(json.loads(json.dumps(trajectory.to_dict()))) == trajectory
 
 
-def test_a_density_below_the_dense_steps_is_told(pipe: Any, tmp_path: Path) -> None:
+def test_a_density_below_the_dense_steps_is_told(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = compare(pipe, tmp_path / "out", methods=("vmoba",), densities=(0.2,), plans=())
     assert found.rows[0].state == "out of reach" and found.complete
     assert found.rows[0].reason == "its dense steps alone take 0.500 of the attention; 0.2 was asked for"
     assert "vmoba: its dense steps alone take" in found.table()
+    # It is not looked for again.
+    monkeypatch.setattr(run.Runner, "_fitted", lambda *args: pytest.fail("looked for again"))
+    assert compare(pipe, tmp_path / "out", methods=("vmoba",), densities=(0.2,), plans=()).rows == found.rows
 
 
 def test_plans_stand_in_the_table_of_their_density(

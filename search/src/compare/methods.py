@@ -20,8 +20,8 @@ __all__ = ["KNOBS", "NEAR", "REACH", "Knob", "OutOfReach", "find_value", "knob_o
 
 #: How near a density is looked for, and how far from it the nearest one may be where a knob has steps.
 NEAR, REACH = 0.005, 0.05
-#: Values that are tried for one density, at most, where each takes a generation.
-TRIES = 9
+#: Values that are tried for one density where each takes a generation: so many, or more until one is within reach.
+TRIES, MOST_TRIES = 9, 16
 #: Values where trying one costs no generation.
 CHEAP_TRIES = 40
 #: Presets that are no method of their own: nothing is left out, and a window with another size.
@@ -129,8 +129,9 @@ def find_value(
         return _within_reach(wanted, nearest(), f"it takes {least:.3f} at least")
     if cheap and (most := tried(knob.high)) < wanted - NEAR:
         return _within_reach(wanted, nearest(), f"it takes {most:.3f} at most")
-    for turn in range(CHEAP_TRIES if cheap else TRIES):
-        if abs(nearest()[1] - wanted) <= NEAR:
+    why = f"{CHEAP_TRIES if cheap else MOST_TRIES} values were tried"
+    for turn in range(CHEAP_TRIES if cheap else MOST_TRIES):
+        if abs(nearest()[1] - wanted) <= (REACH if turn >= TRIES and not cheap else NEAR):
             break
         low, below = max(each for each in known.items() if each[1] <= wanted + NEAR)
         # At the far end nothing is left out, whether that was tried or not.
@@ -141,9 +142,10 @@ def find_value(
         share = 0.5 if turn % 3 == 2 or above <= below else min(0.9, max(0.1, (wanted - below) / (above - below)))
         value = round(low + share * (high - low), 6)
         if value in (low, high):
+            why = "it goes in steps"
             break
         tried(value)
-    return _within_reach(wanted, nearest(), "it goes in steps")
+    return _within_reach(wanted, nearest(), why)
 
 
 def _within_reach(wanted: float, found: tuple[float, float], why: str) -> tuple[float, float]:

@@ -238,6 +238,8 @@ class Runner:
                 known = self.record.get(f"row/{row.key}") or {}
                 if not missing and "reason" not in known:
                     continue
+                if row.kind == METHOD and known.get("state") == "out of reach":
+                    continue  # looking for the density again would cost as many generations, and find no other
                 bar.set_postfix_str(row.key)
                 self._make_row(row, missing, bar)
 
