@@ -119,7 +119,7 @@ def routed_sdpa(
 
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     # diffusers does not share the attention of these models: by itself each process would see its own tokens alone.
-    if not (dropout_p or is_causal) and is_shared(layer, q, k, v):
+    if layer.share is not None and not (dropout_p or is_causal) and is_shared(layer, q, k, v):
 
         def of_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any) -> torch.Tensor:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))

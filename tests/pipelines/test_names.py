@@ -36,7 +36,7 @@ def test_radial_is_on_tiles_for_images_alone() -> None:
 def test_an_unknown_name_lists_the_names() -> None:
     with pytest.raises(ValueError, match=r"'spiral'; there are dense, window, radial, conservative"):
         named_plan("spiral")
-    names = "'dense', 'window', 'radial', 'conservative', 'xattention'"
+    names = "'dense', 'window', 'radial', 'conservative', 'online', 'xattention'"
     with pytest.raises(TypeError, match=rf"'auto', {names}, .*, or a dict"):
         enable_sparse_attention(wan(), 3)
 
