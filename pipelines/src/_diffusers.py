@@ -35,6 +35,7 @@ __all__ = [
     "parallel_config",
     "replaced_forward",
     "splits_text",
+    "tensor_rank",
     "ulysses",
     "ulysses_rank",
 ]
@@ -219,6 +220,12 @@ def parallel_config(model: torch.nn.Module) -> Any:
 def ulysses_rank(config: Any) -> int:
     """Which of the processes that exchange tokens for heads this one is."""
     return int(config.context_parallel_config._ulysses_local_rank)
+
+
+def tensor_rank(model: torch.nn.Module) -> tuple[int, int] | None:
+    """Which of the processes that split a model's projections by heads this one is, and how many there are; or None."""
+    config: Any = getattr(getattr(model, "_parallel_config", None), "tensor_parallel_config", None)
+    return None if config is None else (int(config._mesh.get_local_rank()), int(config._mesh.size()))
 
 
 class _Kept:

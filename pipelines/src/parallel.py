@@ -26,7 +26,9 @@ def take_part(model: torch.nn.Module, call: Call, layer: LayerState) -> None:
     layer.share = layer.parallel_config = layer.order = layer.order_back = layer.deal = layer.deal_back = None
     state, device = call.state, call.device
     grid = call.grid_of(layer.index)
-    if state.share is None or device is None or grid is None or call.problem is not None:
+    if state.share is None or not state.share.exchanges:
+        return
+    if device is None or grid is None or call.problem is not None:
         return
     layer.share, layer.parallel_config = state.share, _diffusers.parallel_config(model)
     order = state.share.canonical(grid, state.family.text_position == "before")

@@ -2,7 +2,8 @@
 
 With Ulysses (arXiv 2309.14509) a process holds a part of the tokens of all heads; before attention the processes
 exchange tokens for heads, so that each has all tokens of some heads. A plan is then cut by head. Heads differ in what
-they cost, and the plan knows it beforehand: each process gets heads of about the same cost.
+they cost, and the plan knows it beforehand: each process gets heads of about the same cost. With tensor parallelism
+the projections are split by heads, and each process has the heads that its weights make.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from itertools import accumulate
 import torch
 
 from diffsparse.grid import TokenGrid
-from diffsparse.pipelines._diffusers import parallel_config, splits_text, ulysses_rank
+from diffsparse.pipelines._diffusers import parallel_config, splits_text, tensor_rank, ulysses_rank
 
-__all__ = ["Share", "deal_heads", "imbalance", "share_of"]
+__all__ = ["Share", "as_they_lie", "deal_heads", "imbalance", "share_of"]
 
 #: Heads stay where they are while the fullest process has so much more to do at most: moving them takes time, too.
 _WORTH = 1.02
@@ -24,14 +25,16 @@ _WORTH = 1.02
 
 @dataclass(frozen=True)
 class Share:
-    """This process's part of attention with Ulysses.
+    """This process's part of attention.
 
-    rank: of ``ranks``. uneven: heads and tokens need not divide by the number of processes (``ulysses_anything``).
-    text_apart: text is cut by itself, so that after the exchange the parts of text lie between those of the video.
+    rank: of ``ranks``. exchanges: tokens for heads (Ulysses); else the projections make its own heads alone.
+    uneven: heads and tokens need not divide by the number of processes (``ulysses_anything``). text_apart: text is cut
+    by itself, so that after the exchange the parts of text lie between those of the video.
     """
 
     rank: int
     ranks: int
+    exchanges: bool = True
     uneven: bool = False
     text_apart: bool = False
 
@@ -67,9 +70,11 @@ def share_of(model: torch.nn.Module) -> Share | str | None:
 
     A string says why it cannot be shared by head, and its layers run dense.
     """
-    config = parallel_config(model)
+    config, tensor = parallel_config(model), tensor_rank(model)
     if config is None:
-        return None
+        return None if tensor is None else Share(*tensor, exchanges=False)
+    if tensor is not None:
+        return "tensor parallelism beside it is not known here"
     context = config.context_parallel_config
     if context.ring_degree > 1:
         return "ring attention passes keys and values on, and no process has all of them"
@@ -88,14 +93,18 @@ def imbalance(costs: Sequence[float], dealt: Sequence[Sequence[int]]) -> float:
     return max(loads) / mean if mean > 0 else 1.0
 
 
+def as_they_lie(counts: Sequence[int]) -> list[tuple[int, ...]]:
+    """Heads of each process, ``counts[r]`` of them, one behind another."""
+    ends = [0, *accumulate(counts)]
+    return [tuple(range(a, b)) for a, b in zip(ends, ends[1:])]
+
+
 def deal_heads(costs: Sequence[float], counts: Sequence[int]) -> list[tuple[int, ...]]:
     """Heads of each process, ``counts[r]`` of them, so that the largest sum of costs is small.
 
     The largest first, each to the process with the least to do that has room (Graham, SIAM J. Appl. Math. 1969,
     section 5), then pairs are swapped while that helps the fullest one. As they lie where that is hardly worse.
     """
-    ends = [0, *accumulate(counts)]
-    as_they_lie = [tuple(range(a, b)) for a, b in zip(ends, ends[1:])]
     dealt: list[list[int]] = [[] for _ in counts]
     loads = [0.0] * len(counts)
     for head in sorted(range(len(costs)), key=lambda h: (-costs[h], h)):
@@ -105,7 +114,8 @@ def deal_heads(costs: Sequence[float], counts: Sequence[int]) -> list[tuple[int,
     while _swap(costs, dealt, loads):
         pass
     found = [tuple(sorted(heads)) for heads in dealt]
-    return as_they_lie if imbalance(costs, as_they_lie) <= _WORTH * imbalance(costs, found) else found
+    lying = as_they_lie(counts)
+    return lying if imbalance(costs, lying) <= _WORTH * imbalance(costs, found) else found
 
 
 def _swap(costs: Sequence[float], dealt: list[list[int]], loads: list[float]) -> bool:

@@ -30,7 +30,7 @@ from diffsparse.pipelines.layout_cache import LayoutCache
 from diffsparse.pipelines.phases import PhaseFinder
 from diffsparse.pipelines.policy import SLOWER, Machine, entries_of, judge_layer, machine_for
 from diffsparse.pipelines.reuse import Group, ReuseStore, groups_of
-from diffsparse.pipelines.shares import Share, deal_heads, imbalance
+from diffsparse.pipelines.shares import Share, as_they_lie, deal_heads, imbalance
 from diffsparse.pipelines.uniform import alike, mark_sizes
 from diffsparse.plan import Architecture, SparsityPlan
 
@@ -249,7 +249,8 @@ class ModelState:
             costs = [1.0] * self.architecture.heads
             if self.plan is not None and not isinstance(entries, str) and len(set(entries)) > 1:
                 costs = list(build_layout(grid, entries, self.plan.block_size, packed=True).densities)
-            found = self._dealt[key] = deal_heads(costs, self.share.counts(self.architecture.heads))
+            counts = self.share.counts(self.architecture.heads)
+            found = self._dealt[key] = deal_heads(costs, counts) if self.share.exchanges else as_they_lie(counts)
             self.uneven = max(self.uneven, imbalance(costs, found))
         return self._dealt[key]
 

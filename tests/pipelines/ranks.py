@@ -123,10 +123,22 @@ def plan_for(model: torch.nn.Module, kind: str) -> SparsityPlan:
     return plan
 
 
+def enable_parallelism(model: Any, config: dict[str, Any], cuts: Any = None) -> None:
+    """On the CPU, which diffusers has for neither: it divides by the number of accelerators, and asks for a GPU."""
+    from diffusers import ContextParallelConfig
+    from diffusers.hooks import tensor_parallel
+    from diffusers.models._modeling_parallel import TensorParallelConfig
+
+    known = TensorParallelConfig if "tp_degree" in config else ContextParallelConfig
+    with (
+        mock.patch.object(torch.accelerator, "device_count", lambda: 1),
+        mock.patch.object(tensor_parallel, "_SUPPORTED_TP_DEVICES", ("cpu",)),
+    ):
+        model.enable_parallelism(config=known(**config), cp_plan=cuts)
+
+
 def run(name: str, job: dict[str, Any]) -> dict[str, Any]:
     """What one process gives alone, and as one of several."""
-    from diffusers import ContextParallelConfig
-
     build, inputs, cuts = CASES[name]
     model = again(build(), job["heads"])
     plan = plan_for(model, job.get("plan", "mixed"))
@@ -138,9 +150,7 @@ def run(name: str, job: dict[str, Any]) -> dict[str, Any]:
         before = sparse_attention_summary(model).transformers["transformer"]
         disable_sparse_attention(model)
         dense = model(**copy.deepcopy(arguments))[0]
-        # diffusers counts accelerators to choose a process's device, and divides by their number: none on a CPU.
-        with mock.patch.object(torch.accelerator, "device_count", lambda: 1):
-            model.enable_parallelism(config=ContextParallelConfig(**job["config"]), cp_plan=cuts())
+        enable_parallelism(model, job["config"], cuts())
         enable_sparse_attention(model, plan, backend="cpu")
         if job.get("compile"):
             model(**copy.deepcopy(arguments))  # diffusers' hooks look up the names of arguments once, in eager code
@@ -163,8 +173,6 @@ def run(name: str, job: dict[str, Any]) -> dict[str, Any]:
 
 def run_pipeline(job: dict[str, Any]) -> dict[str, Any]:
     """A generation with a plan that reuses outputs, repairs them and picks blocks once, alone and as one of several."""
-    from diffusers import ContextParallelConfig
-
     pipe = models.wan_pipeline()
     pipe.transformer = again(pipe.transformer, job["heads"])
     schedule = Schedule(sparse_below=0.95, phase_bounds=(0.5,))
@@ -184,8 +192,7 @@ def run_pipeline(job: dict[str, Any]) -> dict[str, Any]:
         before = pipe.sparse_attention_summary().transformers["transformer"]
         pipe.disable_sparse_attention()
         dense = models.generate(pipe, **size)
-        with mock.patch.object(torch.accelerator, "device_count", lambda: 1):
-            pipe.transformer.enable_parallelism(config=ContextParallelConfig(**job["config"]))
+        enable_parallelism(pipe.transformer, job["config"])
         pipe.enable_sparse_attention(plan, backend="cpu")
         together = [models.generate(pipe, **size) for _ in range(2)]
         after = pipe.sparse_attention_summary().transformers["transformer"]

@@ -99,6 +99,18 @@ def test_blocks_that_are_picked(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow(reason="starts processes that each load diffusers")
+def test_tensor_parallel(tmp_path: Path) -> None:
+    found = together(tmp_path, 2, cases=["flux", "qwenimage"], heads=6, config={"tp_degree": 2})
+    for name in found[0]:
+        for case in (one[name] for one in found):
+            # The output projection is added up over processes, in another order than by one.
+            near = Work(length=256, sums=8).tolerance(torch.ones(1), torch.full((1,), case["largest"]))
+            assert case["apart"] <= near < case["sparse"] and not case["reasons"] and case["calls"] > 0
+        whole = sum(one[name]["density"] for one in found) / 2
+        assert whole == pytest.approx(found[0][name]["alone"])
+
+
+@pytest.mark.slow(reason="starts processes that each load diffusers")
 def test_tails_and_an_online_repair(tmp_path: Path) -> None:
     # Linear algebra takes heads together, and adds up in another order for another number of them.
     for one in together(tmp_path, 2, cases=["wan", "flux", "hunyuan"], heads=6, config=EVEN, plan="tails"):
@@ -193,6 +205,12 @@ def test_how_a_model_is_shared() -> None:
     assert share_of(model()) == Share(1, 2)
     found = share_of(model(ring_degree=2, ulysses_degree=1))
     assert isinstance(found, str) and found.startswith("ring attention")
+    split = SimpleNamespace(_mesh=SimpleNamespace(get_local_rank=lambda: 1, size=lambda: 3))
+    one = SimpleNamespace(_parallel_config=SimpleNamespace(tensor_parallel_config=split))
+    assert share_of(one) == Share(1, 3, exchanges=False)  # type: ignore[arg-type]
+    both = model()
+    both._parallel_config.tensor_parallel_config = split
+    assert share_of(both) == "tensor parallelism beside it is not known here"
 
 
 def test_a_model_that_is_shared_no_more_computes_all_heads() -> None:
