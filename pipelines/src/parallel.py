@@ -8,15 +8,16 @@ Traced by ``torch.compile``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from diffsparse.grid import TokenGrid
 from diffsparse.pipelines import _diffusers
 from diffsparse.pipelines.attend import Request, attend
 from diffsparse.pipelines.call import Call
-from diffsparse.pipelines.state import LayerState
+from diffsparse.pipelines.state import LayerState, ModelState
 
 __all__ = ["attend_shared", "is_shared", "take_part"]
 
@@ -25,20 +26,31 @@ def take_part(model: torch.nn.Module, call: Call, layer: LayerState) -> None:
     """Before a forward: what a layer needs to know of the processes that share its heads."""
     layer.share = layer.parallel_config = layer.order = layer.order_back = layer.deal = layer.deal_back = None
     state, device = call.state, call.device
-    grid = call.grid_of(layer.index)
-    if state.share is None or not state.share.exchanges:
+    if state.share is None or not state.share.exchanges or device is None or call.problem is not None:
         return
-    if device is None or grid is None or call.problem is not None:
+    grid = call.grid_of(layer.index)
+    if grid is None:
         return
     layer.share, layer.parallel_config = state.share, _diffusers.parallel_config(model)
-    order = state.share.canonical(grid, state.family.text_position == "before")
-    if order is not None:
-        layer.order = torch.tensor(order, device=device)
-        layer.order_back = layer.order.argsort()
+    # Kept: a long video has many tokens and layers, and takes many forwards.
+    if (order := state.layouts.get((grid, device), "order", lambda: _order(state, grid, device))) is not None:
+        layer.order, layer.order_back = order
     if state.deals:
-        heads = [h for part in state.dealt(grid, call.phase, layer.index) for h in part]
-        layer.deal = torch.tensor(heads, device=device)
-        layer.deal_back = layer.deal.argsort()
+        dealt = state.dealt(grid, call.phase, layer.index)
+        heads = tuple(h for part in dealt for h in part)
+        layer.deal, layer.deal_back = state.layouts.get((grid, device), heads, lambda: _both_ways(heads, device))
+
+
+def _order(state: ModelState, grid: TokenGrid, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
+    assert state.share is not None
+    places = state.share.canonical(grid, state.family.text_position == "before")
+    return None if places is None else _both_ways(places, device)
+
+
+def _both_ways(places: Sequence[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """A permutation and its inverse, int64."""
+    there = torch.tensor(places)
+    return there.to(device), there.argsort().to(device)
 
 
 def is_shared(layer: LayerState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:

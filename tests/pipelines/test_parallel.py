@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 
 from diffsparse.grid import TokenGrid
 from diffsparse.pipelines import enable_sparse_attention, sparse_attention_summary
+from diffsparse.pipelines.parallel import take_part
 from diffsparse.pipelines.shares import Share, deal_heads, imbalance, share_of
 from tests.docs.pages import blocks
-from tests.pipelines.models import mixed_plan, run, wan, wan_inputs
+from tests.pipelines.models import CASES, mixed_plan, run, wan, wan_inputs
 from tests.tolerance import Work
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -224,3 +225,23 @@ def test_a_model_that_is_shared_no_more_computes_all_heads() -> None:
     assert state.heads == 1 and [len(part) for part in state.dealt(TokenGrid(3, 7, 9), 0, 0)] == [1, 1, 1]
     assert torch.equal(run(model, inputs), want)  # the next forward finds no other process
     assert state.share is None and sparse_attention_summary(model).transformers["transformer"].dense_calls == 0
+
+
+def test_orders_are_made_once() -> None:
+    model = CASES["flux"].build()
+    enable_sparse_attention(model, mixed_plan(model), backend="cpu")
+    state = model._diffsparse_root
+    state.take_share(Share(0, 2, uneven=True, text_apart=True))
+    grid = CASES["flux"].grid((1, 4, 5))
+    call: Any = SimpleNamespace(state=state, device=torch.device("cpu"), problem=None, phase=0, grid_of=lambda i: grid)
+    first, second = state.layers[:2]
+    take_part(model, call, first)
+    order, deal = first.order, first.deal
+    assert order is not None and deal is not None
+    take_part(model, call, first)
+    take_part(model, call, second)
+    assert first.order is order and second.order is order and first.deal is deal
+    assert torch.equal(order[first.order_back], torch.arange(grid.seq_len))
+    call.problem = "an unknown grid"
+    take_part(model, call, first)
+    assert first.share is None and first.order is None and first.deal is None
