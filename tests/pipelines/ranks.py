@@ -27,7 +27,7 @@ from diffsparse.pipelines import disable_sparse_attention, enable_sparse_attenti
 from diffsparse.plan import SparsityPlan
 from diffsparse.schedule import Schedule
 from diffsparse.selection import Budget, OnlineSelection
-from tests.pipelines import models
+from tests.pipelines import models, zoo_video
 
 TEXT, SHAPE = 12, (3, 8, 9)
 
@@ -56,6 +56,15 @@ def cogvideox_inputs(text: int) -> dict[str, Any]:
     return inputs | {"encoder_hidden_states": torch.randn(2, text, 16)}
 
 
+def again_with_large_logits(model: torch.nn.Module, heads: int) -> torch.nn.Module:
+    """The same, whose logits have a standard deviation of about 10, as trained models have."""
+    model = again(model, heads)
+    for block in model.blocks:
+        for norm in (block.attn1.norm_q, block.attn1.norm_k):
+            norm.weight.data.fill_(10**0.5)
+    return model
+
+
 def hunyuan_cuts() -> dict[str, Any]:
     """Where HunyuanVideo's sequences are cut, for which diffusers has no plan of its own."""
     from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
@@ -82,8 +91,14 @@ def cogvideox_cuts() -> dict[str, Any]:
     }
 
 
+def wan_i2v() -> torch.nn.Module:
+    return zoo_video.wan(**zoo_video.I2V | {"added_kv_proj_dim": 96})  # six heads of 16
+
+
 Made = tuple[Callable[[], torch.nn.Module], Callable[[int], dict[str, Any]], Callable[[], Any]]
 CASES: dict[str, Made] = {
+    "wan_deep": (lambda: models.wan(layers=30), lambda text: models.wan_inputs(5, 6, 8), lambda: None),
+    "wan_i2v": (wan_i2v, lambda text: zoo_video.wan_i2v_inputs(*SHAPE), lambda: None),
     "wan": (models.wan, lambda text: models.wan_inputs(*SHAPE), lambda: None),
     "flux": (models.flux, flux_inputs, lambda: None),
     "hunyuan": (models.hunyuan, hunyuan_inputs, hunyuan_cuts),
@@ -140,7 +155,7 @@ def enable_parallelism(model: Any, config: dict[str, Any], cuts: Any = None) -> 
 def run(name: str, job: dict[str, Any]) -> dict[str, Any]:
     """What one process gives alone, and as one of several."""
     build, inputs, cuts = CASES[name]
-    model = again(build(), job["heads"])
+    model = (again_with_large_logits if name == "wan_deep" else again)(build(), job["heads"])
     plan = plan_for(model, job.get("plan", "mixed"))
     torch.manual_seed(1)
     arguments = inputs(job.get("text", TEXT))

@@ -82,6 +82,11 @@ def test_three_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow(reason="starts processes that each load diffusers")
+def test_thirty_layers_with_large_logits_and_an_image(tmp_path: Path) -> None:
+    check(together(tmp_path, 2, cases=["wan_deep", "wan_i2v"], heads=6, config=EVEN), 6)
+
+
+@pytest.mark.slow(reason="starts processes that each load diffusers")
 def test_heads_and_tokens_that_do_not_divide(tmp_path: Path) -> None:
     cases = ["wan", "hunyuan", "cogvideox", "qwenimage"]
     check(together(tmp_path, 2, cases=cases, heads=5, text=7, config=UNEVEN), 5)
