@@ -59,8 +59,8 @@ def sale(block_size: int, *, tau: float = 0.008, samples: int = 16, tail: str = 
 def anchor(block_size: int, *, theta: float = 12.0, tail: str = "none") -> HeadEntry:
     """AnchorAttention (arXiv 2505.23520): keys that fall behind the first and the own block by no more than a bound.
 
-    As published: blocks of 128, a bound of 12. There single columns of keys are gathered; here blocks are kept, for
-    their best key, which keeps more. Dense steps are this library's choice.
+    Blocks of 128 as published; the bound of 12 was not checked against the paper. There single columns of keys are
+    gathered; here blocks are kept, for their best key, which keeps more. Dense steps are this library's choice.
     """
     return picked(RasterOrder(), OnlineSelection("anchor", Budget("score", -theta)), tail)
 

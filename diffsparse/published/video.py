@@ -120,12 +120,12 @@ def sparge(block_size: int, *, tau: float = 0.98, similarity: float = 0.6, tail:
     return picked(CurveOrder(), rule, tail)
 
 
-def svg(block_size: int, *, density: float = 0.3, rows: int = 64, tail: str = "none") -> HeadEntry:
+def svg(block_size: int, *, density: float = 0.25, rows: int = 64, tail: str = "none") -> HeadEntry:
     """Sparse VideoGen (arXiv 2502.01776): each head sees near frames, or near places of all frames, call by call.
 
-    As published: 64 rows tell which mask errs less, the first 25% of the steps are dense. There tokens of heads that
-    look through time get another order; here one order of boxes of four frames serves both masks, which keep the
-    nearest 30%, as its tables have it for about 70% of sparsity.
+    As in its code: 64 rows tell which mask errs less, each mask keeps a quarter. Its scripts for Wan 2.1 have the first
+    30% of the steps dense; here noise levels above 0.75 are. There tokens of heads that look through time get another
+    order; here one order of boxes of four frames serves both masks, which keep what is nearest.
     """
     boxes = TileOrder(4, 4, 4) if block_size == 64 else TileOrder(4, 4, 8)
     rule = OnlineSelection("spatial_temporal", Budget("density", density), (("rows", rows), ("share", density)))
