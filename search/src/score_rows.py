@@ -14,7 +14,7 @@ __all__ = ["add_item"]
 #: Sampled queries of a head for which true errors of masks are measured: a ratio, which so many give well enough.
 _LADDER_ROWS = 128
 #: What the heads take that are scored together, at most; and of the memory that the model itself takes, at most.
-_GROUP_BYTES, _GROUP_SHARE = 10 * CHUNK_BYTES, 0.16
+_GROUP_BYTES, _GROUP_SHARE = 10 * CHUNK_BYTES, 0.11
 
 
 def add_item(

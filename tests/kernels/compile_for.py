@@ -1,6 +1,6 @@
 """Run in a process of its own: compile the Triton kernels for a GPU that is not there, and say what came out.
 
-``python -m tests.kernels.compile_for 90 [--slow] [--gluon] [--repair]`` prints one JSON object a kernel.
+``python -m tests.kernels.compile_for 90 [--slow] [--gluon] [--repair] [--rows] [--select]`` prints a line of JSON each.
 """
 
 from __future__ import annotations
@@ -168,6 +168,27 @@ def compile_rows(capability: int, slow: bool) -> None:
             tell(kernel, f"{dim}-{str(dtype)[6:]}", capability)
 
 
+def compile_select(capability: int, slow: bool) -> None:
+    from diffsparse.kernels.select import host
+
+    for dim in (16, 64, 72, 128, 160, 256) if slow else (128,):
+        x = torch.empty(1, 2560, 4, dim, dtype=torch.bfloat16)
+        tokens = random_layout(TokenGrid(2, 32, 40), [head()] * 4, 128, 0.5).tokens
+        for parts, unit, bounds in ((1, False, False), (1, False, True), (1, True, False), (4, False, False)):
+            kernel = host.launch_parts(x, tokens, parts, unit, bounds, warmup=True)
+            tell(kernel, f"{dim}-{parts}-{unit}-{bounds}", capability)
+    for n in (70, 600, 1860):
+        scores, least = torch.empty(1, 4, n, n), torch.empty(1, 4, 15, dtype=torch.int32)
+        candidates, wanted = torch.empty(1, 4, n, n, dtype=torch.bool), torch.empty(1, 4, n, dtype=torch.int32)
+        kernels = [
+            host.launch_best(scores, candidates, wanted, warmup=True),
+            host.launch_prefix(scores, candidates, scores, 0.9, warmup=True),
+            host.launch_reach(scores, least, warmup=True),
+        ]
+        for kernel in kernels:
+            tell(kernel, str(n), capability)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("capability", type=int, choices=SHARED)
@@ -175,6 +196,7 @@ def main() -> None:
     parser.add_argument("--gluon", action="store_true", help="the Hopper kernel")
     parser.add_argument("--repair", action="store_true", help="the kernel of the repair")
     parser.add_argument("--rows", action="store_true", help="the kernels for a few queries")
+    parser.add_argument("--select", action="store_true", help="the kernels of rules and budgets")
     arguments = parser.parse_args()
     capability = arguments.capability
     from triton.runtime import driver
@@ -184,6 +206,8 @@ def main() -> None:
         return compile_gluon(arguments.slow)
     if arguments.rows:
         return compile_rows(capability, arguments.slow)
+    if arguments.select:
+        return compile_select(capability, arguments.slow)
     if arguments.repair:
         return compile_repair(capability, arguments.slow)
     # With text there are short blocks.

@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from diffsparse.kernels.select.budgets import keep, row_weights
-from diffsparse.kernels.select.largest import count_largest
+from diffsparse.kernels.select.largest import SortedRows, count_largest
 from diffsparse.selection import BUDGETS, Budget
 
 BUDGET = st.one_of(
@@ -167,7 +167,7 @@ def test_the_largest_of_several_rows_are_those_of_a_sort(seed: int, groups: int,
     values = values.sub(0.3) * 10.0 ** -torch.randint(0, 40, values.shape, generator=generator)
     ordered = values.sort(dim=-1, descending=True).values
     wanted = torch.randint(1, rows * n + 1, (2, groups), generator=generator)
-    found = count_largest(ordered, wanted)
+    found = count_largest(SortedRows(ordered), wanted)
     assert torch.equal(found.sum(2), wanted)
     for b in range(2):
         for g in range(groups):

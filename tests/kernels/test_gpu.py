@@ -23,7 +23,7 @@ from diffsparse.layout import build_layout
 from diffsparse.online import OnlineRepair
 from diffsparse.order import TileOrder
 from diffsparse.selection import Budget, OnlineSelection
-from tests.kernels import rows
+from tests.kernels import ranked, rows
 from tests.kernels.cases import MIXED, assert_like_torch, head, inputs, one_key_layout, random_layout, with_wide_queries
 from tests.kernels.mend import SHAPES, Shape, check, maps, maps_of, output
 from tests.tolerance import Work, assert_near
@@ -529,3 +529,15 @@ def test_processes_that_take_turns_on_a_gpu(block: int, repo_root: Path) -> None
 def test_a_few_queries(shape: rows.Shape, dtype: torch.dtype) -> None:
     rows.check_attend(shape, dtype, "cuda")
     rows.check_errors(shape, dtype, "cuda")
+
+
+@pytest.mark.parametrize("budget", ranked.all_budgets(), ids=str)
+def test_a_budget_keeps_by_kernels_what_it_keeps_by_a_sort(budget: Budget) -> None:
+    for n in (1, 70, 600, 1100):
+        ranked.check_budget(budget, n, n, "cuda")
+
+
+@pytest.mark.parametrize(("dim", "dtype"), [(64, torch.bfloat16), (128, torch.bfloat16), (72, torch.float32)])
+def test_statistics_of_blocks(dim: int, dtype: torch.dtype) -> None:
+    for grid in ranked.GRIDS:
+        ranked.check_blocks(grid, dim, dtype, "cuda")

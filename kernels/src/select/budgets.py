@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from diffsparse.kernels.select.largest import count_in_reach, count_largest, sums_before
+from diffsparse.kernels.select.largest import count_in_reach, count_largest
+from diffsparse.kernels.select.ranking import Ranking, ranking_of
 from diffsparse.selection import SHARE_ROUNDING, Budget
 
 __all__ = ["keep", "row_weights"]
@@ -33,19 +34,17 @@ def keep(scores: torch.Tensor, candidates: torch.Tensor, blocks: torch.Tensor, b
     candidates = candidates.expand_as(scores)
     forced = scores.isposinf() & candidates
     scores = scores.nan_to_num(nan=-_LARGEST, posinf=_LARGEST, neginf=-_LARGEST)
-    best = scores.masked_fill(~candidates, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-    wanted = _wanted(scores, candidates, forced, best, blocks, budget)
+    ranking = ranking_of(scores, candidates)
+    wanted = _wanted(scores, candidates, forced, ranking, blocks, budget)
     low, high = (_share(share, blocks).clamp(min=1)[:, None] for share in (budget.least, budget.most))  # [H, 1]
-    wanted = wanted.maximum(low).minimum(high).minimum(candidates.sum(-1))
-    place = torch.arange(scores.shape[-1], device=scores.device)
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, place < wanted[..., None])
+    return ranking.best(wanted.maximum(low).minimum(high).minimum(candidates.sum(-1)))
 
 
 def _wanted(
     scores: torch.Tensor,
     candidates: torch.Tensor,
     forced: torch.Tensor,
-    best: torch.Tensor,
+    ranking: Ranking,
     blocks: torch.Tensor,
     budget: Budget,
 ) -> torch.Tensor:
@@ -58,39 +57,38 @@ def _wanted(
     if kind == "score":
         return ((scores >= value) & candidates).sum(-1)
     if kind == "best_heads":
-        ordered = scores.masked_fill(~candidates, -torch.inf).gather(-1, best).flatten(1, 2)[:, None]
+        values = scores.masked_fill(~candidates, -torch.inf)
         pairs = (candidates.any(-1).sum(-1) * blocks).sum(1, keepdim=True)
-        return count_largest(ordered, _share(value, pairs)).view(scores.shape[:3])
+        return count_largest(ranking.rows(values, together=True), _share(value, pairs)).view(scores.shape[:3])
     free = candidates & ~forced
-    weights = row_weights(scores, free)
+    weights = row_weights(scores, free)  # what is kept anyway comes first, and weighs nothing
     if kind == "weight":
         return ((weights >= value) & free | forced).sum(-1)
-    ordered = weights.gather(-1, best)  # what is kept anyway comes first, and weighs nothing
     if kind == "top_p":
-        return (sums_before(ordered) < value - _ROUNDING).sum(-1)
+        return ranking.prefix(weights, value - _ROUNDING)
     if kind == "recall_heads":
-        return _by_recall(ordered, candidates, blocks, value)
-    first = forced.gather(-1, best)
-    ordered = ordered.masked_fill(~candidates.gather(-1, best), -1.0).masked_fill(first, _FORCED)
+        return _by_recall(ranking, weights, candidates, blocks, value)
     rows = candidates.any(-1).sum(-1)  # [B, H]
     pairs, weight = rows * blocks, free.any(-1).sum(-1).double()  # the weights of a row sum to 1
     if budget.over_heads:
-        ordered, pairs, weight = ordered.flatten(1, 2)[:, None], pairs.sum(1, True), weight.sum(1, True)
+        pairs, weight = pairs.sum(1, True), weight.sum(1, True)
+    rated = ranking.rows(weights.masked_fill(~candidates, -1.0).masked_fill(forced, _FORCED), budget.over_heads)
     if kind in ("quantile", "quantile_heads"):
-        found = count_largest(ordered, _share(value, pairs))
+        found = count_largest(rated, _share(value, pairs))
     else:
         must = forced.sum((-1, -2)).double()
         must = must.sum(1, True) if budget.over_heads else must
-        found = count_in_reach(ordered, _FORCED * must + (value - _ROUNDING) * weight)
+        found = count_in_reach(rated, _FORCED * must + (value - _ROUNDING) * weight)
     return found.view(weights.shape[:3])
 
 
-def _by_recall(ordered: torch.Tensor, candidates: torch.Tensor, blocks: torch.Tensor, value: float) -> torch.Tensor:
+def _by_recall(
+    ranking: Ranking, weights: torch.Tensor, candidates: torch.Tensor, blocks: torch.Tensor, value: float
+) -> torch.Tensor:
     """Counts as of ``density``, of which heads with a good recall give half to those with the least."""
-    heads, n = ordered.shape[1], ordered.shape[-1]
-    count = _share(value, blocks).clamp(min=1, max=n)
-    kept = ordered.cumsum(-1).gather(-1, (count - 1)[None, :, None, None].expand(*ordered.shape[:3], 1))[..., 0]
-    recall = kept.sum(-1) / candidates.any(-1).sum(-1).clamp(min=1)  # [B, H]
+    heads, n = weights.shape[1], weights.shape[-1]
+    count = _share(value, blocks).clamp(min=1, max=n)[None, :, None]
+    recall = ranking.weigh(weights, count).sum(-1) / candidates.any(-1).sum(-1).clamp(min=1)  # [B, H]
     givers = (recall > _GOOD_RECALL).sum(1, keepdim=True).clamp(max=heads // 2)
     rank = recall.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     factor = torch.where(rank < givers, 0.5, torch.where(rank >= heads - givers, 1.5, 1.0))

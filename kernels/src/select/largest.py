@@ -1,56 +1,51 @@
 """The largest of many numbers over several rows, without sorting them all.
 
-Rows are sorted already, so how many of a row reach a threshold is one binary search. The threshold itself is found
-digit by digit: the bits of floating-point numbers are ordered as the numbers are, once those of negative ones are
-turned over.
+The threshold that they reach is found digit by digit: the bits of floating-point numbers are ordered as the numbers
+are, once those of negative ones are turned over. Rows only have to say how many of their numbers reach a threshold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
-__all__ = ["count_in_reach", "count_largest", "sums_before"]
+__all__ = ["Rows", "ScannedRows", "SortedRows", "count_in_reach", "count_largest"]
 
 _LOWEST = -(2**31)
 
 
-def count_largest(ordered: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+class Rows(Protocol):
+    """Rows of fp32 numbers ``[B, G, R, N]`` without NaN, that are asked how many of them reach a threshold."""
+
+    def reach(self, least: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """How many of each row have these keys or larger ones: integers ``[B, G, R, T]`` for int32 ``[B, G, T]``.
+
+        And fp32 of that shape: what those of them that are above 0 sum to.
+        """
+
+
+def count_largest(rows: Rows, wanted: torch.Tensor) -> torch.Tensor:
     """How many of each row are among the ``wanted`` largest of all rows: int64 ``[B, G, R]``.
 
-    ordered: fp32 ``[B, G, R, N]``, each row descending, without NaN. wanted: int64 ``[B, G]``. Of equal numbers those
-    of the first rows count.
+    wanted: int64 ``[B, G]``. Of equal numbers those of the first rows count.
     """
-    rows = _Rows(ordered)
-    least = rows.threshold(lambda counts: counts.sum(2), wanted)
-    above, equal = rows.around(least)
+    least = _threshold(rows, wanted, sums=False)
+    above, equal, _ = _around(rows, least)
     return above + _first(equal, wanted - above.sum(2))
 
 
-def count_in_reach(ordered: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+def count_in_reach(rows: Rows, wanted: torch.Tensor) -> torch.Tensor:
     """How many of each row are among the fewest of all rows that sum to ``wanted``: int64 ``[B, G, R]``.
 
-    wanted: fp64 ``[B, G]``. ordered: as of :func:`count_largest`; negative numbers, and those that sum to nothing, take
-    no part.
+    wanted: fp64 ``[B, G]``. Negative numbers, and those that sum to nothing, take no part.
     """
-    rows = _Rows(ordered)
-    sums = torch.nn.functional.pad(ordered.clamp(min=0.0).cumsum(-1), (1, 0))
-
-    def total(counts: torch.Tensor) -> torch.Tensor:
-        return sums.gather(-1, counts).sum(2, dtype=torch.float64)
-
-    least = rows.threshold(total, wanted).clamp(min=0)
-    above, equal = rows.around(least)
-    missing = wanted - total(above[..., None])[..., 0]
+    least = _threshold(rows, wanted, sums=True).clamp(min=0)
+    above, equal, total = _around(rows, least)
+    missing = wanted - total.sum(2, dtype=torch.float64)
     each = _numbers(least).double()
     more = torch.where(each > 0, missing / each, 0.0).ceil().clamp(min=0, max=2**31).long()
     return above + _first(equal, more)
-
-
-def sums_before(ordered: torch.Tensor) -> torch.Tensor:
-    """The sum of what stands before each value of a row."""
-    return ordered.cumsum(-1) - ordered
 
 
 def _first(equal: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
@@ -69,34 +64,53 @@ def _numbers(keys: torch.Tensor) -> torch.Tensor:
     return (keys ^ ((keys >> 31) & 0x7FFFFFFF)).view(torch.float32)
 
 
-class _Rows:
-    """Rows ``[B, G, R, N]``, descending, that are asked how many of their numbers reach a threshold, a key."""
+def _around(rows: Rows, least: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """How many of each row are above a threshold, int32 ``[B, G]``, and how many equal it: int64 ``[B, G, R]``.
+
+    And what those above sum to, fp32.
+    """
+    counts, sums = rows.reach(torch.stack([least + 1, least], dim=-1))  # no number has the largest key
+    above = counts[..., 0].long()
+    return above, counts[..., 1] - above, sums[..., 0]
+
+
+def _threshold(rows: Rows, wanted: torch.Tensor, *, sums: bool) -> torch.Tensor:
+    """The largest threshold that so many reach as to be ``wanted``, ``[B, G]``, or to sum to it: int32 ``[B, G]``.
+
+    Where no threshold is reached by enough, the lowest there is.
+    """
+    least = torch.full((*wanted.shape, 1), _LOWEST, dtype=torch.int64, device=wanted.device)
+    digit = torch.arange(1, 16, device=wanted.device)
+    for shift in range(28, -1, -4):
+        counts, totals = rows.reach((least + (digit << shift)).int())
+        found = totals.sum(2, dtype=torch.float64) if sums else counts.sum(2)
+        least = least + ((found >= wanted[..., None]).sum(-1, keepdim=True) << shift)
+    return least[..., 0].int()
+
+
+class SortedRows:
+    """Rows that are sorted, the largest first: a threshold is one binary search."""
 
     def __init__(self, ordered: torch.Tensor) -> None:
         self.ascending = _keys(ordered).flip(-1).contiguous()
+        self.sums = torch.nn.functional.pad(ordered.clamp(min=0.0).cumsum(-1), (1, 0))
 
-    def reaching(self, least: torch.Tensor, above: bool = False) -> torch.Tensor:
-        """How many of each row are ``least`` or more, or are more: int64 ``[B, G, R, T]`` for int32 ``[B, G, T]``."""
+    def reach(self, least: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As of :class:`Rows`."""
         rows, n = self.ascending.shape[2:]
         asked = least[:, :, None].expand(-1, -1, rows, -1).contiguous()
-        return n - torch.searchsorted(self.ascending, asked, right=above)
+        counts = n - torch.searchsorted(self.ascending, asked)
+        return counts, self.sums.gather(-1, counts)
 
-    def around(self, least: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """How many of each row are above a threshold, int32 ``[B, G]``, and how many equal it: ``[B, G, R]`` each."""
-        above = self.reaching(least[..., None], above=True)[..., 0]
-        return above, self.reaching(least[..., None])[..., 0] - above
 
-    def threshold(self, measure: Callable[[torch.Tensor], torch.Tensor], wanted: torch.Tensor) -> torch.Tensor:
-        """The largest threshold that so many reach as to be ``wanted``, ``[B, G]``: int32 ``[B, G]``.
+class ScannedRows:
+    """Rows in any order, of which a kernel compares every number."""
 
-        measure: from counts ``[B, G, R, T]`` to what is wanted, ``[B, G, T]``. Where no threshold is reached by enough,
-        the lowest there is.
-        """
-        device = self.ascending.device
-        least = torch.full((*wanted.shape, 1), _LOWEST, dtype=torch.int64, device=device)
-        digit = torch.arange(1, 16, device=device)
-        for shift in range(28, -1, -4):
-            tries = least + (digit << shift)
-            reached = measure(self.reaching(tries.int())) >= wanted[..., None]
-            least = least + (reached.sum(-1, keepdim=True) << shift)
-        return least[..., 0].int()
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values = values.contiguous()
+
+    def reach(self, least: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As of :class:`Rows`."""
+        from diffsparse.kernels.select.host import launch_reach
+
+        return launch_reach(self.values, least.contiguous())

@@ -14,7 +14,11 @@ _LEVELS = 7  # of four bits with a sign, zero in the middle
 
 
 def four_bits(x: torch.Tensor) -> torch.Tensor:
-    """Rows ``[..., D]`` rounded to 15 levels, from minus the largest of each row to plus it."""
+    """Rows ``[..., D]`` rounded to 15 levels, from minus the largest of each row to plus it: fp32.
+
+    Which level is nearest is told in fp32: quotients of 16 bits would round twice.
+    """
+    x = x.float()
     step = (x.abs().amax(-1, keepdim=True) / _LEVELS).clamp(min=torch.finfo(x.dtype).tiny)
     return (x / step).round() * step
 
@@ -32,15 +36,15 @@ def score_low_bit(
     """
     numbers, there = in_blocks(tokens)
     chosen, real = sampled(tokens, samples)
-    queries, keys = four_bits(take(q, chosen, real)), four_bits(take(k, numbers, there))
-    few = four_bits(take(k, chosen, real))
-    queries = (scale * queries.float()).to(keys.dtype)
+    parts = take(q, chosen, real), take(k, numbers, there), take(k, chosen, real)
+    # In the precision of the call first, so that a CPU, which multiplies in fp32, has the numbers that a GPU has.
+    queries, keys, few = (four_bits(x).to(q.dtype).to(x.dtype) for x in parts)
     begin = tokens.text_blocks[0]
     block = torch.arange(tokens.num_blocks, device=q.device)
-    own = (queries @ keys.transpose(3, 4)).float().masked_fill(~there[None, :, :, None], -torch.inf)
-    sink = (queries @ keys[:, :, begin, None].transpose(3, 4)).float()
+    own = (queries @ keys.transpose(3, 4)).float().mul_(scale).masked_fill(~there[None, :, :, None], -torch.inf)
+    sink = (queries @ keys[:, :, begin, None].transpose(3, 4)).float().mul_(scale)
     twice = (~there[:, begin, None, None] | (block == begin)[:, None, None])[None]
     known = torch.cat([own, sink.masked_fill(twice, -torch.inf)], dim=4).logsumexp(4)  # [B, H, N, samples]
-    best = largest_products(few, real, queries.flatten(2, 3), 1.0).transpose(2, 3).unflatten(2, real.shape[1:])
+    best = largest_products(few, real, queries.flatten(2, 3), scale).transpose(2, 3).unflatten(2, real.shape[1:])
     relative = (best - known[..., None]).masked_fill(~real[None, ..., None], -torch.inf).amax(3)
     return always_keep(relative, near(tokens, 1, 1))

@@ -9,7 +9,8 @@ import torch
 
 from diffsparse.blocks import BlockIndex, pack_bits, unpack_bits, with_text
 from diffsparse.density import tail_density
-from diffsparse.kernels.select.rules import budget_mask, rule_mask, rule_scores
+from diffsparse.kernels.select.available import no_blocks_kernel
+from diffsparse.kernels.select.rules import MEANS, budget_mask, rule_mask, rule_scores
 from diffsparse.layout import BlockLayout
 from diffsparse.online import OnlineRepair
 from diffsparse.picks import PickGroup
@@ -54,20 +55,22 @@ def pick_group(
     """
     rule, count = group.selection, len(group.numbers)
     together = int(rule.values.get("together", 1))
-    each = q.shape[0] * max(q.shape[1] * q.shape[3], layout.num_blocks**2)
+    each = q.shape[0] * layout.num_blocks**2
+    if rule.rule not in MEANS or no_blocks_kernel(q) is not None:  # it copies queries and keys
+        each = max(each, q.shape[0] * q.shape[1] * q.shape[3])
     step = max(1, _AT_A_TIME // (each * together)) * together
     parts = [_Part(layout, group, i, min(i + step, count)) for i in range(0, count, step)]
     if rule.budget.over_heads:
         scores = [rule_scores(rule.rule, *part.inputs(q, k, v), scale, rule.values) for part in parts]
         whole = _Part(layout, group, 0, count)
-        mask = budget_mask(torch.cat(scores, dim=1), whole.tokens, rule.budget, whole.family(within))
-        return whole.picked(mask, within)
+        family = whole.family(within)
+        return whole.picked(budget_mask(torch.cat(scores, dim=1), whole.tokens, rule.budget, family), family)
     found = []
     for part in parts:
         inputs, family = part.inputs(q, k, v), part.family(within)
         mask = rule_mask(rule.rule, *inputs, rule.budget, scale, rule.values, family)
         mask = mask.expand(q.shape[0], *mask.shape[1:])  # a rule may give lists that serve all items
-        found.append(part.picked(mask, within))
+        found.append(part.picked(mask, family))
     return Picked(
         torch.cat([part.bits for part in found], dim=1),
         torch.cat([part.counts for part in found], dim=1),
@@ -112,10 +115,10 @@ class _Part:
             mask = mask & unpack_bits(within.bits[:, self.first : self.end], self.layout.num_blocks)
         return mask
 
-    def picked(self, mask: torch.Tensor, within: Picked | None) -> Picked:
-        """The result for a rule's mask, bool ``[B, n, N, N]``."""
+    def picked(self, mask: torch.Tensor, family: torch.Tensor) -> Picked:
+        """The result for a rule's mask and its family, bool ``[B, n, N, N]``."""
         tokens = self.tokens
-        mask = with_text(mask & self.family(within), tokens)
+        mask = with_text(mask & family, tokens)
         lengths = tokens.lengths()[tokens.head_order.long()].float()  # [n, N]
         pairs = (mask.float() @ lengths[None, :, :, None]).squeeze(-1)  # [B, n, N], keys of each row
         kept = (pairs * lengths).sum(-1).mean(0) / float(tokens.seq_len) ** 2

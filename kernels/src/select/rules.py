@@ -31,6 +31,7 @@ from diffsparse.selection import Budget, add_rule
 from diffsparse.tokens import TokenLayout
 
 __all__ = [
+    "MEANS",
     "Selector",
     "budget_mask",
     "register_selector",
@@ -78,6 +79,8 @@ _SIGNALS: dict[str, Callable[..., torch.Tensor]] = {
 }
 # Those of them that read values, too.
 _WITH_VALUES = {"spatial_temporal", "tail_error"}
+#: Those that read no more of queries and keys than means or bounds of blocks, so that a kernel saves the copy.
+MEANS = frozenset({"pooled", "pooled_max", "sub_block", "spread", "self_similar"})
 _SELECTORS: dict[str, Callable[..., BlockIndex]] = {}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from diffsparse.kernels.select.available import no_blocks_kernel
 from diffsparse.kernels.select.blocked import in_blocks, take
 from diffsparse.kernels.select.near import always_keep
 from diffsparse.kernels.select.pooled import score_pooled
@@ -17,6 +18,11 @@ def self_similarity(x: torch.Tensor, tokens: TokenLayout) -> torch.Tensor:
 
     That is the squared length of the mean of the rows at length 1.
     """
+    if no_blocks_kernel(x) is None:
+        from diffsparse.kernels.select.host import launch_parts
+
+        empty = (tokens.lengths() == 0)[tokens.head_order.long()]  # [H, N]
+        return launch_parts(x, tokens, unit=True)[0].square().sum((3, 4)).masked_fill(empty[None], 1.0)
     numbers, there = in_blocks(tokens)
     rows = take(x, numbers, there)
     length = torch.linalg.vector_norm(rows, dim=4, keepdim=True, dtype=torch.float32)

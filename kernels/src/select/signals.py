@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 
+from diffsparse.kernels.select.available import no_blocks_kernel
 from diffsparse.kernels.select.blocked import in_blocks, take_rows
 from diffsparse.tokens import TokenLayout
 
@@ -31,8 +32,12 @@ class Signal(Protocol):
 def block_means(x: torch.Tensor, tokens: TokenLayout) -> torch.Tensor:
     """Mean row of every block, fp32 ``[B, H, N, D]``, of ``x`` ``[B, S, H, D]`` in the model's token order.
 
-    Empty blocks have zeros. Reads ``x`` once, and copies it in its own precision alone.
+    Empty blocks have zeros. Reads ``x`` once; where no kernel runs it copies it, in its own precision.
     """
+    if no_blocks_kernel(x) is None:
+        from diffsparse.kernels.select.host import launch_parts
+
+        return launch_parts(x, tokens)[0].squeeze(3)
     numbers, there = in_blocks(tokens)
     rows = take_rows(x, numbers.flatten(1)).unflatten(1, numbers.shape[1:])  # [B, N, W, H, D]
     rows.masked_fill_(~there.permute(1, 2, 0)[None, ..., None], 0.0)

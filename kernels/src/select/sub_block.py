@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from diffsparse.kernels.select import blocked
+from diffsparse.kernels.select.available import no_blocks_kernel
 from diffsparse.kernels.select.blocked import in_blocks, take, take_rows
 from diffsparse.tokens import TokenLayout
 
@@ -17,6 +18,10 @@ def part_means(x: torch.Tensor, tokens: TokenLayout, parts: int) -> tuple[torch.
 
     Token ``i`` of a block of ``n`` is in part ``floor(i * parts / n)``.
     """
+    if no_blocks_kernel(x, parts) is None:
+        from diffsparse.kernels.select.host import launch_parts
+
+        return launch_parts(x, tokens, parts)[0], _counts(tokens, parts)
     numbers, there = in_blocks(tokens)
     length = there.sum(-1, keepdim=True).clamp(min=1)  # [H, N, 1]
     place = torch.arange(tokens.block_size, device=x.device)
@@ -31,6 +36,18 @@ def part_means(x: torch.Tensor, tokens: TokenLayout, parts: int) -> tuple[torch.
         rows = take(x, numbers, there)
         means = (inside.to(rows.dtype)[None] @ rows).float()
     return means / count.clamp(min=1)[None, ..., None], count
+
+
+def _counts(tokens: TokenLayout, parts: int) -> torch.Tensor:
+    """How many tokens are in the parts of every block: int64 ``[H or 1, N, parts]``."""
+    length = tokens.lengths().long()
+    if len(length) > 1:
+        length = length[tokens.head_order.long()]
+    # Part p begins at the first i with floor(i * parts / n) = p, which is ceil(p * n / parts).
+    begin = (torch.arange(parts + 1, device=length.device) * length[..., None] + parts - 1).div(
+        parts, rounding_mode="floor"
+    )
+    return begin.diff(dim=-1)
 
 
 def score_sub_block(

@@ -1,0 +1,104 @@
+"""Launches the kernels of this folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+
+from diffsparse.kernels.select.device import best_kernel, parts_kernel, prefix_kernel, reach_kernel
+from diffsparse.tokens import TokenLayout
+
+__all__ = ["launch_best", "launch_parts", "launch_prefix", "launch_reach"]
+
+
+def _rows(n: int) -> dict[str, int]:
+    """How a program takes a row of ``n`` numbers."""
+    return {"BLOCK": triton.next_power_of_2(n), "num_warps": 4 if n <= 1024 else 8}
+
+
+def launch_parts(
+    x: torch.Tensor,
+    tokens: TokenLayout,
+    parts: int = 1,
+    unit: bool = False,
+    bounds: bool = False,
+    warmup: bool = False,
+) -> Any:
+    """Mean rows of the parts of every block of ``x``, ``[B, S, H, D]``: fp32 ``[B, H, N, parts, D]``.
+
+    unit: of rows brought to length 1. bounds: also the least and the largest numbers of blocks, ``[B, H, N, D]``; else
+    None. warmup: compile only, and return the kernel.
+    """
+    batch, seq, heads, dim = x.shape
+    blocks = tokens.num_blocks
+    mean = torch.empty(batch, heads, blocks, parts, dim, dtype=torch.float32, device=x.device)
+    least, largest = (
+        torch.empty(batch, heads, blocks, dim, dtype=torch.float32, device=x.device) if bounds else None
+        for _ in range(2)
+    )  # fmt: skip
+    args: list[Any] = [x, tokens.gather, tokens.block_start, tokens.head_order, mean]
+    args += [mean if least is None else least, mean if largest is None else largest, seq, blocks, *x.stride()[:3]]
+    constants: dict[str, Any] = dict(
+        HEADS=heads, D=dim, WIDTH=tokens.block_size, BLOCK_D=triton.next_power_of_2(dim), PARTS=parts,
+        UNIT=unit, BOUNDS=bounds, num_warps=4 if dim <= 128 else 8,
+    )  # fmt: skip
+    grid = (blocks, heads, batch)
+    if warmup:
+        return parts_kernel.warmup(*args, grid=grid, **constants)
+    if mean.numel():
+        parts_kernel[grid](*args, **constants)
+    return mean, least, largest
+
+
+def launch_best(scores: torch.Tensor, candidates: torch.Tensor, wanted: torch.Tensor, warmup: bool = False) -> Any:
+    """The ``wanted`` largest candidates of each row: bool of the shape of ``scores``, fp32 ``[..., N]``.
+
+    candidates: bool of that shape. wanted: int32 ``[...]``, at most as many as a row has candidates. All contiguous.
+    """
+    mask = torch.empty_like(candidates)
+    n = scores.shape[-1]
+    args: list[Any] = [scores, candidates.view(torch.uint8), wanted, mask.view(torch.uint8), n]
+    grid = (wanted.numel(),)
+    if warmup:
+        return best_kernel.warmup(*args, grid=grid, **_rows(n))
+    if scores.numel():
+        best_kernel[grid](*args, **_rows(n))
+    return mask
+
+
+def launch_prefix(
+    scores: torch.Tensor, candidates: torch.Tensor, weights: torch.Tensor, target: float, warmup: bool = False
+) -> Any:
+    """How many of a row's best candidates have weights that sum to ``target``, or all: int32 ``[...]``.
+
+    scores, weights: fp32 ``[..., N]``; candidates: bool of that shape. All contiguous.
+    """
+    count = torch.empty(scores.shape[:-1], dtype=torch.int32, device=scores.device)
+    n = scores.shape[-1]
+    args: list[Any] = [scores, candidates.view(torch.uint8), weights, count, n, float(target)]
+    grid = (count.numel(),)
+    if warmup:
+        return prefix_kernel.warmup(*args, grid=grid, **_rows(n))
+    if scores.numel():
+        prefix_kernel[grid](*args, **_rows(n))
+    return count
+
+
+def launch_reach(values: torch.Tensor, least: torch.Tensor, warmup: bool = False) -> Any:
+    """How many values of a row have keys from ``least`` on, int32 ``[B, G, R, T]``; and fp32 sums of those above 0.
+
+    values: fp32 ``[B, G, R, N]``. least: int32 ``[B, G, T]``, keys that are ordered as numbers are. Both contiguous.
+    """
+    rows, n = values.shape[2:]
+    tries = least.shape[-1]
+    count = torch.empty(*values.shape[:3], tries, dtype=torch.int32, device=values.device)
+    total = torch.empty_like(count, dtype=torch.float32)
+    args: list[Any] = [values, least, count, total, n, rows]
+    grid = (count[..., 0].numel(),)
+    if warmup:
+        return reach_kernel.warmup(*args, grid=grid, TRIES=tries, **_rows(n))
+    if values.numel():
+        reach_kernel[grid](*args, TRIES=tries, **_rows(n))
+    return count, total
