@@ -395,10 +395,16 @@ def test_picked_blocks_never_wait_for_the_gpu_and_are_those_of_the_cpu(backend: 
         index, density = pick_blocks(there, q, k, v)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    on_cpu, cpu_density = pick_blocks(layout, q.cpu(), k.cpu(), v.cpu())
-    # Sums in another order may let nearly equal scores change places.
-    differ = (index.mask().cpu() != on_cpu.mask()).float().mean()
-    assert float(differ) < 5e-3 and float(density) == pytest.approx(float(cpu_density), abs=5e-3)
+    # Sums in another order may let nearly equal scores change places. A product in 16 bits may also turn a choice that
+    # much hangs on: a token's cluster, a head's mask, the largest of many products. Those rules are compared in fp32.
+    in_full = [x.float() for x in (q, k, v)]
+    compared = [(in_full, pick_blocks(there, *in_full))]
+    if rule not in ("clusters", "spatial_temporal", "low_bit"):
+        compared.append(([q, k, v], (index, density)))
+    for tensors, (found, share) in compared:
+        on_cpu, cpu_density = pick_blocks(layout, *(x.cpu() for x in tensors))
+        differ = (found.mask().cpu() != on_cpu.mask()).float().mean()
+        assert float(differ) < 5e-3 and float(share) == pytest.approx(float(cpu_density), abs=5e-3)
     picked = replace(there, index=index, heads=replace(there.heads, picks=None))
     want, _ = reference_attention(q, k, v, picked)
     assert float((out.double() - want).norm() / want.norm()) < 8e-3

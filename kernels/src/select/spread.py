@@ -28,6 +28,6 @@ def score_spread(
     query, key = block_means(q, tokens), block_means(k, tokens)
     centred = key - (key * weight).sum(2, keepdim=True) / count
     variance = (centred.square() * weight).sum(2) / count[:, :, 0]  # [B, H, D]
-    spread = (query.square() @ variance[..., None]).sqrt()  # [B, H, N, 1]
+    spread = (query.square() * variance[:, :, None]).sum(3, keepdim=True).sqrt()  # [B, H, N, 1]
     score = query @ centred.transpose(2, 3) / spread.clamp(min=torch.finfo(torch.float32).tiny)
     return always_keep(score, near(tokens, beside, first))
