@@ -73,6 +73,8 @@ def extrapolated(few: list[Row], more: list[Row], layers: int) -> list[Row]:
         found.append(whole)
     everything = found[-1]
     everything.seconds = sum(row.seconds for row in found[:-1])
+    # In few layers another stage may take the most memory than in all of them.
+    everything.gpu_gb = max(row.gpu_gb for row in found[:-1])
     own = [2 * groups(n, step) * at for n, at in zip(counts, (first.step_seconds, second.step_seconds, step))]
     rest = _line(counts, first.estimate_seconds - own[0], second.estimate_seconds - own[1])
     everything.estimate_seconds = own[2] + rest
