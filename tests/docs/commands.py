@@ -34,7 +34,9 @@ GPU_BENCHMARKS = {
     "benchmarks/search.py": (
         "searches models of real size on a GPU; tests/search/test_search_benchmark.py runs the script on small ones"
     ),
-    "benchmarks/online.py": "times rules at real size; tests/kernels/test_online_benchmark.py runs the script on the CPU",
+    "benchmarks/online.py": (
+        "times rules at real size on a GPU; tests/kernels/test_online_benchmark.py runs the script on the CPU"
+    ),
     "benchmarks/pipeline.py": (
         "times steps of large models on a GPU; tests/search/test_pipeline_benchmark.py runs the script with --tiny"
     ),
