@@ -177,6 +177,8 @@ def compile_select(capability: int, slow: bool) -> None:
         for parts, unit, bounds in ((1, False, False), (1, False, True), (1, True, False), (4, False, False)):
             kernel = host.launch_parts(x, tokens, parts, unit, bounds, warmup=True)
             tell(kernel, f"{dim}-{parts}-{unit}-{bounds}", capability)
+        means, counts = torch.empty(1, 4, 600, 4, dim), torch.empty(4, 600, 4, dtype=torch.int64)
+        tell(host.launch_parts_score(means, means, counts, counts, 1.0, warmup=True), str(dim), capability)
     for n in (70, 600, 1860):
         scores, least = torch.empty(1, 4, n, n), torch.empty(1, 4, 15, dtype=torch.int32)
         candidates, wanted = torch.empty(1, 4, n, n, dtype=torch.bool), torch.empty(1, 4, n, dtype=torch.int32)

@@ -15,7 +15,7 @@ from diffsparse.kernels.select.pooled_max import block_bounds
 from diffsparse.kernels.select.ranking import Compared, Sorted, ranking_of
 from diffsparse.kernels.select.self_similar import self_similarity
 from diffsparse.kernels.select.signals import block_means
-from diffsparse.kernels.select.sub_block import part_means
+from diffsparse.kernels.select.sub_block import part_means, score_sub_block
 from diffsparse.layout import build_layout
 from diffsparse.selection import BUDGETS, Budget
 from diffsparse.tokens import TokenLayout
@@ -85,6 +85,9 @@ def check_statistics(x: torch.Tensor, tokens: TokenLayout, work: Work) -> None:
         want, number = part_means(wide, there, parts)
         assert torch.equal(count.cpu(), number)
         agree(means, want)
+    score, known = score_sub_block(x, x.flip(1), tokens, 0.3), score_sub_block(wide, wide.flip(1), there, 0.3)
+    assert torch.equal(score.cpu().isfinite(), known.isfinite())
+    agree(score.cpu()[known.isfinite()], known[known.isfinite()])
 
 
 def all_budgets() -> list[Budget]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["best_kernel", "parts_kernel", "prefix_kernel", "reach_kernel"]
+__all__ = ["best_kernel", "parts_kernel", "parts_score_kernel", "prefix_kernel", "reach_kernel"]
 
 #: The key of what may not be kept: below that of every number.
 _LOWEST = tl.constexpr(-(2**31))
@@ -123,3 +123,46 @@ def reach_kernel(
         reached = (keys >= tl.load(least_ptr + group * TRIES + t)) & (place < n)
         tl.store(count_ptr + row * TRIES + t, tl.sum(reached.to(tl.int32), 0))
         tl.store(sum_ptr + row * TRIES + t, tl.sum(tl.where(reached, tl.maximum(values, 0.0), 0.0), 0))
+
+
+@triton.jit
+def parts_score_kernel(
+    q_ptr, k_ptr, asking_ptr, asked_ptr, out_ptr, blocks, scale, item_counts,
+    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``log sum exp(scale * q_a . k_b)`` over the parts ``a`` and ``b`` of a tile of pairs of blocks.
+
+    q, k: fp32 ``[B, H, N, PARTS, D]``, contiguous. asking, asked: int64 ``[H or 1, N, PARTS]``, tokens of each part; a
+    part without any takes no part. ``item_counts``: from a head's counts to the next one's.
+    Writes fp32 ``[B, H, N, N]``.
+    """
+    h = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    tiles = tl.cdiv(blocks, TILE)
+    i = (tl.program_id(0) // tiles) * TILE + tl.arange(0, TILE)
+    j = (tl.program_id(0) % tiles) * TILE + tl.arange(0, TILE)
+    base = (b * HEADS + h) * blocks
+    top = tl.full([TILE, TILE], float("-inf"), tl.float32)
+    total = tl.zeros([TILE, TILE], tl.float32)
+    for a in range(PARTS):
+        real = tl.load(asking_ptr + h * item_counts + i * PARTS + a, mask=i < blocks, other=0) > 0
+        for c in range(PARTS):
+            exists = tl.load(asked_ptr + h * item_counts + j * PARTS + c, mask=j < blocks, other=0) > 0
+            logits = tl.zeros([TILE, TILE], tl.float32)
+            for d0 in range(0, D, BLOCK_D):
+                channel = d0 + tl.arange(0, BLOCK_D)
+                row = ((base + i) * PARTS + a)[:, None] * D + channel[None, :]
+                q = tl.load(q_ptr + row, mask=(i < blocks)[:, None] & (channel < D)[None, :], other=0.0)
+                row = ((base + j) * PARTS + c)[:, None] * D + channel[None, :]
+                k = tl.load(k_ptr + row, mask=(j < blocks)[:, None] & (channel < D)[None, :], other=0.0)
+                logits = tl.dot(q, tl.trans(k), logits, input_precision=PRECISION)
+            logits *= scale
+            logits = tl.where(real[:, None] & exists[None, :], logits, float("-inf"))
+            larger = tl.maximum(top, logits)
+            shift = tl.where(larger == float("-inf"), 0.0, larger)  # -inf - -inf is NaN
+            total = total * tl.exp(top - shift) + tl.exp(logits - shift)
+            top = larger
+    score = tl.where(total > 0, top + tl.log(tl.where(total > 0, total, 1.0)), float("-inf"))
+    to = (base + i)[:, None] * blocks + j[None, :]
+    tl.store(out_ptr + to, score, mask=(i < blocks)[:, None] & (j < blocks)[None, :])

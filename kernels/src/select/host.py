@@ -7,10 +7,16 @@ from typing import Any
 import torch
 import triton
 
-from diffsparse.kernels.select.device import best_kernel, parts_kernel, prefix_kernel, reach_kernel
+from diffsparse.kernels.select.device import (
+    best_kernel,
+    parts_kernel,
+    parts_score_kernel,
+    prefix_kernel,
+    reach_kernel,
+)
 from diffsparse.tokens import TokenLayout
 
-__all__ = ["launch_best", "launch_parts", "launch_prefix", "launch_reach"]
+__all__ = ["launch_best", "launch_parts", "launch_parts_score", "launch_prefix", "launch_reach"]
 
 
 def _rows(n: int) -> dict[str, int]:
@@ -102,3 +108,42 @@ def launch_reach(values: torch.Tensor, least: torch.Tensor, warmup: bool = False
     if values.numel():
         reach_kernel[grid](*args, TRIES=tries, **_rows(n))
     return count, total
+
+
+def launch_parts_score(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    asking: torch.Tensor,
+    asked: torch.Tensor,
+    scale: float,
+    warmup: bool = False,
+) -> Any:
+    """Log-sum-exps of products of mean queries and keys over the parts of two blocks: fp32 ``[B, H, N, N]``.
+
+    q, k: fp32 ``[B, H, N, parts, D]``. asking, asked: int64 ``[H or 1, N, parts]``, tokens of each part.
+    """
+    batch, heads, blocks, parts, dim = q.shape
+    out = torch.empty(batch, heads, blocks, blocks, dtype=torch.float32, device=q.device)
+    tile = 16 if blocks <= 32 else 64
+    each = blocks * parts if len(asking) > 1 else 0
+    args: list[Any] = [
+        q.contiguous(),
+        k.contiguous(),
+        asking.contiguous(),
+        asked.contiguous(),
+        out,
+        blocks,
+        scale,
+        each,
+    ]
+    constants: dict[str, Any] = dict(
+        HEADS=heads, D=dim, BLOCK_D=min(64, max(16, triton.next_power_of_2(dim))), PARTS=parts, TILE=tile,
+        # Three products of 19-bit numbers are as good as one of 32 bits, and take the matrix units.
+        PRECISION="tf32x3", num_warps=4, num_stages=2,
+    )  # fmt: skip
+    grid = (triton.cdiv(blocks, tile) ** 2, heads, batch)
+    if warmup:
+        return parts_score_kernel.warmup(*args, grid=grid, **constants)
+    if out.numel():
+        parts_score_kernel[grid](*args, **constants)
+    return out

@@ -60,6 +60,10 @@ def score_sub_block(
     """
     queries, asking = part_means(q, tokens, parts)
     keys, asked = part_means(k, tokens, parts)
+    if no_blocks_kernel(q, parts) is None:
+        from diffsparse.kernels.select.host import launch_parts_score
+
+        return launch_parts_score(queries, keys, asking, asked, scale)
     real, there = asking > 0, asked > 0
     score = torch.full((), -torch.inf, device=q.device)
     for a in range(parts):
