@@ -179,6 +179,10 @@ def compile_select(capability: int, slow: bool) -> None:
             tell(kernel, f"{dim}-{parts}-{unit}-{bounds}", capability)
         means, counts = torch.empty(1, 4, 600, 4, dim), torch.empty(4, 600, 4, dtype=torch.int64)
         tell(host.launch_parts_score(means, means, counts, counts, 1.0, warmup=True), str(dim), capability)
+        q, keys, counts = torch.empty(1, 4, 600, dim), torch.empty(1, 4, 600, 16, dim), torch.empty(1, 600, 16).long()
+        for dtype in (torch.bfloat16, torch.float32) if dim <= 128 else (torch.bfloat16,):
+            for kernel in host.launch_excess(q, keys.to(dtype), counts, torch.empty(1, 4, 600, 16, 16), warmup=True):
+                tell(kernel, f"{dim}-{str(dtype)[6:]}", capability)
     for n in (70, 600, 1860):
         scores, least = torch.empty(1, 4, n, n), torch.empty(1, 4, 15, dtype=torch.int32)
         candidates, wanted = torch.empty(1, 4, n, n, dtype=torch.bool), torch.empty(1, 4, n, dtype=torch.int32)

@@ -16,6 +16,7 @@ from diffsparse.kernels.select.ranking import Compared, Sorted, ranking_of
 from diffsparse.kernels.select.self_similar import self_similarity
 from diffsparse.kernels.select.signals import block_means
 from diffsparse.kernels.select.sub_block import part_means, score_sub_block
+from diffsparse.kernels.select.tail_error import score_tail_error
 from diffsparse.layout import build_layout
 from diffsparse.selection import BUDGETS, Budget
 from diffsparse.tokens import TokenLayout
@@ -90,6 +91,23 @@ def check_statistics(x: torch.Tensor, tokens: TokenLayout, work: Work) -> None:
     agree(score.cpu()[known.isfinite()], known[known.isfinite()])
 
 
+def check_tail_error(grid: TokenGrid, dim: int, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Errors of means by kernels, and by torch in fp32: as shares of a row's largest, for small ones are differences.
+
+    A rounding of a logit, which is up to about 8, is one of a weight, and twice that of its square.
+    """
+    for entries in (MIXED, MIXED[:1]):
+        tokens = build_layout(grid, entries, 64).tokens.to(device)
+        q, k, v = (t.to(device, dtype) for t in inputs(grid, len(entries), dim, batch=2))
+        wide = [x.cpu().double() for x in (q, k, v)]
+        for parts in (3, 16):
+            found = score_tail_error(q, k, tokens, dim**-0.5, v=v, parts=parts).cpu().double()
+            want = score_tail_error(*wide[:2], tokens.to("cpu"), dim**-0.5, v=wide[2], parts=parts).double()
+            top = want.amax(3, keepdim=True)
+            top = torch.where(top.isfinite(), top, 0.0)  # a block without queries
+            assert_near((found - top).exp(), (want - top).exp(), Work(dim + grid.seq_len, 4, gain=16.0, dtype=dtype))
+
+
 def all_budgets() -> list[Budget]:
     value = {"top_k": 3, "score": 0.5, "weight": 0.0009765625}
     plain = [Budget(kind, value.get(kind, 0.4)) for kind in BUDGETS]  # type: ignore[arg-type]
@@ -103,6 +121,8 @@ def main() -> None:
     for grid, (dim, dtype) in product(GRIDS, ((16, torch.float32), (72, torch.float16))):
         with case("blocks", grid, dim, dtype):
             check_blocks(grid, dim, dtype)
+        with case("tail error", grid, dim, dtype):
+            check_tail_error(grid, dim, dtype)
     finish()
 
 

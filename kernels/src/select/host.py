@@ -14,9 +14,13 @@ from diffsparse.kernels.select.device import (
     prefix_kernel,
     reach_kernel,
 )
+from diffsparse.kernels.select.tail_device import excess_kernel, sum_kernel
 from diffsparse.tokens import TokenLayout
 
-__all__ = ["launch_best", "launch_parts", "launch_parts_score", "launch_prefix", "launch_reach"]
+__all__ = ["launch_best", "launch_excess", "launch_parts", "launch_parts_score", "launch_prefix", "launch_reach"]
+
+#: A GPU has up to about 150 multiprocessors, of which each runs a few programs at a time.
+_ENOUGH_PROGRAMS = 2048
 
 
 def _rows(n: int) -> dict[str, int]:
@@ -146,4 +150,41 @@ def launch_parts_score(
         return parts_score_kernel.warmup(*args, grid=grid, **constants)
     if out.numel():
         parts_score_kernel[grid](*args, **constants)
+    return out
+
+
+def launch_excess(
+    q: torch.Tensor, k: torch.Tensor, count: torch.Tensor, products: torch.Tensor, warmup: bool = False
+) -> Any:
+    """``log |sum_i n_i (e^{s_i} - e^{s}) v_i|^2`` of pairs of blocks: fp32 ``[B, H, N, N]``.
+
+    q: fp32 ``[B, H, N, D]``, mean queries, scaled. k: ``[B, H, N, parts, D]``, mean keys of a block's parts, in the
+    precision of the products with them. count: int64 ``[H or 1, N, parts]``, tokens of each part. products: fp32
+    ``[B, H, N, parts, parts]``, of the parts' mean values with each other.
+    """
+    batch, heads, blocks, parts, dim = k.shape
+    out = torch.empty(batch, heads, blocks, blocks, dtype=torch.float32, device=q.device)
+    lse = torch.empty(batch, heads, blocks, dtype=torch.float32, device=q.device)
+    tile = 64
+    tiles = triton.cdiv(blocks, tile)
+    shares = min(blocks, triton.cdiv(_ENOUGH_PROGRAMS, max(1, tiles * heads * batch)))
+    each = triton.cdiv(blocks, max(1, shares))
+    q, k, count, products = (x.contiguous() for x in (q, k, count, products))
+    step = blocks * parts if len(count) > 1 else 0
+    common: dict[str, Any] = dict(
+        HEADS=heads, D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), PARTS=parts, BLOCK_M=tile,
+        PRECISION="tf32x3" if k.dtype == torch.float32 else "tf32", num_warps=4, num_stages=1 if dim > 128 else 2,
+    )  # fmt: skip
+    sums: list[Any] = [q, k, count, lse, blocks, step]
+    errors: list[Any] = [q, k, count, products, lse, out, blocks, each, step]
+    some, grid = (tiles, heads, batch), (tiles, triton.cdiv(blocks, each), heads * batch)
+    block_p = max(16, triton.next_power_of_2(parts))
+    if warmup:
+        return [
+            sum_kernel.warmup(*sums, grid=some, BLOCK_N=64, **common),
+            excess_kernel.warmup(*errors, grid=grid, BLOCK_P=block_p, **common),
+        ]
+    if out.numel():
+        sum_kernel[some](*sums, BLOCK_N=64, **common)
+        excess_kernel[grid](*errors, BLOCK_P=block_p, **common)
     return out

@@ -79,8 +79,8 @@ _SIGNALS: dict[str, Callable[..., torch.Tensor]] = {
 }
 # Those of them that read values, too.
 _WITH_VALUES = {"spatial_temporal", "tail_error"}
-#: Those that read no more of queries and keys than means or bounds of blocks, so that a kernel saves the copy.
-MEANS = frozenset({"pooled", "pooled_max", "sub_block", "spread", "self_similar"})
+#: Those that read no more than means or bounds of blocks or their parts, so that a kernel saves the copy.
+MEANS = frozenset({"pooled", "pooled_max", "sub_block", "spread", "self_similar", "tail_error"})
 _SELECTORS: dict[str, Callable[..., BlockIndex]] = {}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from diffsparse.kernels.select import blocked
+from diffsparse.kernels.select.available import no_blocks_kernel
 from diffsparse.kernels.select.signals import block_means
 from diffsparse.kernels.select.sub_block import part_means
 from diffsparse.tokens import TokenLayout
@@ -31,6 +32,11 @@ def score_tail_error(
     mean = (keys * number[:, :, 0, ..., None]).sum(3) / number[:, :, 0].sum(3).clamp(min=1)[..., None]
     # |sum_p d_p v_p|^2 by the products of a block's values with each other: as many numbers as parts, not channels.
     products = values @ values.transpose(3, 4)  # [B, H, N, p, p]
+    # Of large heads in fp32 there is no room for the operands of a product.
+    if no_blocks_kernel(q, parts) is None and (blocked.precision(k) != torch.float32 or k.shape[3] <= 128):
+        from diffsparse.kernels.select.host import launch_excess
+
+        return launch_excess(query, keys.to(blocked.precision(k)), count, products)
     keys = keys.to(blocked.precision(k)).flatten(2, 3).transpose(2, 3)
     batch, heads, n, _ = mean.shape
     step = max(1, blocked._AT_A_TIME // (batch * heads * n * parts))
