@@ -4,7 +4,7 @@
     python examples/wan.py --model examples/tiny_wan --height 128 --width 128 --num-frames 17 --steps 20
     python examples/wan.py --plan plan                            # Wan 2.1 1.3B, on a GPU
 
-Without ``--plan`` it takes the plan in the model's folder, or else the conservative one that serves any model.
+Without ``--plan`` it takes the plan in the model's folder, or else the preset ``online``, which serves any model.
 """
 
 from __future__ import annotations

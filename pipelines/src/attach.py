@@ -39,7 +39,7 @@ def enable_sparse_attention(
         plan: a ``SparsityPlan``; a folder or Hub id of one; the name of a preset, such as
             ``"conservative"`` (:func:`diffsparse.presets`); a dict of these by component (``{"transformer": ...,
             "transformer_2": ...}``; one that is left out stays dense); or ``"auto"``: the plan in the model folder's
-            ``sparse_plan`` if it is for this architecture, else the one cached for it, else the conservative preset,
+            ``sparse_plan`` if it is for this architecture, else the one cached for it, else the preset ``online``,
             with a warning. A log line says which.
         backend: the kernel, ``"auto"`` or one of ``diffsparse.kernels.BACKENDS``; one asked for by name runs or raises.
             With ``"auto"`` everything stays dense if there is no kernel for the device, and a layer stays dense if the

@@ -26,6 +26,8 @@ logger = logging.getLogger("diffsparse")
 
 #: Where a model's folder holds its plan.
 PLAN_FOLDER = "sparse_plan"
+#: The preset that ``"auto"`` takes where there is no plan: of those that need no search the one that came out best.
+WITHOUT_SEARCH = "online"
 
 
 def cache_folder(fingerprint: str) -> Path:
@@ -105,15 +107,17 @@ def _auto(pipe: Any, name: str, transformer: torch.nn.Module) -> tuple[SparsityP
         logger.info("%s: plan 'auto' took the plan %s%s", name, why, _passed(passed))
         return plan, f"auto: {why}"
     why = f"no plan is shipped or cached for this architecture (fingerprint {fingerprint})"
-    logger.info("%s: plan 'auto' took the conservative preset: %s%s", name, why, _passed(passed))
+    logger.info("%s: plan 'auto' took the preset %r: %s%s", name, WITHOUT_SEARCH, why, _passed(passed))
+    model = local_folder(pipe) or local_folder(transformer) or "MODEL"
     # Python shows a warning of one text once. It comes from this line, whoever calls.
     warnings.warn(
-        f"plan='auto' found no plan for {architecture_of(transformer).model_class}{_passed(passed)}; the conservative "
-        "preset runs. It was not searched for this model, and it changes the output. Search a plan with `diffsparse "
-        "search`, or name one; plan='conservative' takes this one without a warning",
+        f"plan='auto' found no plan for {architecture_of(transformer).model_class}{_passed(passed)}; the preset "
+        f"{WITHOUT_SEARCH!r} runs, which picks blocks in every call. It was not searched for this model and changes "
+        f"the output. A searched plan is closer and faster: `diffsparse search {model} --prompts FILE --out plan`. "
+        f"plan={WITHOUT_SEARCH!r} takes this preset without a warning",
         stacklevel=1,
     )
-    return preset("conservative"), f"auto: conservative preset, {why}"
+    return preset(WITHOUT_SEARCH), f"auto: preset {WITHOUT_SEARCH!r}, {why}"
 
 
 def _passed(passed: list[str]) -> str:

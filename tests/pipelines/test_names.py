@@ -52,8 +52,8 @@ def test_auto_without_a_plan_warns_once(capsys: pytest.CaptureFixture[str]) -> N
             pass
     (one,) = [w for w in caught if "plan='auto'" in str(w.message)]
     assert issubclass(one.category, UserWarning)
-    assert "no plan for WanTransformer3DModel; the conservative preset runs" in str(one.message)
-    assert "`diffsparse search`" in str(one.message) and "plan='conservative'" in str(one.message)
+    assert "no plan for WanTransformer3DModel; the preset 'online' runs" in str(one.message)
+    assert "`diffsparse search MODEL --prompts" in str(one.message) and "plan='online'" in str(one.message)
 
 
 def test_a_plan_that_was_asked_for_does_not_warn() -> None:

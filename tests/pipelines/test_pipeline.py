@@ -223,7 +223,7 @@ def test_auto(tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> 
     from diffusers import WanPipeline
 
     pipe = wan_pipeline()
-    assert "conservative preset" in _took(pipe, caplog)
+    assert "preset 'online'" in _took(pipe, caplog)
 
     architecture = architecture_of(pipe.transformer)
     assert cache_folder(architecture.fingerprint) == cache / "plans" / architecture.fingerprint
@@ -256,7 +256,7 @@ def test_auto_takes_no_plan_without_a_signature(cache: Path, caplog: pytest.LogC
     pipe = wan_pipeline()
     plan = replace(mixed_plan(pipe.transformer), architecture=None)
     plan.save_pretrained(cache_folder(architecture_of(pipe.transformer).fingerprint))
-    assert "conservative preset" in _took(pipe, caplog)
+    assert "preset 'online'" in _took(pipe, caplog)
 
 
 def test_summary_of_a_pipeline_is_json() -> None:

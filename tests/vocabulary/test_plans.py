@@ -12,6 +12,7 @@ from diffsparse.card import plan_card
 from diffsparse.codec import decode_entry, decode_schedule, encode_entry, encode_schedule
 from diffsparse.entry import Execution, HeadEntry
 from diffsparse.grid import TokenGrid
+from diffsparse.online import OnlineRepair
 from diffsparse.order import AxisOrder, RasterOrder, TileOrder
 from diffsparse.patterns import Bitmap, Full, Sink, Window
 from diffsparse.plan import Architecture, PlanError, SparsityPlan
@@ -398,12 +399,33 @@ def test_densities_are_for_rules():
             preset(name, densities={"a": [0.5]})
 
 
-def test_the_preset_of_auto_keeps_more_than_the_window():
+def test_the_conservative_preset_keeps_more_than_the_window():
     grid = TokenGrid(5, 30, 52)
     wide, window = preset("conservative"), preset("window")
     assert wide.schedule.sparse_below < window.schedule.sparse_below
     assert wide.call_densities(grid).mean() > window.call_densities(grid).mean()
     assert preset("conservative", sparse_below=0.5).schedule.sparse_below == 0.5
+
+
+def test_online_keeps_more_at_high_noise_levels():
+    plan = preset("online", density=0.2, fall=2)
+    assert plan.schedule.phase_bounds == (0.93, 0.6) and plan.schedule.sparse_below == 1.0
+    shares = [plan.layer_entries(phase, "any", 1)[0].online.budget for phase in range(3)]
+    assert shares == [Budget("best_heads", d) for d in (0.4, 0.2, 0.1)]
+    assert plan.online_repair == OnlineRepair(64)
+    assert preset("online", repair_rows=0).repair is None and preset("sparsepr", repair_rows=0).repair is None
+    assert preset("online", density=0.9, fall=5).layer_entries(0, "any", 1)[0].online.budget.value == 1.0
+    flat = preset("online", fall=1)
+    assert flat.schedule.num_phases == 1 and flat.entries[0].online.budget.value == 0.25
+    late = preset("online", sparse_below=0.7)  # dense above, so the first of the levels is not one of the plan
+    assert late.schedule.phase_bounds == (0.6,)
+    found = [late.layer_entries(phase, "any", 1)[0].online.budget.value for phase in range(2)]
+    assert found == [0.25, pytest.approx(0.25 / 1.8)]
+    for wrong in (0.5, 11, "much", None):
+        with pytest.raises(ValueError, match="fall says how many times more is kept at first, from 1 to 10"):
+            preset("online", fall=wrong)
+    with pytest.raises(ValueError, match="the value of a budget of kind 'best_heads' must be"):
+        preset("online", density=1.5)
 
 
 @pytest.mark.parametrize("block_size", [64, 128])
