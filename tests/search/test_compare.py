@@ -148,14 +148,25 @@ def test_what_a_plan_without_rules_takes_is_known_beforehand(pipe: Any, comparis
     assert Trajectory.from_dict(json.loads(json.dumps(trajectory.to_dict()))) == trajectory
 
 
-def test_a_density_below_the_dense_steps_is_told(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = compare(pipe, tmp_path / "out", methods=("vmoba",), densities=(0.2,), plans=())
+def test_dense_steps_that_take_too_much_are_cut(pipe: Any, tmp_path: Path) -> None:
+    found = compare(pipe, tmp_path / "out", methods=("vmoba",), densities=(0.45,), plans=())
+    (row,) = found.rows
+    assert row.state == "done" and row.density == pytest.approx(0.45, abs=REACH)
+    assert row.note == "its dense steps alone take 0.500 of the attention; cut to 0.000"
+    assert row.options is not None and row.options["sparse_below"] == 1.0
+    assert f"{row.key}: its dense steps alone take" in found.table()
+    again = compare(pipe, tmp_path / "out", methods=("vmoba",), densities=(0.45,), plans=())
+    assert again.rows == found.rows
+
+
+def test_a_density_out_of_reach_is_told(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = compare(pipe, tmp_path / "out", methods=("radial",), densities=(0.02,), plans=())
     assert found.rows[0].state == "out of reach" and found.complete
-    assert found.rows[0].reason == "its dense steps alone take 0.500 of the attention; 0.2 was asked for"
-    assert "vmoba: its dense steps alone take" in found.table()
+    assert str(found.rows[0].reason).startswith("cannot be brought to 0.02: it takes")
+    assert "radial: cannot be brought to 0.02" in found.table()
     # It is not looked for again.
     monkeypatch.setattr(run.Runner, "_fitted", lambda *args: pytest.fail("looked for again"))
-    assert compare(pipe, tmp_path / "out", methods=("vmoba",), densities=(0.2,), plans=()).rows == found.rows
+    assert compare(pipe, tmp_path / "out", methods=("radial",), densities=(0.02,), plans=()).rows == found.rows
 
 
 def test_plans_stand_in_the_table_of_their_density(

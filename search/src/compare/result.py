@@ -265,7 +265,7 @@ def _row_result(record: Record, row: Row) -> RowResult:
         options=about.get("options"),
         rules=tuple(about.get("rules", ())),
         backends=tuple(about.get("backends", ())),
-        note=about.get("note"),
+        note="; ".join(about[name] for name in ("schedule", "note") if name in about) or None,
         clips={} if "reason" in about else clips,
         **{name: _median(figures, name) for name in ("loop_seconds", "attention_seconds", "selection_seconds")},
     )

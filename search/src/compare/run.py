@@ -192,16 +192,20 @@ class Runner:
         if "options" in known:  # looked for before: going on would find another value
             plan = preset(row.name, images=self.images, **known["options"])
             if plan_digest(plan) == known["digest"]:
-                return plan, {name: known[name] for name in ("options", "expected_density", "forecast")}
+                kept = ("options", "expected_density", "forecast", "schedule")
+                return plan, {name: known[name] for name in kept if name in known}
+        schedule: dict[str, Any] = {}
 
         def plan_at(value: float) -> SparsityPlan:
-            return preset(row.name, images=self.images, **knob.options(value))
+            return preset(row.name, images=self.images, **schedule, **knob.options(value))
 
-        first = plan_at(knob.high)
+        first, more, name = plan_at(knob.high), {}, f"fit/{row.name}"
         if (dense := trajectory.dense_share(first)) > row.asked:
-            raise OutOfReach(f"its dense steps alone take {dense:.3f} of the attention; {row.asked:g} was asked for")
+            schedule["sparse_below"] = trajectory.level_after(row.asked / 2)
+            first, name = plan_at(knob.high), f"{name}/{schedule['sparse_below']:.4f}"
+            cut = trajectory.dense_share(first)
+            more["schedule"] = f"its dense steps alone take {dense:.3f} of the attention; cut to {cut:.3f}"
         cheap = trajectory.density(first) is not None
-        name = f"fit/{row.name}"
         tried = {float(value): float(density) for value, density in self.record.get(name, [])}
 
         def density_of(value: float) -> float:
@@ -212,11 +216,11 @@ class Runner:
             return found
 
         value, density = find_value(knob, row.asked, density_of, tried, cheap=cheap)
-        options = knob.options(value)
+        options = {**schedule, **knob.options(value)}
         plan = plan_at(value)
         folder = self.record.folder / "plans" / row.key
         plan.save_pretrained(folder)
-        return plan, {"options": options, "expected_density": density, "forecast": cheap}
+        return plan, {"options": options, "expected_density": density, "forecast": cheap, **more}
 
     def _measure(self, plan: SparsityPlan) -> float:
         """The whole-trajectory density of one generation, of the first case."""

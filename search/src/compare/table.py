@@ -166,13 +166,15 @@ def comparison_csv(comparison: Comparison) -> str:
     names = ("row", "name", "kind", "state", "asked_density", "density")
     plain = ("above_other_seed", "loop_seconds", "attention_seconds", "selection_seconds", "speedup")
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*names, "clips", "psnr", "psnr_low", "psnr_high", "worst_psnr", "ssim", "lpips", *plain, "reason"])
+    writer.writerow(
+        [*names, "clips", "psnr", "psnr_low", "psnr_high", "worst_psnr", "ssim", "lpips", *plain, "reason", "note"]
+    )
     for row in data:
         psnr = row["psnr"] or {}
         means = [(row[name] or {}).get("mean") for name in ("ssim", "lpips")]
         found = [psnr.get("mean"), psnr.get("low"), psnr.get("high"), (row["worst"] or {}).get("psnr"), *means]
         writer.writerow(
             [*(row[name] for name in names), len(row["clips"]), *found, *(row[name] for name in plain),
-             shorten(row["reason"], 300) if row["reason"] else None]
+             *(shorten(row[name], 300) if row[name] else None for name in ("reason", "note"))]
         )  # fmt: skip
     return out.getvalue()

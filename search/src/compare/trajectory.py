@@ -33,6 +33,10 @@ class Trajectory:
         phases = plan.schedule.phases(self.levels)
         return phases.count(None) / len(phases)
 
+    def level_after(self, share: float) -> float:
+        """The noise level below which a schedule is sparse whose dense steps, its first, are this share at most."""
+        return min(1.0, self.levels[min(int(share * len(self.levels)), len(self.levels) - 1)])
+
     def density(self, plan: SparsityPlan) -> float | None:
         """Whole-trajectory density of a plan without reuse; None where it depends on queries and keys."""
         if plan.reuses or not all(self._is_fixed(entry, plan.block_size) for entry in plan.entries):
