@@ -94,9 +94,8 @@ def preset(
     """
     method = PUBLISHED.get(name)
     if sparse_below is None:
-        sparse_below = (
-            method.sparse_below if method is not None else {"conservative": 0.85, "online": 1.0}.get(name, 0.9)
-        )
+        own = {"conservative": 0.85, "online": 1.0}.get(name, 0.9)
+        sparse_below = own if method is None else method.sparse_below
     if block_size is None:
         block_size = 64 if method is None else method.block_size
     schedule = Schedule(sparse_below=sparse_below, dense_layers=tuple(dense_layers))

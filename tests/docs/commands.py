@@ -44,9 +44,14 @@ GPU_BENCHMARKS = {
 #: The other lines that are not run, each with its reason. Everything else is.
 EXCUSED = {
     (
-        "diffsparse compare examples/tiny_wan --prompts heldout6.txt --seeds 2 --height 128 --width 128 "
+        "diffsparse compare examples/tiny_wan --methods online,sol,sparsepr,sla,subblock,sparsed,adaspa,draft,blade,"
+        "svg,radial,xattention,sparge,vmoba,sta,hip --prompts heldout6.txt --seeds 2 --height 128 --width 128 "
         "--num-frames 17 --guidance-scale 5 --steps 20 --densities .25 --from record --device cuda"
     ): "takes minutes on a GPU; tests/search/test_compare.py runs the command on a small pipeline",
+    (
+        "diffsparse search examples/tiny_wan --prompts examples/tiny_wan/prompts/calibration.txt --height 128 "
+        "--width 128 --num-frames 17 --guidance-scale 5 --steps 20 --density .25 --repair-rows 64 --out record"
+    ): "takes ten minutes; README has a shorter search of the same model, which is run",
     "accelerate launch --multi_gpu --num_processes 2 --mixed_precision bf16 examples/train_tiny_wan.py "
     "--out out/tiny_wan --vae-minutes 3.2 --vae-batch 8 --vae-lr 0.0012 --ema 0.998 --pool-minutes 0.25 "
     "--minutes 4.45": TRAINED,

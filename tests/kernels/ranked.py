@@ -91,21 +91,26 @@ def check_statistics(x: torch.Tensor, tokens: TokenLayout, work: Work) -> None:
     agree(score.cpu()[known.isfinite()], known[known.isfinite()])
 
 
-def check_tail_error(grid: TokenGrid, dim: int, dtype: torch.dtype, device: str = "cpu") -> None:
+def check_tail_error(grid: TokenGrid, dim: int, dtype: torch.dtype, device: str = "cpu", factor: float = 1.0) -> None:
     """Errors of means by kernels, and by torch in fp32: as shares of a row's largest, for small ones are differences.
 
-    A rounding of a logit, which is up to about 8, is one of a weight, and twice that of its square.
+    ``factor``: of the queries, which makes logits as large as those of trained models. A rounding of a logit is one of
+    a weight, as many times as large as the logit, and twice that of its square.
     """
     for entries in (MIXED, MIXED[:1]):
         tokens = build_layout(grid, entries, 64).tokens.to(device)
         q, k, v = (t.to(device, dtype) for t in inputs(grid, len(entries), dim, batch=2))
+        q = factor * q
         wide = [x.cpu().double() for x in (q, k, v)]
+        there, scale = tokens.to("cpu"), dim**-0.5
+        largest = float((scale * block_means(wide[0], there) @ wide[1].float().permute(0, 2, 3, 1)).abs().max())
+        work = Work(dim + grid.seq_len, 4, gain=2 * max(largest, 8.0), dtype=dtype)
         for parts in (3, 16):
-            found = score_tail_error(q, k, tokens, dim**-0.5, v=v, parts=parts).cpu().double()
-            want = score_tail_error(*wide[:2], tokens.to("cpu"), dim**-0.5, v=wide[2], parts=parts).double()
+            found = score_tail_error(q, k, tokens, scale, v=v, parts=parts).cpu().double()
+            want = score_tail_error(*wide[:2], there, scale, v=wide[2], parts=parts).double()
             top = want.amax(3, keepdim=True)
             top = torch.where(top.isfinite(), top, 0.0)  # a block without queries
-            assert_near((found - top).exp(), (want - top).exp(), Work(dim + grid.seq_len, 4, gain=16.0, dtype=dtype))
+            assert_near((found - top).exp(), (want - top).exp(), work)
 
 
 def all_budgets() -> list[Budget]:
@@ -121,8 +126,9 @@ def main() -> None:
     for grid, (dim, dtype) in product(GRIDS, ((16, torch.float32), (72, torch.float16))):
         with case("blocks", grid, dim, dtype):
             check_blocks(grid, dim, dtype)
-        with case("tail error", grid, dim, dtype):
-            check_tail_error(grid, dim, dtype)
+        for factor in (1.0, 40.0):
+            with case("tail error", grid, dim, dtype, factor):
+                check_tail_error(grid, dim, dtype, factor=factor)
     finish()
 
 

@@ -57,12 +57,8 @@ def cogvideox_inputs(text: int) -> dict[str, Any]:
 
 
 def again_with_large_logits(model: torch.nn.Module, heads: int) -> torch.nn.Module:
-    """The same, whose logits have a standard deviation of about 10, as trained models have."""
-    model = again(model, heads)
-    for block in model.blocks:
-        for norm in (block.attn1.norm_q, block.attn1.norm_k):
-            norm.weight.data.fill_(10**0.5)
-    return model
+    """The same, with logits as large as trained models have."""
+    return models.with_large_logits(again(model, heads))
 
 
 def hunyuan_cuts() -> dict[str, Any]:

@@ -27,7 +27,8 @@ from diffsparse.preset_plans import preset
 from diffsparse.published import PUBLISHED
 from diffsparse.schedule import Schedule
 from diffsparse.selection import RULES, Budget, OnlineSelection
-from tests.pipelines.models import CASES, generate, run, wan, wan_inputs, wan_pipeline
+from tests.pipelines import zoo_video
+from tests.pipelines.models import CASES, generate, run, wan, wan_inputs, wan_pipeline, with_large_logits
 from tests.tolerance import GENERATION, MODEL, assert_near
 
 pytestmark = pytest.mark.usefixtures("no_more_rules")
@@ -280,6 +281,31 @@ def test_every_published_method_runs_in_a_compiled_pipeline(name: str, fresh_dyn
     pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
     with pipe.sparse_attention(name):
         assert_near(generate(pipe, STEPS), wanted, GENERATION)
+
+
+def test_online_goes_through_its_phases_in_thirty_layers_with_large_logits() -> None:
+    pipe, plan, seen = wan_pipeline(layers=30), preset("online", repair_rows=0), []  # type: ignore[var-annotated]
+    with_large_logits(pipe.transformer)
+    shape = {"height": 96, "width": 160, "frames": 13}  # 4 x 6 x 10 tokens
+    with tap_attention(pipe, by_hand(plan, seen)):
+        expected = generate(pipe, STEPS, **shape)
+    # Two calls a step and layer; the densities are those of the phases, and fall.
+    steps = torch.tensor(seen).view(STEPS, -1).mean(1)
+    assert steps[0] > steps[STEPS // 2] > steps[-1]
+    with pipe.sparse_attention(plan):
+        assert torch.equal(generate(pipe, STEPS, **shape), expected)
+        told = pipe.sparse_attention_summary().transformers["transformer"]
+    assert told.dense_calls == 0 and told.density == pytest.approx(float(steps.mean()))
+
+
+def test_online_with_its_repair_in_a_model_that_needs_an_image() -> None:
+    model, inputs, plan = zoo_video.wan(**zoo_video.I2V), zoo_video.wan_i2v_inputs(4, 6, 10), preset("online")
+    with tap_attention(model, by_hand(plan)):
+        expected = run(model, inputs)
+    with sparse_attention(model, plan):
+        assert_near(run(model, inputs), expected, MODEL)
+        told = sparse_attention_summary(model).transformers["transformer"]
+    assert told.dense_calls == 0 and not torch.equal(run(model, inputs), expected)
 
 
 def test_beside_an_online_repair_and_a_dense_kernel() -> None:

@@ -6,7 +6,9 @@ import importlib.util
 import os
 from functools import lru_cache
 
-__all__ = ["interpreting", "not_installed"]
+import torch
+
+__all__ = ["interpreting", "no_triton_for", "not_installed"]
 
 
 def interpreting() -> bool:
@@ -20,3 +22,10 @@ def not_installed() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
     return None
+
+
+def no_triton_for(x: torch.Tensor) -> str | None:
+    """Why Triton's kernels do not run a tensor where it lies, or None where they do."""
+    if not x.is_cuda and not (x.device.type == "cpu" and interpreting()):
+        return f"Triton's kernels run tensors on a GPU, got {x.device}"
+    return not_installed()

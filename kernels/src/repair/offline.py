@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from diffsparse.kernels.backends.installed import interpreting, not_installed
+from diffsparse.kernels.backends.installed import no_triton_for
 from diffsparse.repair import HeadRepair
 
 __all__ = ["mend_", "no_fused_pass"]
@@ -16,9 +16,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def no_fused_pass(out: torch.Tensor) -> str | None:
     """Why an output ``[B, S, H, D]`` is repaired by torch's products, or None where one kernel does it."""
-    if not out.is_cuda and not (out.device.type == "cpu" and interpreting()):
-        return f"the kernel runs tensors on a GPU, got {out.device}"
-    if (reason := not_installed()) is not None:
+    if (reason := no_triton_for(out)) is not None:
         return reason
     if out.dtype not in _DTYPES or out.shape[3] > _MAX_DIM or out.stride(3) != 1:
         return (

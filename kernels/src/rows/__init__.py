@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from diffsparse.kernels.backends.installed import interpreting, not_installed
+from diffsparse.kernels.backends.installed import no_triton_for
 from diffsparse.kernels.rows import plain
 
 if TYPE_CHECKING:
@@ -23,9 +23,7 @@ _DTYPES = (torch.float16, torch.bfloat16)
 
 def no_rows_kernel(q: torch.Tensor) -> str | None:
     """Why torch takes these queries ``[..., D]``, or None where kernels do."""
-    if not q.is_cuda and not (q.device.type == "cpu" and interpreting()):
-        return f"the kernels run tensors on a GPU, got {q.device}"
-    if (reason := not_installed()) is not None:
+    if (reason := no_triton_for(q)) is not None:
         return reason
     if q.dtype not in _DTYPES or q.shape[-1] > _MAX_DIM:
         return f"the kernels take float16 or bfloat16 and heads of up to {_MAX_DIM}; got {q.dtype}, {q.shape[-1]}"

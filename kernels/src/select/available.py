@@ -1,27 +1,20 @@
-"""Whether rules and budgets run as kernels."""
+"""Whether a kernel takes the means of blocks."""
 
 from __future__ import annotations
 
 import torch
 
-from diffsparse.kernels.backends.installed import interpreting, not_installed
+from diffsparse.kernels.backends.installed import no_triton_for
 
-__all__ = ["no_blocks_kernel", "no_select_kernel"]
+__all__ = ["no_blocks_kernel"]
 
 #: The largest head_dim, and the most parts of a block, that a program holds in its registers.
 _MAX_DIM, _MOST_PARTS = 256, 16
 
 
-def no_select_kernel(x: torch.Tensor) -> str | None:
-    """Why torch takes a tensor, or None where kernels do."""
-    if not x.is_cuda and not (x.device.type == "cpu" and interpreting()):
-        return f"the kernels run tensors on a GPU, got {x.device}"
-    return not_installed()
-
-
 def no_blocks_kernel(x: torch.Tensor, parts: int = 1) -> str | None:
     """Why torch takes the means of blocks of ``x``, ``[B, S, H, D]``, or None where a kernel does."""
-    if (reason := no_select_kernel(x)) is not None:
+    if (reason := no_triton_for(x)) is not None:
         return reason
     if x.dtype == torch.float64 or x.shape[-1] > _MAX_DIM or x.stride(-1) != 1 or parts > _MOST_PARTS:
         return (

@@ -56,9 +56,8 @@ def pick_group(
     rule, count = group.selection, len(group.numbers)
     together = int(rule.values.get("together", 1))
     each = q.shape[0] * layout.num_blocks**2
-    if (
-        rule.rule not in MEANS or no_blocks_kernel(q, int(rule.values.get("parts", 1))) is not None
-    ):  # it copies queries and keys
+    if rule.rule not in MEANS or no_blocks_kernel(q, int(rule.values.get("parts", 1))) is not None:
+        # It copies queries and keys.
         each = max(each, q.shape[0] * q.shape[1] * q.shape[3])
     step = max(1, _AT_A_TIME // (each * together)) * together
     parts = [_Part(layout, group, i, min(i + step, count)) for i in range(0, count, step)]

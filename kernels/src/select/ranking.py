@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from diffsparse.kernels.select.available import no_select_kernel
+from diffsparse.kernels.backends.installed import no_triton_for
 from diffsparse.kernels.select.largest import Rows, ScannedRows, SortedRows
 
 __all__ = ["Compared", "Ranking", "Sorted", "ranking_of"]
@@ -96,6 +96,6 @@ class Compared:
 
 def ranking_of(scores: torch.Tensor, candidates: torch.Tensor) -> Ranking:
     """The ranking that suits the device."""
-    if no_select_kernel(scores) is not None or scores.shape[-1] > _MOST_BLOCKS:
+    if no_triton_for(scores) is not None or scores.shape[-1] > _MOST_BLOCKS:
         return Sorted(scores, candidates)
     return Compared(scores, candidates)
