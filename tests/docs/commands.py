@@ -46,7 +46,8 @@ EXCUSED = {
     (
         "diffsparse compare examples/tiny_wan --methods online,sol,sparsepr,sla,subblock,sparsed,adaspa,draft,blade,"
         "svg,radial,xattention,sparge,vmoba,sta,hip --prompts heldout6.txt --seeds 2 --height 128 --width 128 "
-        "--num-frames 17 --guidance-scale 5 --steps 20 --densities .25 --from record --device cuda"
+        "--num-frames 17 --guidance-scale 5 --steps 20 --densities .25 --from record --device cuda "
+        "--out comparison"
     ): "takes minutes on a GPU; tests/search/test_compare.py runs the command on a small pipeline",
     (
         "diffsparse search examples/tiny_wan --prompts examples/tiny_wan/prompts/calibration.txt --height 128 "
